@@ -1,0 +1,3 @@
+"""steploop: a training epoch is ``functools.reduce(train_step, batches, state)``."""
+
+__version__ = "0.1.0"

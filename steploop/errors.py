@@ -1,0 +1,111 @@
+"""Every error steploop raises, as one tree.
+
+SteploopError                     anything below; exit code 1
+├── ConfigError (ValueError)      a hyperparameter or argument that is not legal; exit code 2
+│   └── MissingExtraError (ImportError)   an optional dependency is not installed; names the extra
+├── StepOrderError (RuntimeError) a step function was called before the one it needs
+├── SpentStateError (RuntimeError) a state was used after its tensors were given away
+├── ObjectiveError (TypeError)    an objective returned what cannot be trained on
+├── NonFiniteError (ArithmeticError)      too many steps in a row were not finite; exit code 5
+├── OutOfMemoryError (MemoryError) a step did not fit; says the shapes of the batch
+├── DataError (RuntimeError)      a dataset, worker or loader failed
+│   └── EmptyDataError (ValueError)       there is nothing to train or evaluate on
+├── CompileError (RuntimeError)   a train step cannot be captured as one graph
+├── RunLockedError (RuntimeError) another process owns the run directory; exit code 6
+├── RunExistsError (FileExistsError)      the run directory holds a run already; exit code 2
+└── CheckpointError (RuntimeError) exit code 3
+    ├── CheckpointDamagedError    bytes are missing, changed or hostile
+    ├── CheckpointIncompatibleError       it holds another state than the one it is loaded into
+    ├── CheckpointVersionError    its format is newer or older than this version reads
+    └── CheckpointWriteError (OSError)    it could not be written; has ``errno``; exit code 4
+
+Each message says what was expected, what came, and what to do.
+"""
+
+from typing import ClassVar
+
+
+class SteploopError(Exception):
+    """The root: catch this to catch all of them."""
+
+    exit_code: ClassVar[int] = 1
+
+
+class ConfigError(SteploopError, ValueError):
+    """A hyperparameter or an argument is not legal."""
+
+    exit_code: ClassVar[int] = 2
+
+
+class MissingExtraError(ConfigError, ImportError):
+    """An optional dependency is not installed."""
+
+
+class StepOrderError(SteploopError, RuntimeError):
+    """A step function was called before the one whose result it needs."""
+
+
+class SpentStateError(SteploopError, RuntimeError):
+    """A state was used after its tensors had been given to the next one."""
+
+
+class ObjectiveError(SteploopError, TypeError):
+    """An objective returned something that cannot be trained on."""
+
+
+class NonFiniteError(SteploopError, ArithmeticError):
+    """Too many steps in a row had gradients that were not finite."""
+
+    exit_code: ClassVar[int] = 5
+
+
+class OutOfMemoryError(SteploopError, MemoryError):
+    """A step did not fit into memory; the state that went in is intact."""
+
+
+class DataError(SteploopError, RuntimeError):
+    """A dataset, a worker process or a loader failed."""
+
+
+class EmptyDataError(DataError, ValueError):
+    """There is nothing to train or evaluate on."""
+
+
+class CompileError(SteploopError, RuntimeError):
+    """A train step cannot be captured as one graph."""
+
+
+class RunLockedError(SteploopError, RuntimeError):
+    """Another process owns the run directory."""
+
+    exit_code: ClassVar[int] = 6
+
+
+class RunExistsError(SteploopError, FileExistsError):
+    """The run directory holds a run already."""
+
+    exit_code: ClassVar[int] = 2
+
+
+class CheckpointError(SteploopError, RuntimeError):
+    """A checkpoint cannot be used."""
+
+    exit_code: ClassVar[int] = 3
+
+
+class CheckpointDamagedError(CheckpointError):
+    """Bytes of the checkpoint are missing, changed or hostile."""
+
+
+class CheckpointIncompatibleError(CheckpointError):
+    """The checkpoint holds another state than the one it is loaded into."""
+
+
+class CheckpointVersionError(CheckpointError):
+    """The checkpoint's format is one that this version does not read."""
+
+
+class CheckpointWriteError(CheckpointError, OSError):
+    """The checkpoint could not be written."""
+
+    exit_code: ClassVar[int] = 4
