@@ -22,7 +22,7 @@ class _Phase(NamedTuple):
     momentum: tuple[float, float] | None
 
 
-def _anneal(ends: tuple[float, float], part: float, *, is_cosine: bool) -> float:
+def _anneal(ends: tuple[float, float], part: float, is_cosine: bool) -> float:
     """From ``ends[0]`` at part 0 to ``ends[1]`` at part 1, in torch's arithmetic, so that no bit differs."""
     start, end = ends
     if is_cosine:
@@ -35,19 +35,16 @@ def _to_momentum(value: object) -> Any:
     return tuple(to_real(number) for number in value) if isinstance(value, tuple | list) else value
 
 
-def _check_momentum(owner: object, attribute: object, value: object) -> None:
+def _check_momentum(owner: object, attribute: "attrs.Attribute[Any]", value: Any) -> None:
     """Refuse anything but None and two floats with 0 <= base <= max < 1."""
-    del attribute
-    if value is None:
-        return
-    if (
+    if value is not None and (
         not isinstance(value, tuple)
         or len(value) != 2
         or not all(isinstance(number, float) for number in value)
         or not 0.0 <= value[0] <= value[1] < 1.0
     ):
         expected = "None or two numbers (base, max) with 0 <= base <= max < 1"
-        raise refuse(owner, "momentum", expected, value, "Torch's defaults are (0.85, 0.95).")
+        raise refuse(owner, attribute.name, expected, value, "Torch's defaults are (0.85, 0.95).")
 
 
 @attrs.frozen(kw_only=True)
@@ -104,14 +101,15 @@ class OneCycle:
 
     def __call__(self, step: int) -> float | Rates:
         """The rate, or rate and momentum, of the step after ``step`` (>= 0) applied ones."""
-        step = min(step, self.total_steps - 1)
+        if step >= self.total_steps:
+            step = self.total_steps - 1
         for start, end, is_cosine, lr, momentum in self._phases:  # noqa: B007  the last phase ends at the last step
             if step <= end:
                 break
         # A phase of no length is over as soon as it begins. Torch divides by zero here.
         part = (step - start) / (end - start) if end != start else 1.0
-        rate = _anneal(lr, part, is_cosine=is_cosine)
-        return rate if momentum is None else Rates(rate, _anneal(momentum, part, is_cosine=is_cosine))
+        rate = _anneal(lr, part, is_cosine)
+        return rate if momentum is None else Rates(rate, _anneal(momentum, part, is_cosine))
 
 
 def one_cycle(

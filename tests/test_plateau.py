@@ -1,0 +1,134 @@
+"""The plateau is torch's ReduceLROnPlateau as a fold: bit-equal for every history."""
+
+import json
+import math
+from functools import reduce
+
+import attrs
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from steploop.errors import ConfigError
+from steploop.plateau import PlateauState, ReduceLROnPlateau
+
+metrics = st.floats() | st.floats(-3, 3) | st.integers(-3, 3).map(float)
+histories = st.lists(metrics, max_size=40)
+
+
+@st.composite
+def plateaus(draw):
+    """Any legal description; small patience, so that short histories lower the rate."""
+    lr = draw(st.floats(0.0, 10.0))
+    return ReduceLROnPlateau(
+        lr=lr,
+        mode=draw(st.sampled_from(["min", "max"])),
+        factor=draw(st.floats(0.0, 1.0, exclude_max=True)),
+        patience=draw(st.integers(0, 4)),
+        threshold=draw(st.sampled_from([0.0, 1e-4, 0.1]) | st.floats(0.0, 1.0, exclude_max=True)),
+        threshold_mode=draw(st.sampled_from(["rel", "abs"])),
+        cooldown=draw(st.integers(0, 4)),
+        min_lr=draw(st.just(0.0) | st.floats(0.0, lr)),
+        eps=draw(st.sampled_from([0.0, 1e-8, 1e-2]) | st.floats(0.0, 1.0)),
+    )
+
+
+def torchs(plateau):
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=plateau.lr)
+    options = {key: value for key, value in attrs.asdict(plateau).items() if key != "lr"}
+    return optimizer, torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, **options)
+
+
+@settings(deadline=None, max_examples=400)
+@given(plateau=plateaus(), history=histories)
+def test_plateau_equals_torch_after_every_check(plateau, history):
+    """Rate, best, bad checks and cooldown, to the bit, with NaN and infinities; no best is torch's infinity."""
+    optimizer, scheduler = torchs(plateau)
+    worst = math.inf if plateau.mode == "min" else -math.inf
+    state = plateau.init()
+    for metric in history:
+        scheduler.step(metric)
+        state = plateau.update(state, metric)
+        assert state.learning_rate == optimizer.param_groups[0]["lr"]
+        assert (worst if state.best is None else state.best) == scheduler.best
+        assert state.bad_checks == scheduler.num_bad_epochs
+        assert state.cooldown_left == scheduler.cooldown_counter
+
+
+@settings(deadline=None)
+@given(plateau=plateaus(), history=histories, data=st.data())
+def test_splitting_the_history_and_resuming_changes_nothing(plateau, history, data):
+    """With the state written as JSON in between."""
+    cut = data.draw(st.integers(0, len(history)))
+    saved = json.dumps(attrs.asdict(reduce(plateau.update, history[:cut], plateau.init())))
+    resumed = reduce(plateau.update, history[cut:], PlateauState(**json.loads(saved)))
+    assert resumed == reduce(plateau.update, history, plateau.init())
+
+
+@given(plateau=plateaus(), history=histories)
+def test_the_rate_is_never_raised_and_never_below_its_floor(plateau, history):
+    state = plateau.init()
+    for metric in history:
+        after = plateau.update(state, metric)
+        assert plateau.min_lr <= after.learning_rate <= state.learning_rate
+        state = after
+
+
+def test_it_acts_on_the_check_after_patience_bad_ones():
+    """One later than early stopping, as in torch: a baseline, then patience + 1 checks that are no better."""
+    plateau = ReduceLROnPlateau(lr=1.0, patience=2, factor=0.5)
+    assert reduce(plateau.update, [1.0] * 3, plateau.init()).learning_rate == 1.0
+    assert reduce(plateau.update, [1.0] * 4, plateau.init()).learning_rate == 0.5
+
+
+def test_the_defaults_are_torchs():
+    ours = ReduceLROnPlateau(lr=0.5)
+    _, scheduler = torchs(ours)
+    default = torch.optim.lr_scheduler.ReduceLROnPlateau(scheduler.optimizer)
+    for name in ("mode", "factor", "patience", "threshold", "threshold_mode", "cooldown", "eps"):
+        assert getattr(ours, name) == getattr(default, name)
+    assert [ours.min_lr] == default.min_lrs
+    assert ours.init() == PlateauState(learning_rate=0.5, best=None, bad_checks=0, cooldown_left=0)
+
+
+NOT_REAL = [-1e-9, math.nan, math.inf, "1", None, True]
+NOT_COUNT = [-1, 1.0, "1", None, True]
+
+
+@pytest.mark.parametrize(
+    ("kind", "name", "value", "expected"),
+    [
+        (kind, name, value, expected)
+        for kind, name, values, expected in [
+            (ReduceLROnPlateau, "lr", NOT_REAL, "a finite number >= 0"),
+            (ReduceLROnPlateau, "mode", ["lowest", None], "one of 'min', 'max'"),
+            (ReduceLROnPlateau, "factor", [*NOT_REAL, 1.0], "a finite number >= 0 and < 1"),
+            (ReduceLROnPlateau, "patience", NOT_COUNT, "an integer >= 0"),
+            (ReduceLROnPlateau, "threshold", NOT_REAL, "a finite number >= 0"),
+            (ReduceLROnPlateau, "threshold", [1.0], 'below 1 where threshold_mode is "rel"'),
+            (ReduceLROnPlateau, "threshold_mode", ["relative"], "one of 'rel', 'abs'"),
+            (ReduceLROnPlateau, "cooldown", NOT_COUNT, "an integer >= 0"),
+            (ReduceLROnPlateau, "min_lr", NOT_REAL, "a finite number >= 0"),
+            (ReduceLROnPlateau, "min_lr", [0.6], "<= lr (0.5)"),
+            (ReduceLROnPlateau, "eps", NOT_REAL, "a finite number >= 0"),
+            (PlateauState, "learning_rate", NOT_REAL, "a finite number >= 0"),
+            (PlateauState, "best", [math.nan, "1"], "a number, not NaN"),
+            (PlateauState, "bad_checks", NOT_COUNT, "an integer >= 0"),
+            (PlateauState, "cooldown_left", NOT_COUNT, "an integer >= 0"),
+        ]
+        for value in values
+    ],
+)
+def test_an_illegal_value_is_refused_by_its_name(kind, name, value, expected):
+    legal = {"learning_rate": 0.5} if kind is PlateauState else {"lr": 0.5}
+    with pytest.raises(ConfigError) as excinfo:
+        kind(**(legal | {name: value}))
+    assert str(excinfo.value).startswith(f"{kind.__name__}: {name} must be {expected}, got {value!r}. ")
+    assert str(excinfo.value).endswith(".")
+
+
+def test_an_absolute_threshold_may_be_one_or_more():
+    plateau = ReduceLROnPlateau(lr=0.5, patience=0, threshold=2.0, threshold_mode="abs")
+    assert reduce(plateau.update, [5.0, 2.5], plateau.init()).best == 2.5
+    assert reduce(plateau.update, [5.0, 3.0], plateau.init()).best == 5.0
