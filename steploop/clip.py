@@ -1,0 +1,98 @@
+"""Clipping: bound a list of gradients by their global norm, by value, or adaptively, in place.
+
+These work on plain lists of tensors, know no state, and never rescale by a norm that is not finite.
+"""
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from steploop.errors import ConfigError
+from steploop.precision import on_host
+
+__all__ = ["check_bound", "clip_adaptive", "clip_norm", "clip_value", "global_norm"]
+
+_EPS = 1e-6  # torch.nn.utils.clip_grad_norm_ divides by norm + 1e-6
+_MIN_WEIGHT_NORM = 1e-3  # Brock et al. 2021, section 4.1: a zero-initialised weight must still train
+
+
+def check_bound(name: str, value: float) -> None:
+    """Raise ConfigError unless ``value`` is a number > 0 (inf is one, and clips nothing)."""
+    if not value > 0:  # also false for nan
+        raise ConfigError(f"{name} must be > 0 (inf measures the norm and clips nothing), but is {value!r}.")
+
+
+def _dense(grads: Sequence[Tensor]) -> list[Tensor]:
+    """The values of sparse gradients and dense ones as they are."""
+    return [g.coalesce().values() if g.is_sparse else g for g in grads]
+
+
+def global_norm(grads: Sequence[Tensor]) -> Tensor:
+    """The L2 norm of all gradients as one flat vector, shape (); 0 for an empty list.
+
+    One ``_foreach_norm`` over the list costs an eighth of ``clip_grad_norm_``'s bookkeeping per tensor on a
+    small model, and has its bits.
+    """
+    if not grads:
+        return torch.zeros(())
+    try:
+        norms = torch._foreach_norm(grads)
+    except NotImplementedError:  # a sparse gradient is among them
+        norms = torch._foreach_norm(_dense(grads))
+    return torch.linalg.vector_norm(torch.stack(norms))
+
+
+def clip_norm(grads: list[Tensor], norm: Tensor, max_norm: float) -> float | Tensor:
+    """Multiply by min(1, max_norm / (norm + 1e-6)) in place; a norm that is not finite changes nothing.
+
+    Returns:
+        The norm afterwards: a float where the host can read ``norm`` for nothing, else a tensor of shape ().
+    """
+    if on_host(norm):
+        before = norm.item()
+        if not math.isfinite(before) or max_norm == math.inf:
+            return before
+        # the float32 quotient of torch; where it is 1 or more, multiplying by 1 would change no bit
+        coefficient = max_norm / (norm + _EPS)
+        if coefficient.item() >= 1.0:
+            return before
+        torch._foreach_mul_(grads, coefficient)
+        return before * coefficient.item()
+    if max_norm == math.inf:
+        return norm
+    raw = torch.clamp(max_norm / (norm + _EPS), max=1.0)
+    factor = torch.where(torch.isfinite(norm), raw, torch.ones_like(raw))
+    torch._foreach_mul_(grads, factor)
+    return norm * factor
+
+
+def clip_value(grads: list[Tensor], max_value: float) -> None:
+    """Clamp every entry to [-max_value, max_value] in place, as ``torch.nn.utils.clip_grad_value_``; nan stays."""
+    torch._foreach_clamp_min_(grads, -max_value)
+    torch._foreach_clamp_max_(grads, max_value)
+
+
+def _unit_norm(x: Tensor) -> Tensor:
+    """The norm of each output unit: over all axes but the first, kept; of the whole for vectors and scalars."""
+    if x.dim() <= 1:
+        return torch.linalg.vector_norm(x)
+    return torch.linalg.vector_norm(x, dim=tuple(range(1, x.dim())), keepdim=True)
+
+
+def clip_adaptive(grads: list[Tensor], params: Sequence[Tensor], clipping: float) -> None:
+    """Bound each output unit's gradient norm by ``clipping`` times its weight norm, in place.
+
+    With g and w one unit of a gradient and of its parameter (a row of a linear layer, a filter of a
+    convolution, the whole of a vector), and λ the clipping factor:
+
+        bound = λ * max(||w||, 1e-3),    g <- g * bound / ||g||   where ||g|| > bound
+
+    Source: Brock et al. 2021, https://arxiv.org/abs/2102.06171, equation 3.
+    """
+    for g, w in zip(grads, params, strict=True):
+        bound = clipping * _unit_norm(w.detach()).clamp(min=_MIN_WEIGHT_NORM)
+        norm = _unit_norm(g)
+        factor = torch.where(norm > bound, bound / norm.clamp(min=_EPS), torch.ones_like(norm))
+        g.mul_(torch.where(torch.isfinite(norm), factor, torch.ones_like(norm)))

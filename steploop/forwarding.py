@@ -1,0 +1,170 @@
+"""One call of an objective on a state's values, shielded from whatever the caller's surroundings are."""
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, ExitStack
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from steploop.errors import ObjectiveError, OutOfMemoryError
+from steploop.machine import Machine
+from steploop.precision import Precision, autocast
+from steploop.random_numbers import fold_in
+from steploop.state import TrainState
+from steploop.trees import map_tensors, shapes
+
+__all__ = ["Objective", "SeededGenerators", "forward", "read_objective", "surroundings", "translated"]
+
+# objective(model, batch) -> loss | (loss, outputs) | (loss, outputs, weight)
+Objective = Callable[[nn.Module, Any], Any]
+
+_OUT_OF_MEMORY = ("DefaultCPUAllocator", "out of memory", "can't allocate memory")
+
+
+class SeededGenerators:
+    """Seeds the generators that a forward pass draws from; afterwards they stand where the caller had them.
+
+    ``torch.manual_seed`` and ``fork_rng`` cost 100 us and more a call; these four calls cost 3.
+    """
+
+    __slots__ = ("_generators", "_seed", "_states")
+
+    def __init__(self, device: torch.device, *coordinates: int) -> None:
+        self._seed = fold_in(*coordinates)
+        self._generators = [torch.default_generator]
+        if device.type == "cuda":
+            index = torch.cuda.current_device() if device.index is None else device.index
+            self._generators.append(torch.cuda.default_generators[index])
+        elif device.type == "mps":
+            self._generators.append(torch.mps._get_default_mps_generator())
+
+    def __enter__(self) -> None:
+        self._states = [g.get_state() for g in self._generators]
+        for generator in self._generators:
+            generator.manual_seed(self._seed)
+
+    def __exit__(self, *_: object) -> None:
+        for generator, state in zip(self._generators, self._states, strict=True):
+            generator.set_state(state)
+
+
+class _DefaultDtype:
+    """The default dtype that was in force when the state was made."""
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        self._dtype = dtype
+
+    def __enter__(self) -> None:
+        self._before = torch.get_default_dtype()
+        torch.set_default_dtype(self._dtype)
+
+    def __exit__(self, *_: object) -> None:
+        torch.set_default_dtype(self._before)
+
+
+def surroundings(machine: Machine, precision: Precision, *, grad: bool = True) -> AbstractContextManager[Any]:
+    """The context a forward pass runs in: grad mode, default dtype and autocast as the state has them.
+
+    In the usual surroundings only autocast is entered; looking costs half a microsecond, entering all of it ten.
+    """
+    device_type = machine.device.type
+    if (
+        torch.is_grad_enabled() is grad
+        and not torch.is_inference_mode_enabled()
+        and torch.get_default_dtype() is machine.default_dtype
+        and not torch.is_autocast_enabled(device_type)
+    ):
+        return autocast(precision, device_type)
+    stack = ExitStack()
+    stack.enter_context(torch.inference_mode(mode=False))
+    stack.enter_context(torch.set_grad_enabled(grad))
+    stack.enter_context(_DefaultDtype(machine.default_dtype))
+    stack.enter_context(torch.autocast(device_type, enabled=False))
+    stack.enter_context(autocast(precision, device_type))
+    return stack
+
+
+def read_objective(result: Any) -> tuple[Tensor, Any, float | Tensor | None]:
+    """(loss, outputs, weight) of what an objective returned; ObjectiveError where it is none of its three forms."""
+    loss, outputs, weight = result, None, None
+    if isinstance(result, tuple):
+        if not 1 <= len(result) <= 3:
+            raise ObjectiveError(
+                f"An objective returns loss, (loss, outputs) or (loss, outputs, weight), but returned {len(result)} values."
+            )
+        loss, outputs, weight = (*result, None, None)[:3]
+    if not isinstance(loss, Tensor) or loss.dim() != 0 or not loss.is_floating_point():
+        came = f"{tuple(loss.shape)} {loss.dtype}" if isinstance(loss, Tensor) else type(loss).__name__
+        raise ObjectiveError(
+            f"An objective's loss must be a floating-point tensor of shape (), but is {came}. Reduce it, as with loss.mean()."
+        )
+    return loss, outputs, weight
+
+
+def forward(state: TrainState, batch: Any, objective: Objective, draw: int = 0) -> tuple[Tensor, Any, Any, dict[str, Tensor]]:
+    """Run ``objective`` in training mode on the state's values.
+
+    Args:
+        state: is left as it is: the forward pass works on a copy of its buffers.
+        batch: handed to the objective.
+        objective: see ``forward_loss``.
+        draw: tells apart several forward passes of one step; the generators are seeded from
+            (seed, attempted_steps, draw).
+
+    Returns:
+        The loss with its graph, the outputs detached, the objective's weight or None, and the new buffers.
+    """
+    machine = state._machine
+    module = machine.module
+    before = module.point(state._lease, state._params)
+    buffers = state._buffers
+    if buffers:
+        # BatchNorm updates its statistics in place: the old state keeps its own
+        buffers = {name: b.clone() for name, b in buffers.items()}
+        module.place_buffers(buffers)
+    module.set_training(training=True)
+    try:
+        with surroundings(machine, state.precision), SeededGenerators(machine.device, state.seed, state.attempted_steps, draw):
+            loss, outputs, weight = read_objective(objective(module.model, batch))
+        if buffers:
+            buffers = module.buffers()
+    except (RuntimeError, MemoryError, ValueError) as error:
+        raise translated(error, machine, batch) from error
+    finally:
+        if before is not None:
+            module.place_params(before)
+    if not loss.requires_grad:
+        raise ObjectiveError(
+            "The loss depends on no parameter that requires a gradient: it was detached, computed under torch.no_grad(), "
+            "or does not use the model that the objective was given."
+        )
+    return loss, map_tensors(Tensor.detach, outputs), weight, buffers
+
+
+def translated(error: Exception, machine: Machine, batch: Any) -> Exception:
+    """Our error for the two failures of a forward or backward pass that torch's text does not explain; else the same."""
+    text = str(error)
+    if isinstance(error, MemoryError) or any(sign in text for sign in _OUT_OF_MEMORY):
+        return OutOfMemoryError(
+            f"A step did not fit into the memory of {machine.device}: the batch holds {shapes(batch)}. The state is as it "
+            "was. Use smaller batches, accumulate(state, micro_batches, objective), or precision='bf16'."
+        )
+    if isinstance(error, ValueError) and "more than 1 value per channel" in text:
+        return ObjectiveError(
+            f"{_failing_layer(error, machine.model)} needs more than one value per channel in training, but the batch holds "
+            f"{shapes(batch)}. Drop the short last batch (drop_last=True) or use larger batches."
+        )
+    return error
+
+
+def _failing_layer(error: Exception, model: nn.Module) -> str:
+    """The name of the innermost module of ``model`` that the traceback passes through."""
+    names = {id(module): name for name, module in model.named_modules()}
+    found, trace = "A BatchNorm layer", error.__traceback__
+    while trace is not None:
+        layer = trace.tb_frame.f_locals.get("self")
+        if id(layer) in names and layer is not model:
+            found = f"The layer {names[id(layer)]} ({type(layer).__name__})"
+        trace = trace.tb_next
+    return found

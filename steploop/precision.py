@@ -1,0 +1,139 @@
+"""Precision: which dtype a step computes in, and the dynamic loss scale that fp16 needs, as a value."""
+
+import math
+import struct
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, Literal, get_args
+
+import attrs
+import torch
+from torch import Tensor
+
+from steploop.errors import ConfigError
+
+__all__ = ["LossScale", "Precision", "autocast", "best_precision", "check_precision", "on_host"]
+
+Precision = Literal["fp32", "bf16", "fp16"]
+_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+_NO_AUTOCAST: AbstractContextManager[None] = nullcontext()
+
+
+def on_host(tensor: Tensor) -> bool:
+    """Whether reading ``tensor`` costs no wait: a real CPU tensor, neither on a device nor being traced."""
+    return type(tensor) is Tensor and tensor.device.type == "cpu"
+
+
+def _float32(x: float) -> float:
+    """``x`` rounded to float32, inf where it does not fit: the scale follows torch's float32 arithmetic."""
+    try:
+        return float(struct.unpack("f", struct.pack("f", x))[0])
+    except OverflowError:
+        return math.inf
+
+
+def _positive(_: Any, attribute: Any, value: Any) -> None:
+    if not isinstance(value, Tensor) and not (math.isfinite(value) and value > 0):
+        raise ConfigError(f"LossScale: {attribute.name} must be a finite number > 0, but is {value!r}.")
+
+
+@attrs.frozen(kw_only=True)
+class LossScale:
+    """The dynamic loss scale of ``torch.amp.GradScaler``, as a value.
+
+    With S the scale, n the tracker, f the growth factor and b the backoff factor, a step updates
+
+        not finite:                 S <- max(S * b, floor),   n <- 0
+        finite and n + 1 < interval:                          n <- n + 1
+        finite and n + 1 = interval: S <- S * f,              n <- 0
+
+    where the growth is left out if S * f exceeds float32. The floor is the one deviation from torch, whose
+    scale can underflow to 0 (and the next finite step then writes nan weights). ``floor=0.0`` is torch's rule.
+
+    Attributes:
+        scale: S, what the loss is multiplied by; a float, or a 0-dim float32 tensor where the host must not wait.
+        growth_tracker: finite steps in a row since the scale last changed; resets on growth and on a skip.
+        growth_factor: f > 1.
+        backoff_factor: b in (0, 1).
+        growth_interval: finite steps in a row before the scale grows, >= 1.
+        floor: lower bound of S, >= 0.
+
+    Source: Micikevicius et al. 2018, https://arxiv.org/abs/1710.03740; ``torch.amp.GradScaler``.
+    """
+
+    scale: float | Tensor = attrs.field(default=2.0**16, validator=_positive)
+    growth_tracker: int | Tensor = 0
+    growth_factor: float = attrs.field(default=2.0, validator=_positive)
+    backoff_factor: float = attrs.field(default=0.5, validator=_positive)
+    growth_interval: int = attrs.field(default=2000, validator=_positive)
+    floor: float = 1.0
+
+    def __attrs_post_init__(self) -> None:
+        """Refuse factors that would not grow or not back off."""
+        if not self.growth_factor > 1.0:
+            raise ConfigError(f"LossScale: growth_factor must be > 1, but is {self.growth_factor!r}.")
+        if not self.backoff_factor < 1.0:
+            raise ConfigError(f"LossScale: backoff_factor must be < 1, but is {self.backoff_factor!r}.")
+        if not self.floor >= 0.0:
+            raise ConfigError(f"LossScale: floor must be >= 0, but is {self.floor!r}.")
+
+    def inverse(self) -> float | Tensor:
+        """1 / S, divided in float64 and rounded to float32 as torch does."""
+        if isinstance(self.scale, Tensor):
+            return self.scale.double().reciprocal().float()
+        return _float32(1.0 / self.scale)
+
+    def updated(self, finite: bool | Tensor) -> "LossScale":
+        """The scale after a step whose gradients were all finite, or were not."""
+        if isinstance(finite, Tensor) or isinstance(self.scale, Tensor):
+            return self._updated_on_device(torch.as_tensor(finite))
+        if not finite:
+            return attrs.evolve(self, scale=max(_float32(self.scale * self.backoff_factor), self.floor), growth_tracker=0)
+        tracker = int(self.growth_tracker) + 1
+        if tracker < self.growth_interval:
+            return attrs.evolve(self, growth_tracker=tracker)
+        grown = _float32(self.scale * self.growth_factor)
+        return attrs.evolve(self, scale=grown if math.isfinite(grown) else self.scale, growth_tracker=0)
+
+    def _updated_on_device(self, finite: Tensor) -> "LossScale":
+        """The same rule as selections, so that the host need not know whether the step was finite."""
+        scale = torch.as_tensor(self.scale, dtype=torch.float32, device=finite.device)
+        tracker = torch.as_tensor(self.growth_tracker, dtype=torch.int64, device=finite.device) + 1
+        grow = tracker >= self.growth_interval
+        grown = (scale.double() * self.growth_factor).float()
+        good = torch.where(grow & torch.isfinite(grown), grown, scale)
+        bad = (scale.double() * self.backoff_factor).float().clamp(min=self.floor)
+        return attrs.evolve(
+            self,
+            scale=torch.where(finite, good, bad),
+            growth_tracker=torch.where(finite & ~grow, tracker, torch.zeros_like(tracker)),
+        )
+
+
+def check_precision(precision: str) -> None:
+    """Raise ConfigError unless ``precision`` is one of fp32, bf16 and fp16."""
+    if precision not in get_args(Precision):
+        raise ConfigError(f"precision must be one of fp32, bf16 and fp16, but is {precision!r}.")
+
+
+def autocast(precision: Precision, device_type: str) -> AbstractContextManager[Any]:
+    """The autocast context of ``precision``; fp32 computes as it is."""
+    if precision == "fp32":
+        return _NO_AUTOCAST
+    return torch.autocast(device_type, dtype=_DTYPES[precision])
+
+
+def best_precision(device: torch.device) -> tuple[Precision, str]:
+    """The precision that suits a device best, and one sentence that says why.
+
+    bf16 needs no loss scale, so it is taken wherever the hardware multiplies in it; fp16 where only that is fast.
+    """
+    if device.type == "cuda":
+        if torch.cuda.is_bf16_supported(including_emulation=False):
+            return "bf16", "the GPU multiplies in bfloat16, which needs no loss scale"
+        return "fp16", "the GPU multiplies in float16 but not in bfloat16; the loss is scaled"
+    if device.type == "mps":
+        return "fp16", "Apple GPUs multiply in float16; the loss is scaled"
+    # oneDNN has bfloat16 kernels for these instruction sets; elsewhere it converts, and is slower than float32
+    if torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported():
+        return "bf16", "the processor multiplies in bfloat16"
+    return "fp32", "the processor has no bfloat16 arithmetic"

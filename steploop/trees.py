@@ -1,0 +1,92 @@
+"""Nested values: walk, map and compare trees of tensors (dict, list, tuple, attrs; leaves are anything else)."""
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import attrs
+import torch
+from torch import Tensor
+
+__all__ = ["count_samples", "first_difference", "map_tensors", "named_leaves", "shapes", "to_device"]
+
+
+def map_tensors(function: Callable[[Tensor], Any], tree: Any) -> Any:
+    """The same tree with ``function(leaf)`` in the place of every tensor; other leaves are kept."""
+    if isinstance(tree, Tensor):
+        return function(tree)
+    if isinstance(tree, Mapping):
+        return {key: map_tensors(function, value) for key, value in tree.items()}
+    if isinstance(tree, tuple) and hasattr(tree, "_fields"):  # a named tuple takes its fields one by one
+        return type(tree)(*(map_tensors(function, value) for value in tree))
+    if isinstance(tree, (list, tuple)):
+        return type(tree)(map_tensors(function, value) for value in tree)
+    if attrs.has(type(tree)):
+        fields = {f.name: (f.alias, getattr(tree, f.name)) for f in attrs.fields(type(tree)) if f.init}
+        return attrs.evolve(tree, **{alias: map_tensors(function, value) for alias, value in fields.values()})
+    return tree
+
+
+def named_leaves(tree: Any, name: str = "") -> Iterator[tuple[str, Any]]:
+    """Every leaf under its dotted name, in the tree's own order."""
+    if isinstance(tree, Mapping):
+        items: Any = tree.items()
+    elif isinstance(tree, (list, tuple)):
+        items = enumerate(tree)
+    elif attrs.has(type(tree)):
+        items = ((f.name, getattr(tree, f.name)) for f in attrs.fields(type(tree)))
+    else:
+        yield name, tree
+        return
+    for key, value in items:
+        yield from named_leaves(value, f"{name}.{key}" if name else str(key))
+
+
+def to_device(tree: Any, device: torch.device, *, non_blocking: bool = True) -> Any:
+    """The same tree with its tensors on ``device``."""
+    return map_tensors(lambda t: t.to(device, non_blocking=non_blocking), tree)
+
+
+def shapes(tree: Any) -> str:
+    """The shapes of a batch's tensors, for messages: ``(128, 3, 32, 32) float32, (128,) int64``."""
+    found = [leaf for _, leaf in named_leaves(tree) if isinstance(leaf, Tensor)]
+    return ", ".join(f"{tuple(t.shape)} {str(t.dtype).removeprefix('torch.')}" for t in found) or "no tensors"
+
+
+def count_samples(batch: Any) -> int | None:
+    """The size of the first tensor's first axis, or None where there is no tensor with an axis."""
+    for _, leaf in named_leaves(batch):
+        if isinstance(leaf, Tensor) and leaf.dim() > 0:
+            return leaf.shape[0]
+    return None
+
+
+def _tensor_difference(name: str, a: Tensor, b: Tensor) -> str | None:
+    if (a.shape, a.dtype) != (b.shape, b.dtype):
+        return f"{name}: {tuple(a.shape)} {a.dtype} against {tuple(b.shape)} {b.dtype}"
+    x, y = a.detach().cpu(), b.detach().cpu()
+    # the bits decide: equal nans are equal, and 0.0 is not -0.0
+    if x.contiguous().reshape(-1).view(torch.uint8).equal(y.contiguous().reshape(-1).view(torch.uint8)):
+        return None
+    if x.dtype == torch.bool or x.is_complex():
+        return f"{name}: {int((x != y).sum())} of {x.numel()} elements differ"
+    gap = (x.double() - y.double()).abs()
+    unequal = int(((x != y) & ~(x.isnan() & y.isnan())).sum())
+    return f"{name}: {unequal} of {x.numel()} elements differ, the largest difference is {gap.max().item():.3e}"
+
+
+def first_difference(a: Any, b: Any, name: str = "") -> str | None:
+    """What differs first between two trees, bit for bit, or None: names the leaf and says by how much."""
+    left, right = dict(named_leaves(a, name)), dict(named_leaves(b, name))
+    if list(left) != list(right):
+        only = [key for key in [*left, *right] if (key in left) != (key in right)]
+        return f"{only[0]}: only on one side" if only else f"the order of {list(left)[:3]}... differs"
+    for key, x in left.items():
+        y = right[key]
+        if isinstance(x, Tensor) and isinstance(y, Tensor):
+            if (difference := _tensor_difference(key, x, y)) is not None:
+                return difference
+        elif isinstance(x, Tensor) or isinstance(y, Tensor) or type(x) is not type(y):
+            return f"{key}: {type(x).__name__} against {type(y).__name__}"
+        elif x != y and not (x != x and y != y):  # noqa: PLR0124  (nan is the one value unequal to itself)
+            return f"{key}: {x!r} against {y!r}"
+    return None
