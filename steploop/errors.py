@@ -17,6 +17,7 @@ SteploopError                     anything below; exit code 1
     ├── CheckpointDamagedError    bytes are missing, changed or hostile
     ├── CheckpointIncompatibleError       it holds another state than the one it is loaded into
     ├── CheckpointVersionError    its format is newer or older than this version reads
+    ├── CheckpointUnsupportedError (TypeError)     the state holds a value that no checkpoint can hold
     └── CheckpointWriteError (OSError)    it could not be written; has ``errno``; exit code 4
 
 Each message says what was expected, what came, and what to do.
@@ -103,6 +104,10 @@ class CheckpointIncompatibleError(CheckpointError):
 
 class CheckpointVersionError(CheckpointError):
     """The checkpoint's format is one that this version does not read."""
+
+
+class CheckpointUnsupportedError(CheckpointError, TypeError):
+    """The state holds a tensor or a value that a checkpoint cannot hold; nothing was written."""
 
 
 class CheckpointWriteError(CheckpointError, OSError):
