@@ -1,0 +1,113 @@
+"""The batches of one epoch, from a cursor on: an iterator that knows its position and how long it waited."""
+
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from steploop.errors import DataError
+from steploop.trees import map_tensors, to_device
+
+__all__ = ["EpochBatches", "ahead_of_use"]
+
+
+class EpochBatches(Iterator[Any]):
+    """What ``loader.epoch(epoch, start)`` gives.
+
+    Attributes:
+        position: batches of the epoch that lie behind: ``start`` and those handed out since. Continuing at
+            ``loader.epoch(epoch, position)`` gives what this iterator would have given next.
+        waited_s: seconds spent in here so far, waiting for the batches or making them; divided by the wall
+            time of the loop, the share of it that the data cost.
+    """
+
+    def __init__(self, batches: Iterator[Any], *, start: int, close: Callable[[], None]) -> None:
+        self._batches = batches
+        self._close = close
+        self.position = start
+        self.waited_s = 0.0
+        self._broken: BaseException | None = None
+
+    def __next__(self) -> Any:
+        if self._broken is not None:  # a generator that raised would now say that the epoch is over
+            raise DataError(
+                f"this epoch broke off before batch {self.position} with {type(self._broken).__name__}; "
+                f"to go on, call epoch(..., start={self.position})"
+            ) from self._broken
+        begun = time.perf_counter()
+        try:
+            batch = next(self._batches)
+        except StopIteration:
+            self.close()
+            raise
+        except BaseException as error:
+            self._broken = error
+            self.close()
+            raise
+        finally:
+            self.waited_s += time.perf_counter() - begun
+        self.position += 1
+        return batch
+
+    def close(self) -> None:
+        """Give up the rest of the epoch; needless after its last batch. Workers end, or wait for the next epoch."""
+        close, self._close = self._close, _nothing
+        close()
+
+    def __del__(self) -> None:
+        self.close()
+
+
+def _nothing() -> None:
+    pass
+
+
+def ahead_of_use(
+    batches: Iterator[Any], device: torch.device, finish: Callable[[Any, int], Any], depth: int
+) -> Iterator[Any]:
+    """Move batches to the device, ``depth`` of them ahead where the device works on its own.
+
+    On CUDA the transfers, and ``finish`` with them, run on a stream of their own, while the device is still busy
+    with the steps before. A step's own stream waits for the transfer of its batch, the host for nothing.
+
+    Args:
+        batches: batches on the host; pinned memory lets their transfer overlap.
+        device: where they go.
+        finish: ``(batch, n) -> batch``, applied on the device to the n-th.
+        depth: transfers in flight at a time.
+    """
+    if device.type != "cuda":
+        for n, batch in enumerate(batches):
+            yield finish(to_device(batch, device, non_blocking=False), n)
+        return
+    stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]  # torch has no types for it
+    stream.wait_stream(torch.cuda.current_stream(device))
+    flying: list[tuple[Any, torch.cuda.Event]] = []
+
+    def take_off(n: int) -> bool:
+        with torch.cuda.stream(stream):  # data that lie on the device are gathered on it, too
+            host = next(batches, None)
+            if host is None:
+                return False
+            flying.append((finish(to_device(host, device), n), stream.record_event()))
+        return True
+
+    n = 0
+    while n < depth and take_off(n):
+        n += 1
+    while flying:
+        batch, arrived = flying.pop(0)
+        torch.cuda.current_stream(device).wait_event(arrived)
+        map_tensors(_used_on_current_stream, batch)
+        if take_off(n):
+            n += 1
+        yield batch
+
+
+def _used_on_current_stream(tensor: Tensor) -> Tensor:
+    """Tell the allocator which stream reads the tensor, so that its memory is not given away too early."""
+    if tensor.is_cuda:
+        tensor.record_stream(torch.cuda.current_stream(tensor.device))
+    return tensor

@@ -1,0 +1,263 @@
+"""The loader: batches of a dataset, in an order, from any position, the same whoever makes them."""
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import attrs
+import torch
+from torch.utils.data import IterableDataset, TensorDataset
+
+from steploop.data._checks import at_least, is_bool, require_int
+from steploop.data.epochs import EpochBatches, ahead_of_use
+from steploop.data.fetching import Failure, Fetcher, Request, Transform, is_tensors
+from steploop.data.order import BATCH, batch_indices, batches_per_epoch, epoch_order
+from steploop.data.workers import WorkerPool
+from steploop.errors import ConfigError, DataError, EmptyDataError
+from steploop.random_numbers import fold_in
+from steploop.trees import map_tensors
+
+__all__ = ["Augment", "Loader"]
+
+Augment = Callable[[Any, torch.Generator], Any]
+"""``(batch, generator) -> batch``; the generator (CPU) is seeded by (seed, epoch, batch number, rank)."""
+
+
+@attrs.frozen
+class _EpochRequests(Sequence[Request]):
+    """The requests of an epoch from a position on, each made when it is looked at."""
+
+    loader: "Loader"
+    epoch: int
+    start: int
+    order: torch.Tensor
+
+    def __len__(self) -> int:
+        return len(self.loader) - self.start
+
+    def __getitem__(self, n: Any) -> Any:
+        if not 0 <= n < len(self):
+            raise IndexError(n)
+        at = self.loader
+        rows = batch_indices(
+            self.order,
+            self.start + n,
+            batch_size=at.batch_size,
+            drop_last=at.drop_last,
+            rank=at.rank,
+            world_size=at.world_size,
+        )
+        return Request(epoch=self.epoch, batch=self.start + n, indices=rows.tolist())
+
+
+def _as_device(device: torch.device | str | None) -> torch.device | None:
+    try:
+        return None if device is None else torch.device(device)
+    except RuntimeError as error:
+        raise ConfigError(
+            f"device must be a torch device such as 'cpu' or 'cuda:0', got {device!r}"
+        ) from error
+
+
+@attrs.frozen(kw_only=True, eq=False)
+class Loader:
+    """Batches of a dataset: a frozen description, and ``epoch(epoch, start)`` gives the batches themselves.
+
+    Which samples a batch holds, and the random numbers of its augmentation, are functions of (seed, epoch,
+    position) and nothing else: not of the number of workers, of what was read before, or of torch's global
+    random number generators, which a loader never touches.
+
+    Two kinds of data. Tensors that are in memory (``Loader((images, labels), ...)``) are cut into batches
+    directly; a batch has the structure of the data. Any map-style ``Dataset`` is read sample by sample, in this
+    process or in workers of a real ``torch.utils.data.DataLoader``, and collated. Random numbers that a dataset
+    draws from the global generators of torch, Python and NumPy, as torchvision's transforms do, depend on (seed,
+    epoch, sample index) too.
+
+    Args:
+        dataset: a tensor, or a tuple or mapping of tensors with a common first axis; or a map-style dataset.
+        batch_size: samples in a batch, of one process.
+        seed: the run's seed.
+        shuffle: whether every epoch has an order of its own; else the order of the dataset.
+        drop_last: whether an incomplete last batch is left out.
+        num_workers: processes that read ahead; 0 reads in this one.
+        pin_memory: whether batches pass through page-locked memory; by default where ``device`` is CUDA. Without
+            CUDA it has no effect.
+        persistent_workers: whether workers live on from one epoch to the next; ``close()`` ends them.
+        transform: ``(sample, generator) -> sample``, in the worker; its generator is seeded by (seed, epoch,
+            sample index).
+        augment: ``(batch, generator) -> batch``, in this process, after the transfer to the device; its generator
+            (on the CPU, so that every device sees the same numbers) is seeded by (seed, epoch, batch number).
+        collate: makes a batch of a list of samples; ``torch.utils.data.default_collate`` unless given.
+        device: where the batches go; None leaves them where they are.
+        prefetch: batches that each worker makes ahead, and transfers to CUDA in flight.
+        rank: this process among those that share the data.
+        world_size: number of those processes. Every one gets as many batches as every other.
+
+    Raises:
+        ConfigError: an argument is not legal.
+        EmptyDataError: there is not a single batch.
+        DataError: the dataset has no length, or its samples cannot be had by index.
+    """
+
+    dataset: Any = attrs.field(kw_only=False, repr=lambda data: type(data).__name__)
+    batch_size: int = attrs.field(validator=at_least(1))
+    seed: int = attrs.field(validator=at_least(0))
+    shuffle: bool = attrs.field(default=True, validator=is_bool)
+    drop_last: bool = attrs.field(default=False, validator=is_bool)
+    num_workers: int = attrs.field(default=0, validator=at_least(0))
+    pin_memory: bool | None = attrs.field(default=None, validator=attrs.validators.optional(is_bool))
+    persistent_workers: bool = attrs.field(default=False, validator=is_bool)
+    transform: Transform | None = None
+    augment: Augment | None = None
+    collate: Callable[[list[Any]], Any] | None = None
+    device: torch.device | None = attrs.field(default=None, converter=_as_device)
+    prefetch: int = attrs.field(default=2, validator=at_least(1))
+    rank: int = attrs.field(default=0, validator=at_least(0))
+    world_size: int = attrs.field(default=1, validator=at_least(1))
+    num_samples: int = attrs.field(init=False)
+    # The one thing here that is no value: workers that wait for the next epoch. Nothing depends on them but time.
+    _kept: list[WorkerPool] = attrs.field(init=False, factory=list, repr=False)
+
+    def __attrs_post_init__(self) -> None:
+        require_int("rank", self.rank, minimum=0, maximum=self.world_size - 1)
+        if type(self.dataset) is TensorDataset:
+            object.__setattr__(self, "dataset", self.dataset.tensors)
+        object.__setattr__(self, "num_samples", _count(self.dataset))
+        if self.num_samples == 0:
+            raise EmptyDataError("the dataset has no samples: there is nothing to load")
+        if len(self) == 0:
+            shared = f" for each of {self.world_size} processes" if self.world_size > 1 else ""
+            raise EmptyDataError(
+                f"{self.num_samples} samples with batch_size={self.batch_size} and drop_last={self.drop_last} make "
+                f"no batch{shared}; lower batch_size, set drop_last=False, or get more data"
+            )
+        if self.num_workers > 0 and is_tensors(self.dataset) and _on_device(self.dataset):
+            raise ConfigError(
+                f"num_workers={self.num_workers}, but the data lie on the device, where worker processes cannot read "
+                "them: set num_workers=0 (nothing is left for workers to do), or keep the data on the CPU"
+            )
+
+    def __len__(self) -> int:
+        """Batches in an epoch, for this process."""
+        return batches_per_epoch(
+            self.num_samples, batch_size=self.batch_size, drop_last=self.drop_last, world_size=self.world_size
+        )
+
+    def __iter__(self) -> EpochBatches:
+        """The batches of epoch 0, every time: what an evaluation wants."""
+        return self.epoch(0)
+
+    def epoch(self, epoch: int, start: int = 0, *, poll: Callable[[], None] | None = None) -> EpochBatches:
+        """The batches of an epoch from number ``start`` on; those before are neither made nor read.
+
+        Args:
+            epoch: the epoch's number, from 0.
+            start: the first batch, ``0 .. len(self)``; at ``len(self)`` there is none left.
+            poll: called about twice a second while workers make us wait, for instance to see whether a signal
+                has come; what it raises ends the epoch.
+
+        Returns:
+            An iterator of batches that knows its ``position`` and the seconds it ``waited_s``.
+
+        Raises:
+            ConfigError: there is no such position.
+            DataError: workers could not be started; later, from the iterator: a dataset or a worker failed.
+        """
+        require_int("epoch", epoch, minimum=0)
+        require_int("start", start, minimum=0, maximum=len(self))
+        order = epoch_order(self.num_samples, seed=self.seed, epoch=epoch, shuffle=self.shuffle)
+        requests = _EpochRequests(self, epoch, start, order)
+        pool = self._pool() if self.num_workers > 0 and len(requests) > 0 else None
+        if pool is not None:
+            pool.begin(requests)
+        batches: Iterator[Any] = self._batches(requests, pool, poll)
+
+        def finish(batch: Any, n: int) -> Any:
+            return self._augmented(batch, epoch, start + n)
+
+        if self.device is None:
+            batches = (finish(batch, n) for n, batch in enumerate(batches))
+        else:
+            batches = ahead_of_use(batches, self.device, finish, self.prefetch)
+        return EpochBatches(batches, start=start, close=lambda: self._release(pool))
+
+    def close(self) -> None:
+        """End the workers that were kept for the next epoch."""
+        while self._kept:
+            self._kept.pop().close()
+
+    def _pool(self) -> WorkerPool:
+        if self._kept:
+            return self._kept.pop()
+        return WorkerPool(
+            self._fetcher(),
+            num_workers=self.num_workers,
+            pin_memory=self._pins(),
+            prefetch=self.prefetch,
+            seed=self.seed,
+        )
+
+    def _release(self, pool: WorkerPool | None) -> None:
+        """Called once for every epoch: when it is over, or given up."""
+        if pool is None:
+            return
+        if self.persistent_workers and pool.idle and not self._kept:
+            self._kept.append(pool)
+        else:
+            pool.close()
+
+    def _fetcher(self) -> Fetcher:
+        return Fetcher(self.dataset, seed=self.seed, transform=self.transform, collate=self.collate)
+
+    def _pins(self) -> bool:
+        wanted = (
+            self.device is not None and self.device.type == "cuda"
+            if self.pin_memory is None
+            else self.pin_memory
+        )
+        return wanted and torch.cuda.is_available()
+
+    def _batches(
+        self, requests: _EpochRequests, pool: WorkerPool | None, poll: Callable[[], None] | None
+    ) -> Iterator[Any]:
+        fetcher = self._fetcher()
+        for request in requests:
+            batch = fetcher[request] if pool is None else pool.receive(poll)
+            if isinstance(batch, Failure):
+                batch.raise_error(self.num_samples, request.batch)
+            if pool is None and self._pins():
+                batch = map_tensors(lambda t: t if t.is_cuda else t.pin_memory(), batch)
+            yield batch
+
+    def _augmented(self, batch: Any, epoch: int, number: int) -> Any:
+        if self.augment is None:
+            return batch
+        generator = torch.Generator().manual_seed(fold_in(self.seed, BATCH, epoch, number, self.rank))
+        return self.augment(batch, generator)
+
+
+def _on_device(data: Any) -> bool:
+    found: list[bool] = []
+    map_tensors(lambda t: found.append(t.device.type != "cpu"), data)
+    return any(found)
+
+
+def _count(data: Any) -> int:
+    """The number of samples."""
+    if is_tensors(data):
+        sizes: list[tuple[int, ...]] = []
+        map_tensors(lambda t: sizes.append(tuple(t.shape)), data)
+        if any(not shape for shape in sizes) or len({shape[0] for shape in sizes}) != 1:
+            raise DataError(
+                f"the tensors must have a common first axis, the samples; their shapes are {sizes}"
+            )
+        return sizes[0][0]
+    what = type(data).__name__
+    if isinstance(data, IterableDataset) or not (hasattr(data, "__len__") and hasattr(data, "__getitem__")):
+        raise DataError(
+            f"a Loader needs a dataset with __len__ and __getitem__ (map-style), so that it can go to any position; "
+            f"{what} has no samples by index: wrap it in a Stream, which says what can be resumed and what not"
+        )
+    try:
+        return len(data)
+    except Exception as error:
+        raise DataError(f"len() of the dataset ({what}) failed: {type(error).__name__}: {error}") from error

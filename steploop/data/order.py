@@ -1,0 +1,101 @@
+"""Which samples make up which batch: pure functions of (seed, epoch), so that a position is two integers.
+
+Nothing here has a memory. The order of an epoch is computed when the epoch begins, from the seed and the
+epoch's number alone, and a batch is a slice of it: any cursor can be gone to at once, and every process of a
+distributed run computes the same order and takes its own share.
+"""
+
+import torch
+from torch import Tensor
+
+from steploop.data._checks import require_int
+from steploop.errors import DataError
+from steploop.random_numbers import fold_in
+
+__all__ = ["batch_indices", "batches_per_epoch", "epoch_order"]
+
+# What the random numbers are for. As the first coordinate of fold_in it keeps the streams apart: the order of
+# epoch 3 has nothing to do with the augmentation of sample 3, nor with a step's dropout.
+ORDER, SAMPLE, BATCH, AMBIENT, WORKERS = 0x0DA7_A001, 0x0DA7_A002, 0x0DA7_A003, 0x0DA7_A004, 0x0DA7_A005
+
+
+def epoch_order(n: int, *, seed: int, epoch: int, shuffle: bool = True) -> Tensor:
+    """The order in which an epoch visits ``n`` samples.
+
+    A permutation of ``0 .. n - 1``, drawn uniformly by a generator seeded with ``fold_in(seed, ORDER, epoch)``;
+    without ``shuffle`` the identity. The same arguments give the same order, always; the ambient random number
+    generators have no part in it.
+
+    Args:
+        n: number of samples, at least 0.
+        seed: the run's seed.
+        epoch: the epoch's number, from 0.
+        shuffle: whether to permute at all.
+
+    Returns:
+        Indices, shape ``(n,)``, int64, on the CPU.
+
+    Raises:
+        ConfigError: ``n`` or ``epoch`` is negative or no integer.
+        DataError: the order of so many samples does not fit into memory.
+    """
+    require_int("n", n, minimum=0)
+    require_int("epoch", epoch, minimum=0)
+    try:
+        if not shuffle:
+            return torch.arange(n)
+        return torch.randperm(n, generator=torch.Generator().manual_seed(fold_in(seed, ORDER, epoch)))
+    except RuntimeError as error:
+        raise DataError(
+            f"the order of {n:,} samples takes {8 * n:,} bytes, which cannot be had: a dataset that is infinite, or "
+            "whose __len__ says so, has no permutation; make it a Stream with a length of your choice"
+        ) from error
+
+
+def batches_per_epoch(n: int, *, batch_size: int, drop_last: bool = False, world_size: int = 1) -> int:
+    """How many batches each process gets from ``n`` samples: the same number for every rank.
+
+    With ``G = batch_size * world_size`` samples to a global batch: ``n // G``, and one more for a remainder that
+    is kept and has at least a sample for each process.
+
+    Args:
+        n: number of samples.
+        batch_size: samples in a batch of one process.
+        drop_last: whether an incomplete global batch is dropped.
+        world_size: number of processes that share the data.
+    """
+    full, rest = divmod(n, batch_size * world_size)
+    return full + (not drop_last and rest >= world_size)
+
+
+def batch_indices(
+    order: Tensor, batch: int, *, batch_size: int, drop_last: bool = False, rank: int = 0, world_size: int = 1
+) -> Tensor:
+    """The samples of batch number ``batch``, out of an epoch's ``order``, for one process.
+
+    Global batch b is ``order[b * G : (b + 1) * G]`` with ``G = batch_size * world_size``, and rank r takes every
+    ``world_size``-th of it from the r-th on. Hence the global batches do not depend on how many processes share
+    them, no sample is seen twice, and none is lost. A remainder smaller than ``world_size`` could not give every
+    process a sample (and a process without a batch hangs the others): it joins the batch before, where it adds
+    at most one sample to each process. With ``drop_last`` the remainder is left out instead.
+
+    Args:
+        order: indices, shape ``(n,)``, from :func:`epoch_order`.
+        batch: the batch's number in the epoch, from 0.
+        batch_size: samples in a batch of one process.
+        drop_last: whether an incomplete global batch is dropped.
+        rank: this process, ``0 .. world_size - 1``.
+        world_size: number of processes that share the data.
+
+    Returns:
+        Indices, shape ``(B,)``, int64: a view of ``order``.
+
+    Raises:
+        ConfigError: the epoch has no such batch.
+    """
+    n = order.numel()
+    count = batches_per_epoch(n, batch_size=batch_size, drop_last=drop_last, world_size=world_size)
+    require_int("batch", batch, minimum=0, maximum=count - 1)
+    size = batch_size * world_size
+    stop = n if batch == count - 1 and not drop_last else (batch + 1) * size
+    return order[batch * size + rank : stop : world_size]

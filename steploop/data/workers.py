@@ -1,0 +1,248 @@
+"""Worker processes: torch's DataLoader, made to end cleanly, to wait interruptibly and to say who died.
+
+What is changed about it, and why:
+
+- Workers ignore SIGINT and SIGTERM, which reach the whole process group: the training process decides when to
+  stop, and its workers must still serve the batches until then. They die with it (Linux: PR_SET_PDEATHSIG).
+- torch reports a dead worker from a signal handler, as an exception in whatever line the main thread happens to
+  be, in the middle of a commit too. Here it is reported while waiting for a batch, and nowhere else.
+- Waiting returns to Python every second at the latest, so that a flag set by a signal handler is seen.
+"""
+
+import atexit
+import ctypes
+import multiprocessing as mp
+import os
+import signal
+import sys
+import threading
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from functools import partial
+from typing import Any
+
+import torch
+from torch._C import _remove_worker_pids, _set_worker_pids
+from torch.utils.data import DataLoader, Sampler
+
+from steploop.data.fetching import Fetcher, Request
+from steploop.data.order import WORKERS
+from steploop.errors import DataError
+from steploop.random_numbers import fold_in
+
+__all__ = ["WorkerPool"]
+
+POLL_S = 0.5  # how long a wait lasts at most before Python code runs again
+GRACE_S = 1.0  # how long a worker may take to finish when it is no longer needed
+_PR_SET_PDEATHSIG = 1  # linux/prctl.h
+
+
+def _start_worker(_: int, *, die_with_parent: bool) -> None:
+    """Run first in every worker."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT, signal.SIGTERM})
+    if die_with_parent and sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+        parent = mp.parent_process()
+        if parent is not None and not parent.is_alive():  # it died before the line above
+            os._exit(1)
+
+
+def _as_is(batch: Any) -> Any:
+    return batch
+
+
+class _Plan(Sampler[Request]):
+    """The requests of the epoch that is about to begin."""
+
+    def __init__(self) -> None:
+        self.requests: Sequence[Request] = ()
+
+    def __iter__(self) -> Iterator[Request]:
+        return iter(self.requests)
+
+
+@contextmanager
+def _signals_held_back() -> Iterator[None]:
+    """Delay SIGINT and SIGTERM while workers are forked: one that arrives before they ignore it would kill them."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+class WorkerPool:
+    """Worker processes serving one epoch at a time; kept for the next epoch when they are persistent.
+
+    Args:
+        fetcher: what the workers run.
+        num_workers: how many processes, at least 1.
+        pin_memory: whether batches are copied into page-locked memory.
+        prefetch: batches that each worker makes ahead.
+        seed: the run's seed.
+    """
+
+    def __init__(
+        self, fetcher: Fetcher, *, num_workers: int, pin_memory: bool, prefetch: int, seed: int
+    ) -> None:
+        self._iterator: Any = None
+        self._plan = _Plan()
+        # PR_SET_PDEATHSIG fires when the forking *thread* ends, so only the main thread may ask for it
+        main = threading.current_thread() is threading.main_thread()
+        self._loader = DataLoader(
+            fetcher,
+            batch_size=None,  # a request is a batch
+            sampler=self._plan,
+            num_workers=num_workers,
+            collate_fn=_as_is,
+            pin_memory=pin_memory,
+            timeout=POLL_S,
+            worker_init_fn=partial(_start_worker, die_with_parent=main),
+            generator=torch.Generator().manual_seed(
+                fold_in(seed, WORKERS)
+            ),  # else it draws from the global one
+            prefetch_factor=prefetch,
+            persistent_workers=True,  # so that the pool, not the DataLoader, decides when they end
+        )
+        self._requests: Sequence[Request] = ()
+        self._received = 0
+        self._owner = os.getpid()
+        _live.add(self)
+
+    @property
+    def idle(self) -> bool:
+        """Whether every batch that was asked for has been received, so that another epoch can begin."""
+        return self._received == len(self._requests)
+
+    @property
+    def pids(self) -> list[int]:
+        """The process ids of the workers, by worker id."""
+        return [w.pid for w in self._processes]
+
+    @property
+    def _processes(self) -> list[Any]:
+        return [] if self._iterator is None else self._iterator._workers  # noqa: SLF001  (torch tells nobody who its workers are)
+
+    def begin(self, requests: Sequence[Request]) -> None:
+        """Start on the batches of an epoch, in new workers or in those that are idle.
+
+        Raises:
+            DataError: the workers could not be started.
+        """
+        self._plan.requests = self._requests = requests
+        self._received = 0
+        if self._iterator is not None:
+            with suppress(
+                RuntimeError
+            ):  # the machine is so busy that they did not answer in time: begin anew
+                iter(self._loader)
+                return
+            self.close()
+        try:
+            with _signals_held_back():
+                self._iterator = iter(self._loader)
+        except (RuntimeError, OSError) as error:
+            raise DataError(
+                f"{self._loader.num_workers} worker processes could not be started: {error}; try fewer workers, or "
+                "num_workers=0, which makes the same batches in this process"
+            ) from error
+        # torch's handler for SIGCHLD stays, but from here on knows none of our workers
+        _remove_worker_pids(id(self._iterator))
+        self._iterator._worker_pids_set = False  # noqa: SLF001  (else torch takes them off a second time)
+
+    def receive(self, poll: Callable[[], None] | None) -> Any:
+        """The next batch; ``poll`` is called about twice a second while there is none.
+
+        Raises:
+            DataError: a worker died; names it and the samples it was to make.
+        """
+        while True:
+            self._raise_if_a_worker_died(None)
+            try:
+                with self._watched():
+                    batch = next(self._iterator)
+            except (RuntimeError, OSError, EOFError) as error:
+                self._raise_if_a_worker_died(error)
+                if not str(error).startswith("DataLoader timed out"):
+                    raise DataError(f"the workers' batches could not be received: {error}") from error
+            else:
+                self._received += 1
+                return batch
+            if poll is not None:
+                poll()
+
+    def close(self) -> None:
+        """End the workers: at once when they are idle, within a second when one is stuck."""
+        if self._iterator is None or os.getpid() != self._owner or sys.is_finalizing():
+            return
+        iterator, processes = self._iterator, self._processes
+        self._iterator = self._loader._iterator = None  # noqa: SLF001  (the DataLoader keeps a persistent one)
+        # torch joins each for five seconds, then sends a SIGTERM, which they ignore
+        killer = threading.Timer(GRACE_S, _kill, [processes])
+        killer.daemon = True
+        killer.start()
+        try:
+            iterator._shutdown_workers()  # noqa: SLF001  (its only way to end persistent workers before __del__)
+        finally:
+            killer.cancel()
+            _kill(processes)
+
+    def __del__(self) -> None:
+        self.close()
+
+    def kill(self) -> None:
+        """End the workers at once, without a word; for the end of this process."""
+        if os.getpid() == self._owner:
+            _kill(self._processes)
+
+    @contextmanager
+    def _watched(self) -> Iterator[None]:
+        """Let torch's SIGCHLD handler see our workers: it can wake a read that a killed worker left unfinished."""
+        _set_worker_pids(id(self), tuple(self.pids))
+        try:
+            yield
+        finally:
+            _remove_worker_pids(id(self))
+
+    def _raise_if_a_worker_died(self, error: BaseException | None) -> None:
+        for worker, process in enumerate(self._processes):
+            if process.is_alive():
+                continue
+            code = process.exitcode
+            pid = process.pid
+            how = (
+                f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
+            )
+            samples = ""
+            # torch deals the requests out to the workers in turn: this is the first that it has not answered
+            lost = self._received + (worker - self._received) % self._loader.num_workers
+            if lost < len(self._requests):
+                request = self._requests[lost]
+                samples = f" while making batch {request.batch} of samples {request.indices}"
+            self.close()
+            raise DataError(
+                f"data worker {worker} (pid {pid}) {how}{samples}; SIGKILL usually means that memory ran out, "
+                "SIGBUS that /dev/shm is full: use fewer workers or smaller batches"
+            ) from error
+
+
+def _kill(processes: list[Any]) -> None:
+    for process in processes:
+        if process.is_alive():
+            process.kill()
+    for process in processes:
+        process.join(GRACE_S)
+
+
+# Daemonic children that ignore SIGTERM would let Python's own exit handler wait for them for ever. Registered
+# after torch's handlers (imported above), this one runs before them.
+_live: "weakref.WeakSet[WorkerPool]" = weakref.WeakSet()
+
+
+@atexit.register
+def _kill_remaining() -> None:
+    for pool in list(_live):
+        pool.kill()
