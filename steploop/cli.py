@@ -1,0 +1,74 @@
+"""The command line: registers the commands, and turns errors into one sentence and an exit code."""
+
+import sys
+import traceback
+from typing import Annotated
+
+import typer
+
+from steploop.commands.recipes import recipes
+from steploop.commands.run import resume, run
+from steploop.errors import SteploopError
+from steploop.interruption import Interrupted
+
+__all__ = ["app", "main"]
+
+app = typer.Typer(
+    add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode=None,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)  # fmt: skip
+for command in (run, resume, recipes):
+    app.command()(command)
+
+
+def _version(value: bool) -> None:
+    if value:
+        from steploop import __version__
+
+        sys.stdout.write(f"steploop {__version__}\n")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version.")] = False,
+) -> None:
+    """Train PyTorch models: an epoch is functools.reduce(train_step, batches, state)."""
+
+
+def main() -> None:
+    """The ``steploop`` command. Exit codes: 0 done, 2 usage, 3 to 6 by the error, 75 and 130 interrupted, 1 others."""
+    for stream in (sys.stdout, sys.stderr):  # a locale that cannot show a character must not end a run
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
+    debug = "--debug" in sys.argv[1:]
+    arguments = [word for word in sys.argv[1:] if word != "--debug"]
+    raise SystemExit(call(arguments, debug=debug))
+
+
+def call(arguments: list[str], *, debug: bool = False) -> int:
+    """Run a command.
+
+    Args:
+        arguments: the words after ``steploop``.
+        debug: show tracebacks of our own errors too.
+
+    Returns:
+        The exit code. What went wrong is one sentence on stderr.
+    """
+    try:
+        app(args=arguments, prog_name="steploop")  # ends in SystemExit, usage errors with their message and 2
+    except SteploopError as error:
+        if debug:
+            traceback.print_exc()
+        else:
+            sys.stderr.write(f"steploop: {error}\n")
+        return error.exit_code
+    except Interrupted as interrupted:
+        from steploop.run.signals import exit_code_of
+
+        sys.stderr.write("steploop: interrupted before the first step; there was nothing to save.\n")
+        return exit_code_of(interrupted.signum)
+    except SystemExit as done:
+        return done.code if isinstance(done.code, int) else int(done.code is not None)
+    return 0

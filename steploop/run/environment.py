@@ -1,0 +1,76 @@
+"""What a run's bits depend on besides its state: recorded when it starts, compared when it goes on."""
+
+import platform
+import subprocess
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from steploop import __version__
+from steploop.errors import ConfigError
+
+__all__ = ["differences", "environment", "find_device", "git_commit", "versions"]
+
+
+def versions() -> dict[str, str]:
+    """The versions of what computes."""
+    return {
+        "steploop": __version__,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "numpy": np.__version__,
+        "cuda": torch.version.cuda or "none",
+    }
+
+
+def environment(device: torch.device) -> dict[str, Any]:
+    """What a resume must find again to go on bit for bit."""
+    hardware = torch.cuda.get_device_name(device) if device.type == "cuda" else torch.backends.cpu.get_cpu_capability()
+    return {
+        "torch": torch.__version__,
+        "device": str(device),
+        "hardware": hardware,
+        "machine": platform.machine(),
+        "threads": torch.get_num_threads(),
+        "deterministic": torch.are_deterministic_algorithms_enabled(),
+    }
+
+
+def differences(recorded: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """Each difference, as ``threads: 2 then, 1 now``."""
+    return [f"{key}: {recorded[key]} then, {now[key]} now" for key in now if key in recorded and recorded[key] != now[key]]
+
+
+def git_commit(folder: Path) -> str | None:
+    """The commit that is checked out in a folder, with ``-dirty`` where files differ from it; None without git."""
+    command = ["git", "-C", str(folder), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    try:
+        done = subprocess.run(command, capture_output=True, timeout=10, check=True)  # noqa: S603  (no shell, fixed words)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return done.stdout.decode().strip() or None
+
+
+def find_device(name: str) -> torch.device:
+    """The device called ``auto``, ``cpu``, ``cuda`` (``cuda:1``) or ``mps``.
+
+    Raises:
+        ConfigError: this machine has none of that kind, or the name is none.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise ConfigError(f"--device must be auto, cpu, cuda or mps, but is {name!r}.") from error
+    available = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    if device.type not in available:
+        raise ConfigError(f"--device must be auto, cpu, cuda or mps, but is {name!r}.")
+    if not available[device.type]:
+        raise ConfigError(f"--device {name}: torch finds no such device on this machine. Leave it out, or give cpu.")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ConfigError(f"--device {name}: this machine has {torch.cuda.device_count()} CUDA devices, counted from 0.")
+    return device

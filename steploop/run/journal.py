@@ -1,0 +1,90 @@
+"""The journal of a run: each line goes to metrics.jsonl, to the loggers and to the screen."""
+
+import math
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from steploop.errors import CheckpointWriteError
+from steploop.logs import JsonLines, Loggers
+from steploop.logs.screens import Screen
+
+__all__ = ["RunJournal"]
+
+_PLACE = {"step", "attempted", "epoch", "batch", "epochs"}
+
+
+def _numbers(values: Mapping[str, Any], prefix: str) -> dict[str, float]:
+    """What a logger can draw: the finite numbers, without those that only say where we are."""
+    return {
+        prefix + name: float(value)
+        for name, value in values.items()
+        if name not in _PLACE and isinstance(value, (int, float)) and math.isfinite(value)
+    }
+
+
+class RunJournal:
+    """Tells everybody.
+
+    Args:
+        lines: the file; None writes none.
+        loggers: the user's.
+        screen: shows it.
+        steps_per_epoch: batches in an epoch.
+        epochs: how many there will be.
+        on_evaluation: told of each evaluation besides.
+    """
+
+    def __init__(
+        self,
+        lines: JsonLines | None,
+        loggers: Loggers,
+        screen: Screen,
+        *,
+        steps_per_epoch: int,
+        epochs: int,
+        on_evaluation: Callable[[Mapping[str, Any]], None] = lambda _: None,
+    ) -> None:
+        self._lines = lines
+        self._loggers = loggers
+        self._screen = screen
+        self._steps_per_epoch = steps_per_epoch
+        self._epochs = epochs
+        self._on_evaluation = on_evaluation
+        self._begun: tuple[float, int] | None = None  # when this process logged first, and how far it was
+
+    def train(self, line: Mapping[str, Any]) -> None:
+        """A log point."""
+        self._write("train", line)
+        self._loggers(line["step"], _numbers(line, "train/"))
+        batches = line["epoch"] * self._steps_per_epoch + line["batch"]
+        total = max(self._epochs * self._steps_per_epoch, 1)
+        self._screen.train({**line, "epochs": self._epochs}, done=batches / total, left_s=self._left(batches, total))
+
+    def _left(self, batches: int, total: int) -> float | None:
+        """Seconds left, by the pace since the first log point, evaluations included."""
+        now = time.monotonic()
+        if self._begun is None:
+            self._begun = now, batches
+        since, first = self._begun
+        return (now - since) / (batches - first) * (total - batches) if batches > first else None
+
+    def evaluation(self, line: Mapping[str, Any]) -> None:
+        """An evaluation."""
+        self._write("eval", line)
+        self._loggers(line["step"], _numbers(line["metrics"], "eval/"))
+        self._screen.evaluation(line)
+        self._on_evaluation(line)
+
+    def event(self, line: Mapping[str, Any]) -> None:
+        """Anything else."""
+        self._write("event", line)
+
+    def _write(self, kind: str, line: Mapping[str, Any]) -> None:
+        if self._lines is None:
+            return
+        try:
+            self._lines({"kind": kind, **line})
+        except CheckpointWriteError as error:  # the log of a run is not worth the run
+            self._screen.note(f"{error} The run goes on without it.")
+            self._lines = None

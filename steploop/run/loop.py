@@ -1,0 +1,259 @@
+"""The loop: ``reduce(train_step, batches, state)`` for each epoch, and what happens between two steps.
+
+Nothing in here changes what is trained: logging, checkpoints and signals look at the state; only the fold over an
+evaluation's metrics, and the cursor, write to it.
+"""
+
+import time
+from collections.abc import Iterable, Iterator, Mapping
+from functools import reduce
+from typing import Any, Literal, Protocol
+
+import attrs
+
+from steploop.checks import integer
+from steploop.errors import EmptyDataError
+from steploop.interruption import Interrupted
+from steploop.recipe import Recipe, State
+from steploop.run.measuring import read_step
+from steploop.run.monitoring import fold_metrics, stopped
+from steploop.run.signals import StopFlag
+from steploop.run.states import at_position, attempted_steps, lead, next_epoch
+from steploop.trees import count_samples
+
+__all__ = ["Ending", "Journal", "Keeper", "Loop", "Plan"]
+
+Ending = Literal["finished", "early_stop", "limit", "interrupted"]
+_MOST_STEPS_BETWEEN_LINES = 50
+_LINES_PER_EPOCH = 10
+_STEPS = attrs.validators.optional(integer(at_least=1, hint="It counts steps; leave it out for the default."))
+
+
+class Journal(Protocol):
+    """Who is told what happens."""
+
+    def train(self, line: Mapping[str, Any]) -> None:
+        """A log point: the numbers of one step."""
+
+    def evaluation(self, line: Mapping[str, Any]) -> None:
+        """An evaluation: its metrics."""
+
+    def event(self, line: Mapping[str, Any]) -> None:
+        """Anything else that a reader of the run will ask about."""
+
+
+class Keeper(Protocol):
+    """Who keeps checkpoints."""
+
+    def save(self, state: State, *, best: bool) -> None:
+        """Keep the state; ``best`` where its monitored metric is the best so far."""
+
+
+@attrs.frozen(kw_only=True)
+class Plan:
+    """How a run is to be watched and cut off; none of it changes a step.
+
+    Attributes:
+        log_every: steps between two lines; None: ten lines an epoch, and at least one in 50 steps.
+        checkpoint_every: steps between two checkpoints besides those after each epoch; None: no others.
+        limit_steps: attempted steps after which to stop, for a quick look; None: train to the end.
+    """
+
+    log_every: int | None = attrs.field(default=None, validator=_STEPS)
+    checkpoint_every: int | None = attrs.field(default=None, validator=_STEPS)
+    limit_steps: int | None = attrs.field(default=None, validator=_STEPS)
+
+
+def _crossed(every: int | None, before: int, now: int) -> bool:
+    """Whether a multiple of ``every`` lies in (before, now]."""
+    return every is not None and now // every > before // every
+
+
+class Loop:
+    """One recipe, folded over its batches from wherever its state stands.
+
+    Args:
+        recipe: what to train; its ``state`` is where to begin.
+        plan: see `Plan`.
+        journal: told of each log point, evaluation and event.
+        keeper: given the states to keep.
+        stop: looked at between two steps.
+        begun_s: ``time.perf_counter()`` at the start of the run, for the times in the journal.
+    """
+
+    def __init__(
+        self, recipe: Recipe, *, plan: Plan, journal: Journal, keeper: Keeper, stop: StopFlag, begun_s: float
+    ) -> None:
+        self._recipe = recipe
+        self._plan = plan
+        self._journal = journal
+        self._keeper = keeper
+        self._stop = stop
+        self._begun_s = begun_s
+        self._steps_per_epoch = len(recipe.batches)
+        if self._steps_per_epoch == 0:
+            raise EmptyDataError("The recipe's batches are empty: there is nothing to train on. Look at the size of the data and at drop_last.")
+        self._log_every = plan.log_every or max(1, min(_MOST_STEPS_BETWEEN_LINES, self._steps_per_epoch // _LINES_PER_EPOCH))
+        self._ending: Ending | None = None
+        self._position = 0
+        self._attempted = 0
+        self._evaluated_at = -1
+        self._taken = False
+        # since the last line: samples seen, seconds waited for data, and when it was
+        self._samples, self._waited_s, self._line_s = 0, 0.0, begun_s
+        self.metrics: Mapping[str, float | None] = {}
+        self.evaluation_due: int | None = None
+
+    def run(self, state: State, *, evaluation_due: bool = False) -> tuple[State, Ending]:
+        """Train to the end, or until told to stop.
+
+        Args:
+            state: where to begin; its cursor says at which batch.
+            evaluation_due: whether the evaluation after the state's last step was interrupted.
+
+        Returns:
+            The last state and why it is the last. It has been given to the keeper.
+        """
+        self._attempted = attempted_steps(state)
+        if evaluation_due:
+            state = self._evaluated(state)
+        while self._ending is None:
+            if stopped(state):
+                self._ending = "early_stop"
+            elif lead(state).epoch >= self._recipe.epochs:
+                self._ending = "finished"
+            elif self._reached_limit(self._attempted):
+                self._ending = "limit"
+            else:
+                self._taken = True
+                state = self._epoch(state)
+        return self._closed(state), self._ending
+
+    def _epoch(self, state: State) -> State:
+        """The fold over the rest of an epoch."""
+        epoch, start = lead(state).epoch, lead(state).batch
+        self._position = start
+        if start < self._steps_per_epoch:
+            batches = self._recipe.batches.epoch(epoch, start)
+            self._line_s = time.perf_counter()
+            try:
+                state = reduce(self._step, self._until_told(batches), state)
+            finally:
+                if (close := getattr(batches, "close", None)) is not None:
+                    close()
+            if self._position == 0 and self._ending is None:
+                raise EmptyDataError(f"Epoch {epoch} has not a single batch, although len(batches) is {self._steps_per_epoch}.")
+        if self._ending is not None:
+            return state
+        before = lead(state).best
+        if self._recipe.eval_every_steps is None:
+            state = self._evaluated(state)
+            if self._ending is not None:  # interrupted: the cursor stays behind the last batch, and a resume evaluates
+                return state
+        state = next_epoch(state)
+        self._keeper.save(state, best=lead(state).best is not before)
+        return state
+
+    def _until_told(self, batches: Iterable[Any]) -> Iterator[Any]:
+        """The batches, until there is a reason to stop; counts the time they make us wait."""
+        iterator = iter(batches)
+        if self._stop.signum is not None:
+            self._ending = "interrupted"
+        while self._ending is None:
+            begun = time.perf_counter()
+            self._stop.interruptible = True
+            try:
+                batch = next(iterator)
+            except StopIteration:
+                return
+            except Interrupted:
+                self._ending = "interrupted"
+                return
+            finally:
+                self._stop.interruptible = False
+            self._waited_s += time.perf_counter() - begun
+            yield batch
+
+    def _step(self, state: State, batch: Any) -> State:
+        """A train step, and what is due after it."""
+        state = self._recipe.train_step(state, batch)
+        self._position += 1
+        state = at_position(state, self._position)
+        self._samples += count_samples(batch) or 0
+        before, self._attempted = self._attempted, attempted_steps(state)
+        now = self._attempted
+        if now == 1 or _crossed(self._log_every, before, now):
+            self._log(state, batch)
+        improved = False
+        if self._recipe.eval_every_steps is not None and _crossed(self._recipe.eval_every_steps, before, now):
+            best = lead(state).best
+            state = self._evaluated(state)
+            improved = lead(state).best is not best
+            if stopped(state):
+                self._ending = "early_stop"
+        # at the end of an epoch, the checkpoint after its evaluation is the one that counts
+        if improved or (_crossed(self._plan.checkpoint_every, before, now) and self._position < self._steps_per_epoch):
+            self._keeper.save(state, best=improved)
+        if self._stop.signum is not None:
+            self._ending = "interrupted"
+        elif self._reached_limit(now) and self._position < self._steps_per_epoch:
+            self._ending = self._ending or "limit"
+        return state
+
+    def _reached_limit(self, attempted: int) -> bool:
+        return self._plan.limit_steps is not None and attempted >= self._plan.limit_steps
+
+    def _where(self, state: State) -> dict[str, Any]:
+        first = lead(state)
+        return {"step": first.step, "attempted": self._attempted, "epoch": first.epoch, "batch": first.batch}
+
+    def _log(self, state: State, batch: Any) -> None:
+        values = read_step(state, batch, self._recipe.train_metrics)  # waits for the device: the times are honest
+        now = time.perf_counter()
+        elapsed = max(now - self._line_s, 1e-9)
+        self._journal.train({
+            **self._where(state), **values,
+            "samples_per_s": self._samples / elapsed,
+            "data_wait": min(self._waited_s / elapsed, 1.0),
+            "time_s": now - self._begun_s,
+        })  # fmt: skip
+        self._samples, self._waited_s, self._line_s = 0, 0.0, time.perf_counter()
+
+    def _evaluated(self, state: State, *, fold: bool = True) -> State:
+        """The state after an evaluation; as it was if a signal came, with ``_ending`` set."""
+        if self._recipe.evaluate is None:
+            return state
+        begun = time.perf_counter()
+        try:
+            with self._stop.interruption_allowed():
+                metrics = dict(self._recipe.evaluate(state))
+        except Interrupted:
+            self._ending = "interrupted"
+            self.evaluation_due = self._attempted if fold else None
+            return state
+        taken = time.perf_counter() - begun
+        self._line_s += taken  # the samples per second are those of training
+        self.metrics = metrics
+        self._evaluated_at = self._attempted
+        better = False
+        if fold:
+            state, better = fold_metrics(self._recipe, state, metrics)
+        self._journal.evaluation({
+            **self._where(state), "metrics": metrics, "best": better,
+            "time_s": time.perf_counter() - self._begun_s, "eval_s": taken,
+        })  # fmt: skip
+        if fold and stopped(state):
+            self._journal.event({"event": "early_stop", **self._where(state)})
+        return state
+
+    def _closed(self, state: State) -> State:
+        """The last state, kept; evaluated once more where its last step was not."""
+        best = lead(state).best
+        every = self._recipe.eval_every_steps
+        if self._ending != "interrupted" and self._evaluated_at != self._attempted and self._taken:
+            # at the end, a last step between two evaluations counts as one. Cut off in the middle, this look must
+            # leave no trace in the state: a resume goes on as if it had never stopped.
+            last = self._ending == "finished" and every is not None and self._attempted % every != 0
+            state = self._evaluated(state, fold=last)
+        self._keeper.save(state, best=lead(state).best is not best)
+        return state

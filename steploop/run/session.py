@@ -1,0 +1,280 @@
+"""A run from its beginning to its end: builds the recipe, owns the directory, folds phase after phase, says how it went."""
+
+import shutil
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import attrs
+import torch
+
+from steploop import __version__
+from steploop.errors import CheckpointIncompatibleError, SteploopError
+from steploop.interruption import Interrupted
+from steploop.logs import CsvTable, JsonLines, Logger, Loggers, TensorBoard, read_json_lines
+from steploop.logs.screens import Screen
+from steploop.overrides import to_json
+from steploop.recipe import Recipe, State
+from steploop.recipe_files import RecipeFile
+from steploop.run.directory import RunDirectory, Status, not_written, read_json, refuse_taken, write_json
+from steploop.run.environment import differences, environment, git_commit, versions
+from steploop.run.journal import RunJournal
+from steploop.run.keeping import NoCheckpoints
+from steploop.run.loop import Ending, Loop, Plan
+from steploop.run.monitoring import prepared
+from steploop.run.signals import StopFlag, exit_code_of, signals_as
+from steploop.run.states import attempted_steps, lead, members
+from steploop.run.tuning import tune_allocator
+from steploop.run_lock import run_lock
+
+__all__ = ["Request", "Summary", "carry_out"]
+
+
+@attrs.frozen(kw_only=True)
+class Request:
+    """What is to be run, and how.
+
+    Attributes:
+        recipe: the recipe file.
+        config: its Config.
+        directory: where the run's files go.
+        device: where to train.
+        plan: how it is watched and cut off.
+        resume: whether the directory holds the run already, to go on with.
+        tensorboard: write TensorBoard event files.
+        csv: write metrics.csv.
+        tune: set the allocator's thresholds.
+        require_exact: refuse to go on where the bits may come out differently.
+        command: the words of the command line, for the record.
+    """
+
+    recipe: RecipeFile
+    config: Any
+    directory: RunDirectory
+    device: torch.device
+    plan: Plan = attrs.field(factory=Plan)
+    resume: bool = False
+    tensorboard: bool = False
+    csv: bool = False
+    tune: bool = True
+    require_exact: bool = False
+    command: Sequence[str] = ()
+
+
+@attrs.frozen(kw_only=True)
+class Summary:
+    """How a run ended: the last line on stdout."""
+
+    state: str
+    exit_code: int
+    run: str
+    recipe: str
+    data: str
+    device: str
+    precision: str
+    epoch: int
+    steps_attempted: int
+    steps_applied: int
+    steps_skipped: int
+    metrics: Mapping[str, float | None]
+    best: Mapping[str, Any] | None
+    seconds: float
+
+
+def carry_out(request: Request, screen: Screen, stop: StopFlag | None = None) -> Summary:
+    """Run a recipe to its end, or until a signal.
+
+    Args:
+        request: what and how.
+        screen: where progress is shown; it is closed at the end.
+        stop: the flag that signals set.
+
+    Raises:
+        RunLockedError: another process trains in this directory.
+        RunExistsError: the directory holds something, and this is no resume.
+        SteploopError: whatever went wrong; status.json says it too.
+        Interrupted: a signal came before there was anything to save.
+    """
+    stop = stop or StopFlag()
+    with signals_as(stop), run_lock(request.directory.path):
+        if not request.resume:
+            refuse_taken(request.directory)
+        try:
+            return _Session(request, screen, stop).run()
+        finally:
+            screen.close()
+
+
+class _Session:
+    """The parts of a run while it lasts."""
+
+    def __init__(self, request: Request, screen: Screen, stop: StopFlag) -> None:
+        self._request = request
+        self._directory = request.directory
+        self._screen = screen
+        self._stop = stop
+        self._begun_s = time.perf_counter()
+        self._past = list(read_json_lines(self._directory.metrics)) if request.resume else []
+        spent = max((line.get("time_s", 0.0) for line in self._past), default=0.0)
+        self._zero_s = self._begun_s - spent
+        self._metrics: Mapping[str, float | None] = next(
+            (line["metrics"] for line in reversed(self._past) if line["kind"] == "eval"), {}
+        )
+
+    def run(self) -> Summary:
+        """Build, train, say how it went."""
+        tuning = tune_allocator() if self._request.tune else {}
+        try:
+            self._stop.at_once = True  # nothing to save yet
+            try:
+                recipe = self._request.recipe.build(self._request.config, self._request.device)
+            finally:
+                self._stop.at_once = False
+            self._record(recipe, tuning)
+            status = Status(self._directory)
+        except BaseException:
+            if not self._request.resume:
+                self._forget()
+            raise
+        try:
+            state, recipe, ending = self._phases(recipe, status)
+        except BaseException as error:
+            self._failed(status, error)
+            raise
+        return self._ended(state, recipe, ending, status)
+
+    def _phases(self, recipe: Recipe, status: Status) -> tuple[State, Recipe, Ending]:
+        """Fold the recipe, and what follows it."""
+        lines = JsonLines(self._directory.metrics)
+        loggers = Loggers(self._loggers(), self._screen.note)
+        try:
+            while True:
+                state, ending = self._phase(recipe, prepared(recipe, recipe.state), lines, loggers, status)
+                if recipe.then is None or ending == "interrupted":
+                    break
+                recipe = recipe.then(state)
+            if recipe.finish is not None and ending != "interrupted":
+                recipe.finish(state, self._directory.path)
+            return state, recipe, ending
+        finally:
+            loggers.close()
+            lines.close()
+
+    def _phase(
+        self, recipe: Recipe, state: State, lines: JsonLines, loggers: Loggers, status: Status
+    ) -> tuple[State, Ending]:
+        journal = RunJournal(
+            lines,
+            loggers,
+            self._screen,
+            steps_per_epoch=len(recipe.batches),
+            epochs=recipe.epochs,
+            on_evaluation=lambda line: status.update(
+                step=line["step"], epoch=line["epoch"], metrics=_json_metrics(line["metrics"])
+            ),
+        )
+        loop = Loop(
+            recipe,
+            plan=self._request.plan,
+            journal=journal,
+            keeper=NoCheckpoints(),
+            stop=self._stop,
+            begun_s=self._zero_s,
+        )
+        state, ending = loop.run(state)
+        self._metrics = loop.metrics or self._metrics
+        return state, ending
+
+    def _loggers(self) -> list[Logger]:
+        loggers: list[Logger] = []
+        if self._request.tensorboard:
+            loggers.append(TensorBoard(self._directory.path / "tensorboard"))
+        if self._request.csv:
+            loggers.append(CsvTable(self._directory.path / "metrics.csv"))
+        return loggers
+
+    def _record(self, recipe: Recipe, tuning: Mapping[str, int]) -> None:
+        """Write config.json and the copy of the recipe; on a resume, compare."""
+        request = self._request
+        now = environment(request.device)
+        if request.resume:
+            self._compare(read_json(self._directory.config).get("environment", {}), now)
+        else:
+            try:
+                self._directory.recipe.write_bytes(request.recipe.source)
+            except OSError as error:
+                raise not_written(self._directory.recipe, error) from error
+        first = lead(recipe.state)
+        path = request.recipe.path.resolve()
+        write_json(self._directory.config, {
+            "steploop": __version__,
+            "recipe": {"path": str(path), "name": request.recipe.name, "sha256": request.recipe.sha256},
+            "config": to_json(request.config),
+            "device": str(request.device),
+            "precision": first.precision,
+            "data": recipe.data,
+            "versions": versions(),
+            "environment": now,
+            "git_commit": git_commit(path.parent),
+            "command": list(request.command or sys.argv),
+            "tuning": dict(tuning),
+        })  # fmt: skip
+        count = sum(p.numel() for one in members(recipe.state).values() for p in one.params.values())
+        self._screen.note(f"{request.recipe.name}: {count:,} parameters, {first.precision} on {request.device}, {self._directory.path}")
+        if recipe.data:
+            self._screen.note(f"data: {recipe.data}")
+
+    def _compare(self, then: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+        found = differences(then, now)
+        if not found:
+            return
+        text = "; ".join(found)
+        if self._request.require_exact:
+            raise CheckpointIncompatibleError(
+                f"This run cannot be continued bit for bit here: {text}. Make them equal, or leave --require-exact out."
+            )
+        self._screen.note(f"warning: the bits of this run may come out differently from here on: {text}")
+
+    def _forget(self) -> None:
+        """Leave no directory behind for a run that never began."""
+        for path in (self._directory.config, self._directory.recipe, self._directory.status):
+            path.unlink(missing_ok=True)
+
+    def _failed(self, status: Status, error: BaseException) -> None:
+        code = error.exit_code if isinstance(error, SteploopError) else 1
+        with suppress(SteploopError):  # the error itself matters more
+            status.update(state="failed", exit_code=code, error=f"{type(error).__name__}: {error}")
+
+    def _ended(self, state: State, recipe: Recipe, ending: Ending, status: Status) -> Summary:
+        first = lead(state)
+        code = exit_code_of(self._stop.signum) if ending == "interrupted" and self._stop.signum is not None else 0
+        best = None if first.best is None else {"metric": recipe.monitor, **attrs.asdict(first.best)}
+        summary = Summary(
+            state="interrupted" if ending == "interrupted" else "finished",
+            exit_code=code,
+            run=str(self._directory.path),
+            recipe=self._request.recipe.name,
+            data=recipe.data,
+            device=str(self._request.device),
+            precision=first.precision,
+            epoch=first.epoch,
+            steps_attempted=attempted_steps(state),
+            steps_applied=first.step,
+            steps_skipped=first.attempted_steps - first.step,
+            metrics=_json_metrics(self._metrics),
+            best=best,
+            seconds=round(time.perf_counter() - self._zero_s, 3),
+        )
+        status.update(
+            state=summary.state, exit_code=code, ending=ending, step=summary.steps_applied, epoch=summary.epoch,
+            metrics=summary.metrics, best=best, seconds=summary.seconds,
+        )  # fmt: skip
+        return summary
+
+
+def _json_metrics(metrics: Mapping[str, float | None]) -> dict[str, float | None]:
+    """The metrics with None for what JSON cannot hold."""
+    return {name: value if value is not None and abs(value) < float("inf") else None for name, value in metrics.items()}
