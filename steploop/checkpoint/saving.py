@@ -1,0 +1,97 @@
+"""Save a state: taken apart, written beside, flushed, and put in place at one moment."""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+
+from steploop.checkpoint.collecting import Collected, State, collect, members
+from steploop.checkpoint.commit import commit, write_file
+from steploop.checkpoint.environment import ENVIRONMENT, environment_bytes
+from steploop.checkpoint.filesystem import LOCAL, Fs
+from steploop.checkpoint.manifest import MANIFEST, Manifest
+from steploop.checkpoint.tensors import FileRecord, hash_tensors, write_tensors
+from steploop.errors import CheckpointWriteError
+
+__all__ = ["digest", "save", "write_collected"]
+
+
+def save(state: State, directory: Path | str, *, overwrite: bool = False) -> str:
+    """Save a state, or several by name, as the checkpoint ``directory``.
+
+    When this returns, the checkpoint is on the disk and outlives a power loss; while it runs, and if it fails, there
+    is none of that name (or the one that was there). Changes nothing in the state. Needs no more memory than the
+    largest tensor that does not lie row-major on the CPU.
+
+    Args:
+        state: between two steps; or a mapping of names to states, stored as ``name.parameter``.
+        directory: of the checkpoint itself; its parent exists.
+        overwrite: take the place of a checkpoint that has the name.
+
+    Returns:
+        The checkpoint's digest: the SHA-256 of its ``state.json``. Equal states have equal digests.
+
+    Raises:
+        CheckpointUnsupportedError: the state holds something that a checkpoint cannot; nothing was written.
+        CheckpointWriteError: the system refused, three times; ``errno`` says why. Nothing is left of it.
+        SpentStateError: the state gave its tensors away.
+        StepOrderError: it holds gradients that no optimizer step has used.
+    """
+    return write_collected(LOCAL, Path(directory), collect(state), device_of(state), overwrite=overwrite)
+
+
+def device_of(state: State) -> torch.device:
+    """Where the state computes; that of the first of several."""
+    return next(iter(members(state).values())).device
+
+
+def write_collected(
+    fs: Fs, target: Path, collected: Collected, device: torch.device, *, overwrite: bool, tries: int = 3, wait_s: float = 0.5
+) -> str:
+    """Commit what was collected as the directory ``target``; the digest.
+
+    Raises:
+        CheckpointWriteError: it could not be written.
+    """
+    if not target.name or target.name.startswith("."):
+        raise CheckpointWriteError(
+            f"{target} cannot be a checkpoint: its name must not begin with a dot, which marks unfinished ones. "
+            "Give it another name."
+        )
+
+    def write(temporary: Path) -> str:
+        files = {}
+        for file, tensors in collected.tensors.items():
+            specs, metadata = collected.specs[file], collected.metadata[file]
+            files[file] = write_file(
+                fs, temporary / file, lambda out, t=tensors, s=specs, m=metadata: write_tensors(out, t, s, m)
+            )
+        text, sha256 = _manifest(collected, files).seal()
+        write_file(fs, temporary / MANIFEST, lambda out: out.write(text))
+        write_file(fs, temporary / ENVIRONMENT, lambda out: out.write(environment_bytes(device)))
+        return sha256
+
+    return commit(fs, target, write, overwrite=overwrite, tries=tries, wait_s=wait_s)
+
+
+def _manifest(collected: Collected, files: Mapping[str, FileRecord]) -> Manifest:
+    return Manifest(files=files, tensors=collected.specs, state=collected.state, metadata=collected.metadata)
+
+
+def digest(state: State) -> str:
+    """The digest that ``save`` would return, without writing anything: equal for equal states, bit for bit.
+
+    Everything a checkpoint holds is in it: parameters, buffers, slots, counters, cursor, folds. Where and when it was
+    computed is not.
+
+    Raises:
+        CheckpointUnsupportedError: the state holds something that a checkpoint cannot.
+        SpentStateError: the state gave its tensors away.
+        StepOrderError: it holds gradients that no optimizer step has used.
+    """
+    collected = collect(state)
+    files = {
+        file: hash_tensors(tensors, collected.specs[file], collected.metadata[file])
+        for file, tensors in collected.tensors.items()
+    }
+    return _manifest(collected, files).seal()[1]

@@ -1,0 +1,181 @@
+"""Plain values as strict JSON and back, exactly: what a state holds besides its tensors.
+
+JSON has no tuple, no key but text, no nan and no tensor, and Python's reader takes more than JSON (nan, duplicate
+keys, 1e999, UTF-16). Here a value that JSON lacks is an object with one key, which says what it is:
+
+    {"tuple": [...]}   {"dict": [[key, value], ...]}   {"float": "nan"}   {"tensor": "its name in the file"}
+
+Nothing that is read names code: values become None, bool, int, float, str, list, tuple, dict or a tensor.
+"""
+
+import json
+import math
+from collections.abc import Mapping
+from typing import Any, Final, NoReturn
+
+from torch import Tensor
+
+from steploop.errors import CheckpointDamagedError, CheckpointUnsupportedError
+
+__all__ = ["decode", "encode", "read_json", "write_json"]
+
+MAX_DEPTH: Final = 32
+MAX_INT: Final = 1 << 64  # a seed may use all 64 bits; Python reads longer numbers ever more slowly
+_TOO_DEEP: Final = f"it is nested more than {MAX_DEPTH} levels deep"
+_SPECIAL: Final = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}
+
+
+def encode(value: Any, name: str, tensors: dict[str, Tensor]) -> Any:
+    """``value`` as JSON has it; its tensors go to ``tensors``, under their dotted names.
+
+    Args:
+        value: None, bool, int, float, str, a tensor, or lists, tuples and mappings of them.
+        name: its dotted name, which messages and tensors bear.
+        tensors: receives the tensors.
+
+    Raises:
+        CheckpointUnsupportedError: it holds something else.
+    """
+    if value is None or isinstance(value, (bool, str)):
+        return value
+    if type(value) is int:
+        if abs(value) >= MAX_INT:
+            raise CheckpointUnsupportedError(f"{name} is {value}, but a checkpoint holds whole numbers below 2**64.")
+        return value
+    if isinstance(value, float):  # NumPy's float64 is one
+        return float(value) if math.isfinite(value) else {"float": str(float(value))}
+    if isinstance(value, Tensor):
+        tensors[name] = value
+        return {"tensor": name}
+    if type(value) in {list, tuple}:
+        items = [encode(item, f"{name}.{i}", tensors) for i, item in enumerate(value)]
+        return items if type(value) is list else {"tuple": items}
+    if isinstance(value, Mapping):
+        pairs = [[encode(k, name, tensors), encode(v, f"{name}.{k}", tensors)] for k, v in value.items()]
+        return {"dict": pairs}
+    raise CheckpointUnsupportedError(
+        f"{name} is a {type(value).__name__} ({str(value)[:80]}), but a checkpoint holds None, bool, int, float, str, "
+        "tensors, and lists, tuples and mappings of them."
+    )
+
+
+def decode(value: Any, name: str, tensors: Mapping[str, Tensor]) -> Any:
+    """What ``encode`` was given; ``name`` is what messages call it.
+
+    Raises:
+        CheckpointDamagedError: it is nothing that ``encode`` writes.
+    """
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return value
+    if isinstance(value, list):
+        return [decode(item, f"{name}.{i}", tensors) for i, item in enumerate(value)]
+    if isinstance(value, dict) and len(value) == 1:
+        ((kind, content),) = value.items()
+        if kind == "tuple" and isinstance(content, list):
+            return tuple(decode(item, f"{name}.{i}", tensors) for i, item in enumerate(content))
+        if kind == "float" and isinstance(content, str) and content in _SPECIAL:
+            return _SPECIAL[content]
+        if kind == "tensor" and isinstance(content, str) and content in tensors:
+            return tensors[content]
+        if kind == "dict" and isinstance(content, list) and all(isinstance(p, list) and len(p) == 2 for p in content):
+            return {_key(k, name): decode(v, f"{name}.{k}", tensors) for k, v in content}
+    raise CheckpointDamagedError(f"{name} holds {str(value)[:80]!r}, which no steploop writes.")
+
+
+def _key(key: Any, name: str) -> Any:
+    if key is not None and not isinstance(key, (bool, int, float, str)):
+        raise CheckpointDamagedError(f"{name} has the key {str(key)[:80]!r}, which no steploop writes.")
+    return key
+
+
+def write_json(values: Mapping[str, Any]) -> bytes:
+    """The one text of ``values``: keys sorted, ASCII, one line for each key of the outermost object.
+
+    Raises:
+        CheckpointUnsupportedError: a text in it is not Unicode, or it is nested too deeply.
+    """
+
+    def compact(value: Any) -> str:
+        return json.dumps(value, sort_keys=True, allow_nan=False, separators=(",", ":"))
+
+    lines = ",\n".join(f"{compact(key)}: {compact(values[key])}" for key in sorted(values))
+    text = f"{{\n{lines}\n}}\n".encode()
+    try:
+        read_json(text, "the state", limit=len(text))
+    except CheckpointDamagedError as error:
+        raise CheckpointUnsupportedError(f"The state cannot be read back from a checkpoint: {error}") from error
+    return text
+
+
+def read_json(text: bytes, name: str, *, limit: int) -> dict[str, Any]:
+    """A JSON object, read strictly.
+
+    Args:
+        text: the file's bytes.
+        name: what messages call it.
+        limit: more bytes than these are refused unread.
+
+    Raises:
+        CheckpointDamagedError: it is longer, not UTF-8, not JSON, no object, has a key twice, a number that is not
+            finite or not below 2**64, half a character, or more than 32 levels.
+    """
+
+    def refuse(problem: str) -> NoReturn:
+        raise CheckpointDamagedError(f"{name} is not the JSON that steploop writes: {problem}.")
+
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        found = dict(pairs)
+        if len(found) != len(pairs):
+            refuse("a key stands in it twice")
+        return found
+
+    def whole(digits: str) -> int:
+        if len(digits) > 21 or abs(int(digits)) >= MAX_INT:
+            refuse(f"the number {digits[:30]} has more than 64 bits")
+        return int(digits)
+
+    def finite(digits: str) -> float:
+        if not math.isfinite(number := float(digits)):
+            refuse(f"the number {digits[:30]} is not finite")
+        return number
+
+    if len(text) > limit:
+        refuse(f"it has {len(text)} bytes, and at most {limit} are read")
+    try:
+        values = json.loads(
+            text.decode(),
+            object_pairs_hook=unique,
+            parse_int=whole,
+            parse_float=finite,
+            parse_constant=lambda constant: refuse(f"{constant} is no number"),
+        )
+    except RecursionError:
+        refuse(_TOO_DEEP)
+    except ValueError as error:
+        refuse(str(error)[:200])
+    if not isinstance(values, dict):
+        refuse("the outermost value is no object")
+    if _depth_exceeds(values, MAX_DEPTH):
+        refuse(_TOO_DEEP)
+    if b"\\u" in text and not _is_unicode(values):
+        refuse("a text in it is half a character")
+    return values
+
+
+def _depth_exceeds(values: Any, limit: int) -> bool:
+    """Whether anything is nested more than ``limit`` deep, found level by level: nothing here recurses."""
+    level = [values]
+    for _ in range(limit):
+        below = [v.values() if isinstance(v, dict) else v for v in level]
+        level = [child for children in below for child in children if isinstance(child, (dict, list))]
+        if not level:
+            return False
+    return True
+
+
+def _is_unicode(values: Any) -> bool:
+    try:
+        json.dumps(values, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        return False
+    return True
