@@ -10,7 +10,7 @@ from contextlib import contextmanager
 __all__ = ["Interrupted", "check_interruption", "watched_by"]
 
 
-class Interrupted(BaseException):  # noqa: N818  (no error: like KeyboardInterrupt, it must pass `except Exception`)
+class Interrupted(BaseException):  # no Exception: like KeyboardInterrupt, it must pass `except Exception`
     """The run was told to stop by a signal; raised only where nothing is half done.
 
     Attributes:

@@ -4,7 +4,7 @@ import difflib
 import enum
 import types
 import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin
 
@@ -36,7 +36,9 @@ def split_assignments(assignments: Sequence[str]) -> dict[str, str]:
         if not sign or not name:
             raise ConfigError(f"--set takes name=value, as in --set epochs=5, but got {assignment!r}.")
         if name in values:
-            raise ConfigError(f"--set {name} is given twice, as {values[name]!r} and as {value!r}. Give it once.")
+            raise ConfigError(
+                f"--set {name} is given twice, as {values[name]!r} and as {value!r}. Give it once."
+            )
         values[name] = value
     return values
 
@@ -58,35 +60,82 @@ def describe_type(expected: Any) -> str:
     return "path" if expected is Path else getattr(expected, "__name__", str(expected))
 
 
-def _convert_number(value: Any, expected: type) -> Any:
-    if isinstance(value, str):
-        number = expected(value)  # ValueError for what is none
-    elif isinstance(value, bool) or not isinstance(value, (int,) if expected is int else (int, float)):
-        raise ValueError(value)
-    else:
-        number = expected(value)
+class _UnfitError(ValueError):
+    """A value is not of the type that a field declares."""
+
+
+def _to_number(value: Any, expected: Any) -> Any:
+    accepted = (str, int) if expected is int else (str, int, float)
+    if isinstance(value, bool) or not isinstance(value, accepted):
+        raise _UnfitError
+    number = expected(value)  # ValueError for a text that is none
     if number != number:  # noqa: PLR0124  (nan: no setting of a recipe means it)
-        raise ValueError(value)
+        raise _UnfitError
     return number
 
 
-def _convert_bool(value: Any) -> bool:
-    if isinstance(value, bool):
-        return value
-    text = value.lower() if isinstance(value, str) else ""
+def _to_bool(value: Any, _: Any) -> bool:
+    text = str(value).lower() if isinstance(value, (bool, str)) else ""
     if text not in _TRUE | _FALSE:
-        raise ValueError(value)
+        raise _UnfitError
     return text in _TRUE
 
 
-def _convert_sequence(value: Any, expected: Any) -> Any:
-    args = get_args(expected)
-    parts = [part for part in value.split(",") if part.strip()] if isinstance(value, str) else list(value)
+def _to_none(value: Any, _: Any) -> None:
+    if value is not None and str(value).lower() not in _NONE:
+        raise _UnfitError
+
+
+def _to_text(value: Any, expected: Any) -> Any:
+    if not isinstance(value, str):
+        raise _UnfitError
+    return expected(value)
+
+
+def _to_choice(value: Any, expected: Any) -> Any:
+    for choice in get_args(expected):
+        if str(choice) == str(value):
+            return choice
+    raise _UnfitError
+
+
+def _to_member(value: Any, expected: Any) -> Any:
+    for member in expected:
+        if value in {member.name, member.value}:
+            return member
+    raise _UnfitError
+
+
+def _to_sequence(value: Any, expected: Any) -> Any:
+    kinds = get_args(expected)
+    parts = (
+        [part.strip() for part in value.split(",") if part.strip()] if isinstance(value, str) else list(value)
+    )
     if get_origin(expected) is list:
-        return [convert(part, args[0]) for part in parts]
-    if len(args) == 2 and args[1] is Ellipsis:
-        return tuple(convert(part, args[0]) for part in parts)
-    return tuple(convert(part, kind) for part, kind in zip(parts, args, strict=True))
+        return [convert(part, kinds[0]) for part in parts]
+    if len(kinds) == 2 and kinds[1] is Ellipsis:
+        return tuple(convert(part, kinds[0]) for part in parts)
+    return tuple(convert(part, kind) for part, kind in zip(parts, kinds, strict=True))
+
+
+def _to_one_of(value: Any, expected: Any) -> Any:
+    for kind in sorted(
+        get_args(expected), key=lambda part: part is not type(None)
+    ):  # none before a text "none"
+        try:
+            return convert(value, kind)
+        except ValueError:
+            continue
+    raise _UnfitError
+
+
+_BY_ORIGIN: dict[Any, Callable[[Any, Any], Any]] = {
+    Union: _to_one_of, types.UnionType: _to_one_of, Literal: _to_choice, tuple: _to_sequence, list: _to_sequence,
+}  # fmt: skip
+_BY_TYPE: dict[Any, Callable[[Any, Any], Any]] = {
+    bool: _to_bool, int: _to_number, float: _to_number, str: _to_text, Path: _to_text, type(None): _to_none,
+    Any: lambda value, _: value,
+}  # fmt: skip
 
 
 def convert(value: Any, expected: Any) -> Any:
@@ -95,41 +144,12 @@ def convert(value: Any, expected: Any) -> Any:
     Raises:
         ValueError: it is none of that type.
     """
-    origin = get_origin(expected)
-    if origin in {Union, types.UnionType}:
-        for part in sorted(get_args(expected), key=lambda kind: kind is not type(None)):  # none first
-            try:
-                return convert(value, part)
-            except ValueError:
-                continue
-        raise ValueError(value)
-    if expected is type(None):
-        if value is None or (isinstance(value, str) and value.lower() in _NONE):
-            return None
-        raise ValueError(value)
-    if origin is Literal:
-        return next(_only([c for c in get_args(expected) if c == value or str(c) == value]))
     if isinstance(expected, type) and issubclass(expected, enum.Enum):
-        return next(_only([member for member in expected if value in {member.name, member.value}]))
-    if origin in {tuple, list}:
-        return _convert_sequence(value, expected)
-    if expected is bool:
-        return _convert_bool(value)
-    if expected in {int, float}:
-        return _convert_number(value, expected)
-    if expected in {str, Path}:
-        if not isinstance(value, str):
-            raise ValueError(value)
-        return expected(value)
-    if expected is Any:
-        return value
-    raise ValueError(value)
-
-
-def _only(found: list[Any]) -> Any:
-    if not found:
-        raise ValueError
-    return iter(found)
+        return _to_member(value, expected)
+    converter = _BY_ORIGIN.get(get_origin(expected)) or _BY_TYPE.get(expected)
+    if converter is None:
+        raise _UnfitError
+    return converter(value, expected)
 
 
 def fields_of(config_class: type[Any]) -> dict[str, tuple[Any, Any]]:
@@ -175,7 +195,7 @@ def configure(config_class: type[Any], values: Mapping[str, Any], *, where: str 
 
 
 def to_json(config: Any) -> dict[str, Any]:
-    """A Config as JSON holds it; ``configure(type(config), to_json(config))`` gives it back."""
+    """A Config as JSON holds it, from which ``configure`` makes it again."""
 
     def plain(_: Any, __: Any, value: Any) -> Any:
         if isinstance(value, enum.Enum):

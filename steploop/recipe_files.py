@@ -81,15 +81,19 @@ def find_recipe(name: str) -> Path:
     if name in shipped:
         return shipped[name]
     if path.is_dir():
-        raise ConfigError(f"{name} is a directory. Give the recipe's file, or --resume {name} to go on with a run.")
-    raise ConfigError(f"There is no recipe {name!r}: neither a file nor a shipped recipe. {nearest(path.stem, list(shipped))}")
+        raise ConfigError(
+            f"{name} is a directory. Give the recipe's file, or --resume {name} to go on with a run."
+        )
+    raise ConfigError(
+        f"There is no recipe {name!r}: neither a file nor a shipped recipe. {nearest(path.stem, list(shipped))}"
+    )
 
 
 class _Loader(importlib.machinery.SourceFileLoader):
     """Compiles the file as it is now, and leaves no ``__pycache__`` beside it."""
 
-    def get_code(self, fullname: str) -> Any:
-        return self.source_to_code(self.get_data(self.path), self.path)  # type: ignore[call-arg]  # typeshed wants a name that CPython does not
+    def get_code(self, fullname: str) -> Any:  # noqa: ARG002  (importlib's signature)
+        return self.source_to_code(self.get_data(self.path), self.path)
 
 
 def load_recipe_file(path: Path, *, beside: Path | None = None) -> RecipeFile:
@@ -142,8 +146,14 @@ def _line(error: Exception, path: Path) -> str:
 def _check(module: ModuleType, path: Path) -> None:
     config = getattr(module, "Config", None)
     if not (isinstance(config, type) and attrs.has(config)):
-        raise ConfigError(f"The recipe {path} needs a class Config made with @attrs.frozen, whose fields --set can change.")
+        raise ConfigError(
+            f"The recipe {path} needs a class Config made with @attrs.frozen, whose fields --set can change."
+        )
     if without := [f.name for f in attrs.fields(config) if f.init and f.default is attrs.NOTHING]:
-        raise ConfigError(f"The recipe {path}: every field of Config needs a default, but {', '.join(without)} has none.")
+        raise ConfigError(
+            f"The recipe {path}: every field of Config needs a default, but {', '.join(without)} has none."
+        )
     if not callable(getattr(module, "build", None)):
-        raise ConfigError(f"The recipe {path} needs a function build(config, device) that returns a steploop.recipe.Recipe.")
+        raise ConfigError(
+            f"The recipe {path} needs a function build(config, device) that returns a steploop.recipe.Recipe."
+        )

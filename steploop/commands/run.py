@@ -14,25 +14,41 @@ if TYPE_CHECKING:
 
 __all__ = ["resume", "run"]
 
-RECIPE = typer.Argument(help="A recipe file, or the name of a shipped recipe (see steploop recipes).", show_default=False)
-SET = typer.Option("--set", metavar="NAME=VALUE", help="A field of the recipe's Config; may be given several times.")
-OUT = typer.Option(help="Directory for the run; it must be empty. Default: runs/<recipe>-<n>.", show_default=False)
+RECIPE = typer.Argument(
+    help="A recipe file, or the name of a shipped recipe (see steploop recipes).", show_default=False
+)
+SET = typer.Option(
+    "--set", metavar="NAME=VALUE", help="A field of the recipe's Config; may be given several times."
+)
+OUT = typer.Option(
+    help="Directory for the run; it must be empty. Default: runs/<recipe>-<n>.", show_default=False
+)
 RESUME = typer.Option("--resume", help="Directory of a run to go on with.", show_default=False)
 DEVICE = typer.Option(help="auto, cpu, cuda (cuda:1) or mps.")
 EPOCHS = typer.Option(min=0, help="Short for --set epochs=N.", show_default=False)
 SEED = typer.Option(min=0, help="Short for --set seed=N.", show_default=False)
-LIMIT = typer.Option(min=1, metavar="N", help="Stop after N steps, evaluate and end: a quick look.", show_default=False)
+LIMIT = typer.Option(
+    min=1, metavar="N", help="Stop after N steps, evaluate and end: a quick look.", show_default=False
+)
 QUIET = typer.Option("--quiet", help="Show nothing but the last line.")
 TENSORBOARD = typer.Option("--tensorboard", help="Write TensorBoard event files into the run directory.")
 CSV = typer.Option("--csv", help="Write metrics.csv into the run directory.")
 TUNE = typer.Option("--no-tune", help="Leave the memory allocator's thresholds as they are.")
-CHECKPOINT = typer.Option(min=1, metavar="N", help="Checkpoint every N steps, besides each epoch.", show_default=False)
-LOG = typer.Option(min=1, metavar="N", help="Log every N steps; default: ten times an epoch, at least every 50.", show_default=False)
+CHECKPOINT = typer.Option(
+    min=1, metavar="N", help="Checkpoint every N steps, besides each epoch.", show_default=False
+)
+LOG = typer.Option(
+    min=1,
+    metavar="N",
+    help="Log every N steps; default: ten times an epoch, at least every 50.",
+    show_default=False,
+)
 EXACT = typer.Option("--require-exact", help="Refuse to resume where the bits may come out differently.")
 
 
 def run(
     recipe: Annotated[str | None, RECIPE] = None,
+    *,
     overrides: Annotated[list[str] | None, SET] = None,
     out: Annotated[Path | None, OUT] = None,
     resume_from: Annotated[Path | None, RESUME] = None,
@@ -58,16 +74,20 @@ def run(
             if name in values:
                 raise ConfigError(f"--{name} and --set {name} are both given. Give one of them.")
             values[name] = value
-    options = {
+    options: dict[str, Any] = {
         "device": device, "limit_steps": limit_steps, "checkpoint_every": checkpoint_every, "log_every": log_every,
         "tensorboard": tensorboard, "csv": csv, "tune": not no_tune, "require_exact": require_exact,
     }  # fmt: skip
     if resume_from is not None:
         if out is not None:
-            raise ConfigError("--out and --resume are both given. A resumed run goes on in its own directory: leave --out out.")
+            raise ConfigError(
+                "--out and --resume are both given. A resumed run goes on in its own directory: leave --out out."
+            )
         request = resume_request(resume_from, recipe, values, **options)
     elif recipe is None:
-        raise ConfigError("Which recipe? Give a file or a name, as in steploop run cifar_amp, or --resume DIR.")
+        raise ConfigError(
+            "Which recipe? Give a file or a name, as in steploop run cifar_amp, or --resume DIR."
+        )
     else:
         request = make_request(recipe, values, out=out, **options)
     from steploop.logs.screens import choose_screen
@@ -78,6 +98,7 @@ def run(
 
 def resume(
     directory: Annotated[Path, typer.Argument(help="The directory of the run.", show_default=False)],
+    *,
     overrides: Annotated[list[str] | None, SET] = None,
     device: Annotated[str, DEVICE] = "auto",
     epochs: Annotated[int | None, EPOCHS] = None,
@@ -87,7 +108,7 @@ def resume(
 ) -> None:
     """Go on with the run in DIRECTORY, at the very batch where it stopped."""
     run(
-        None, overrides, resume_from=directory, device=device, epochs=epochs, limit_steps=limit_steps,
+        overrides=overrides, resume_from=directory, device=device, epochs=epochs, limit_steps=limit_steps,
         quiet=quiet, require_exact=require_exact,
     )  # fmt: skip
 
@@ -99,7 +120,9 @@ def finish(summary: "Summary") -> None:
     line = attrs.asdict(summary)
     if summary.state == "interrupted":
         line["resume"] = f"steploop resume {summary.run}"
-        sys.stderr.write(f"Interrupted after step {summary.steps_attempted}, which is saved. Go on with: {line['resume']}\n")
+        sys.stderr.write(
+            f"Interrupted after step {summary.steps_attempted}, which is saved. Go on with: {line['resume']}\n"
+        )
     sys.stdout.write(json.dumps(line, allow_nan=False) + "\n")
     sys.stdout.flush()
     if summary.exit_code:

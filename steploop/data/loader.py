@@ -13,6 +13,7 @@ from steploop.data.fetching import Failure, Fetcher, Request, Transform, is_tens
 from steploop.data.order import BATCH, batch_indices, batches_per_epoch, epoch_order
 from steploop.data.workers import WorkerPool
 from steploop.errors import ConfigError, DataError, EmptyDataError
+from steploop.interruption import check_interruption
 from steploop.random_numbers import fold_in
 from steploop.trees import map_tensors
 
@@ -152,8 +153,8 @@ class Loader:
         Args:
             epoch: the epoch's number, from 0.
             start: the first batch, ``0 .. len(self)``; at ``len(self)`` there is none left.
-            poll: called about twice a second while workers make us wait, for instance to see whether a signal
-                has come; what it raises ends the epoch.
+            poll: called about twice a second while workers make us wait; what it raises ends the epoch. By default
+                it asks whether the run was told to stop.
 
         Returns:
             An iterator of batches that knows its ``position`` and the seconds it ``waited_s``.
@@ -221,7 +222,7 @@ class Loader:
     ) -> Iterator[Any]:
         fetcher = self._fetcher()
         for request in requests:
-            batch = fetcher[request] if pool is None else pool.receive(poll)
+            batch = fetcher[request] if pool is None else pool.receive(poll or check_interruption)
             if isinstance(batch, Failure):
                 batch.raise_error(self.num_samples, request.batch)
             if pool is None and self._pins():

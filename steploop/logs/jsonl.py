@@ -15,7 +15,10 @@ __all__ = ["JsonLines", "encode", "read_json_lines"]
 def _finite(value: Any, name: str, nonfinite: list[str]) -> Any:
     """The value with None for each number that JSON cannot hold; their names are collected."""
     if isinstance(value, Mapping):
-        return {key: _finite(part, f"{name}.{key}" if name else str(key), nonfinite) for key, part in value.items()}
+        return {
+            key: _finite(part, f"{name}.{key}" if name else str(key), nonfinite)
+            for key, part in value.items()
+        }
     if isinstance(value, float) and not math.isfinite(value):
         nonfinite.append(name)
         return None
@@ -79,4 +82,6 @@ class JsonLines:
 
 
 def _not_written(path: Path, error: OSError) -> CheckpointWriteError:
-    return CheckpointWriteError(error.errno, f"{path} cannot be written: {error.strerror}. Free some space or choose another --out")
+    return CheckpointWriteError(
+        error.errno, f"{path} cannot be written: {error.strerror}. Free some space or choose another --out"
+    )

@@ -52,4 +52,6 @@ class Loggers:
     def _fail(self, logger: Logger, error: Exception) -> None:
         self._loggers.remove(logger)
         name = getattr(logger, "__name__", type(logger).__name__)
-        self._report(f"The logger {name} failed and is left out from here on: {type(error).__name__}: {error}")
+        self._report(
+            f"The logger {name} failed and is left out from here on: {type(error).__name__}: {error}"
+        )

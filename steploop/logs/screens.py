@@ -10,7 +10,15 @@ from rich.console import Console, ConsoleOptions, RenderResult
 from rich.live import Live
 from rich.text import Text
 
-__all__ = ["LiveScreen", "PlainScreen", "QuietScreen", "Screen", "choose_screen", "format_metrics", "format_step"]
+__all__ = [
+    "LiveScreen",
+    "PlainScreen",
+    "QuietScreen",
+    "Screen",
+    "choose_screen",
+    "format_metrics",
+    "format_step",
+]
 
 _PLAIN_EVERY_S = 5.0
 _LIVE_EVERY_S = 0.1
@@ -55,7 +63,7 @@ def _duration(seconds: float) -> str:
 
 
 def _rate(value: float) -> str:
-    return f"{value:.1f}" if value < 100 else f"{value:.0f}" if value < 1e4 else f"{value / 1e3:.0f}k"  # noqa: PLR2004  (three digits)
+    return f"{value:.1f}" if value < 100 else f"{value:.0f}" if value < 1e4 else f"{value / 1e3:.0f}k"
 
 
 def _values(line: Mapping[str, Any], key: str) -> str:
@@ -82,7 +90,7 @@ def format_metrics(line: Mapping[str, Any]) -> str:
     """An evaluation as text."""
     metrics = "  ".join(f"{name} {_short(value)}" for name, value in line["metrics"].items())
     star = "  (best)" if line.get("best") else ""
-    return f"epoch {line['epoch'] + 1} step {line['step']}: {metrics}{star}"
+    return f"epoch {line['epoch']} step {line['step']}: {metrics}{star}"
 
 
 class _Line:
@@ -97,7 +105,9 @@ class _Line:
         text = Text(self.head, style="bold", no_wrap=True, overflow="ellipsis", end="")
         if room >= _SHORTEST_BAR:
             reached = round(room * min(self.done, 1.0))
-            text.append(" ").append(full * reached, "green").append(empty * (room - reached), "dim").append(" ")
+            text.append(" ").append(full * reached, "green").append(empty * (room - reached), "dim").append(
+                " "
+            )
         else:
             text.append(" ")
         yield text.append(self.tail, "not bold")

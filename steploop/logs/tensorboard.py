@@ -22,7 +22,9 @@ class TensorBoard:
         try:
             from torch.utils.tensorboard import SummaryWriter
         except ImportError as error:
-            raise MissingExtraError("TensorBoard is not installed: pip install 'steploop[tensorboard]'.") from error
+            raise MissingExtraError(
+                "TensorBoard is not installed: pip install 'steploop[tensorboard]'."
+            ) from error
         self._writer = SummaryWriter(str(directory))
 
     def __call__(self, step: int, values: Mapping[str, float]) -> None:

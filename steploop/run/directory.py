@@ -12,7 +12,16 @@ import attrs
 
 from steploop.errors import CheckpointDamagedError, CheckpointWriteError, ConfigError, RunExistsError
 
-__all__ = ["RunDirectory", "Status", "make_directory", "not_written", "open_directory", "read_json", "refuse_taken", "write_json"]
+__all__ = [
+    "RunDirectory",
+    "Status",
+    "make_directory",
+    "not_written",
+    "open_directory",
+    "read_json",
+    "refuse_taken",
+    "write_json",
+]
 
 _OF_THE_LOCK = {"run.lock", "run.owner.json"}
 
@@ -75,7 +84,9 @@ def read_json(path: Path) -> dict[str, Any]:
     except OSError as error:
         raise CheckpointDamagedError(f"{path} cannot be read: {error.strerror}.") from error
     except ValueError as error:
-        raise CheckpointDamagedError(f"{path} is not the JSON that a run writes: {error}. Give --out for a new run.") from error
+        raise CheckpointDamagedError(
+            f"{path} is not the JSON that a run writes: {error}. Give --out for a new run."
+        ) from error
     if not isinstance(value, dict):
         raise CheckpointDamagedError(f"{path} should hold a JSON object, but holds a {type(value).__name__}.")
     return value
@@ -83,7 +94,9 @@ def read_json(path: Path) -> dict[str, Any]:
 
 def not_written(path: Path, error: OSError) -> CheckpointWriteError:
     """The error for a file or directory of a run that cannot be written."""
-    raised = CheckpointWriteError(f"{path} cannot be written: {error.strerror or error}. Choose another directory with --out.")
+    raised = CheckpointWriteError(
+        f"{path} cannot be written: {error.strerror or error}. Choose another directory with --out."
+    )
     raised.errno = error.errno
     return raised
 
@@ -98,12 +111,18 @@ def make_directory(out: Path | None, name: str) -> RunDirectory:
     try:
         if out is not None:
             out.mkdir(parents=True, exist_ok=True)
-            if not (out / "run.lock").exists():  # else its owner, if it has one, is what the user wants to hear of
+            if not (
+                out / "run.lock"
+            ).exists():  # else its owner, if it has one, is what the user wants to hear of
                 refuse_taken(RunDirectory(out))
             return RunDirectory(out)
         runs = Path("runs")
         runs.mkdir(exist_ok=True)
-        numbers = [int(p.name.rpartition("-")[2]) for p in runs.glob(f"{name}-*") if p.name.rpartition("-")[2].isdecimal()]
+        numbers = [
+            int(p.name.rpartition("-")[2])
+            for p in runs.glob(f"{name}-*")
+            if p.name.rpartition("-")[2].isdecimal()
+        ]
         number = max(numbers, default=0) + 1
         while True:
             with suppress(FileExistsError):  # another run took it in between
@@ -121,7 +140,9 @@ def refuse_taken(directory: RunDirectory) -> None:
     names = {path.name for path in directory.path.iterdir()} - _OF_THE_LOCK
     if names:
         what = "a run" if directory.config.name in names else f"{min(names)!r} and is not empty"
-        hint = f"Go on with it by steploop resume {directory.path}, or choose" if what == "a run" else "Choose"
+        hint = (
+            f"Go on with it by steploop resume {directory.path}, or choose" if what == "a run" else "Choose"
+        )
         raise RunExistsError(f"{directory.path} holds {what} already. {hint} another --out.")
 
 
@@ -134,7 +155,9 @@ def open_directory(path: Path) -> RunDirectory:
     directory = RunDirectory(path)
     if not directory.config.is_file():
         what = "holds no run (there is no config.json)" if path.is_dir() else "is no directory"
-        raise ConfigError(f"{path} {what}. Give the directory that steploop run wrote, such as runs/cifar_amp-1.")
+        raise ConfigError(
+            f"{path} {what}. Give the directory that steploop run wrote, such as runs/cifar_amp-1."
+        )
     return directory
 
 
@@ -143,7 +166,12 @@ class Status:
 
     def __init__(self, directory: RunDirectory, **values: Any) -> None:
         self._path = directory.status
-        self._values: dict[str, Any] = {"state": "running", "pid": os.getpid(), "host": socket.gethostname(), **values}
+        self._values: dict[str, Any] = {
+            "state": "running",
+            "pid": os.getpid(),
+            "host": socket.gethostname(),
+            **values,
+        }
         write_json(self._path, self._values)
 
     def update(self, **values: Any) -> None:

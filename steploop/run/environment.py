@@ -1,10 +1,8 @@
-"""What a run's bits depend on besides its state: recorded when it starts, compared when it goes on."""
+"""Where a run takes place: the device, and the versions that it records."""
 
 import platform
 import subprocess
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -12,7 +10,7 @@ import torch
 from steploop import __version__
 from steploop.errors import ConfigError
 
-__all__ = ["differences", "environment", "find_device", "git_commit", "versions"]
+__all__ = ["find_device", "git_commit", "versions"]
 
 
 def versions() -> dict[str, str]:
@@ -24,24 +22,6 @@ def versions() -> dict[str, str]:
         "numpy": np.__version__,
         "cuda": torch.version.cuda or "none",
     }
-
-
-def environment(device: torch.device) -> dict[str, Any]:
-    """What a resume must find again to go on bit for bit."""
-    hardware = torch.cuda.get_device_name(device) if device.type == "cuda" else torch.backends.cpu.get_cpu_capability()
-    return {
-        "torch": torch.__version__,
-        "device": str(device),
-        "hardware": hardware,
-        "machine": platform.machine(),
-        "threads": torch.get_num_threads(),
-        "deterministic": torch.are_deterministic_algorithms_enabled(),
-    }
-
-
-def differences(recorded: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """Each difference, as ``threads: 2 then, 1 now``."""
-    return [f"{key}: {recorded[key]} then, {now[key]} now" for key in now if key in recorded and recorded[key] != now[key]]
 
 
 def git_commit(folder: Path) -> str | None:
@@ -61,7 +41,9 @@ def find_device(name: str) -> torch.device:
         ConfigError: this machine has none of that kind, or the name is none.
     """
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu")
+        return torch.device(
+            "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+        )
     try:
         device = torch.device(name)
     except RuntimeError as error:
@@ -70,7 +52,11 @@ def find_device(name: str) -> torch.device:
     if device.type not in available:
         raise ConfigError(f"--device must be auto, cpu, cuda or mps, but is {name!r}.")
     if not available[device.type]:
-        raise ConfigError(f"--device {name}: torch finds no such device on this machine. Leave it out, or give cpu.")
+        raise ConfigError(
+            f"--device {name}: torch finds no such device on this machine. Leave it out, or give cpu."
+        )
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise ConfigError(f"--device {name}: this machine has {torch.cuda.device_count()} CUDA devices, counted from 0.")
+        raise ConfigError(
+            f"--device {name}: this machine has {torch.cuda.device_count()} CUDA devices, counted from 0."
+        )
     return device

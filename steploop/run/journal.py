@@ -32,6 +32,7 @@ class RunJournal:
         screen: shows it.
         steps_per_epoch: batches in an epoch.
         epochs: how many there will be.
+        phase: which of a recipe's phases this is, from 0; the lines of a later one say so.
         on_evaluation: told of each evaluation besides.
     """
 
@@ -43,6 +44,7 @@ class RunJournal:
         *,
         steps_per_epoch: int,
         epochs: int,
+        phase: int = 0,
         on_evaluation: Callable[[Mapping[str, Any]], None] = lambda _: None,
     ) -> None:
         self._lines = lines
@@ -50,6 +52,7 @@ class RunJournal:
         self._screen = screen
         self._steps_per_epoch = steps_per_epoch
         self._epochs = epochs
+        self._phase = {"phase": phase} if phase else {}
         self._on_evaluation = on_evaluation
         self._begun: tuple[float, int] | None = None  # when this process logged first, and how far it was
 
@@ -59,7 +62,9 @@ class RunJournal:
         self._loggers(line["step"], _numbers(line, "train/"))
         batches = line["epoch"] * self._steps_per_epoch + line["batch"]
         total = max(self._epochs * self._steps_per_epoch, 1)
-        self._screen.train({**line, "epochs": self._epochs}, done=batches / total, left_s=self._left(batches, total))
+        self._screen.train(
+            {**line, "epochs": self._epochs}, done=batches / total, left_s=self._left(batches, total)
+        )
 
     def _left(self, batches: int, total: int) -> float | None:
         """Seconds left, by the pace since the first log point, evaluations included."""
@@ -84,7 +89,7 @@ class RunJournal:
         if self._lines is None:
             return
         try:
-            self._lines({"kind": kind, **line})
+            self._lines({"kind": kind, **self._phase, **line})
         except CheckpointWriteError as error:  # the log of a run is not worth the run
             self._screen.note(f"{error} The run goes on without it.")
             self._lines = None

@@ -92,8 +92,12 @@ class Loop:
         self._begun_s = begun_s
         self._steps_per_epoch = len(recipe.batches)
         if self._steps_per_epoch == 0:
-            raise EmptyDataError("The recipe's batches are empty: there is nothing to train on. Look at the size of the data and at drop_last.")
-        self._log_every = plan.log_every or max(1, min(_MOST_STEPS_BETWEEN_LINES, self._steps_per_epoch // _LINES_PER_EPOCH))
+            raise EmptyDataError(
+                "The recipe's batches are empty: there is nothing to train on. Look at the size of the data and at drop_last."
+            )
+        self._log_every = plan.log_every or max(
+            1, min(_MOST_STEPS_BETWEEN_LINES, self._steps_per_epoch // _LINES_PER_EPOCH)
+        )
         self._ending: Ending | None = None
         self._position = 0
         self._attempted = 0
@@ -142,13 +146,15 @@ class Loop:
                 if (close := getattr(batches, "close", None)) is not None:
                     close()
             if self._position == 0 and self._ending is None:
-                raise EmptyDataError(f"Epoch {epoch} has not a single batch, although len(batches) is {self._steps_per_epoch}.")
-        if self._ending is not None:
+                raise EmptyDataError(
+                    f"Epoch {epoch} has not a single batch, although len(batches) is {self._steps_per_epoch}."
+                )
+        if self._is_over():
             return state
         before = lead(state).best
         if self._recipe.eval_every_steps is None:
             state = self._evaluated(state)
-            if self._ending is not None:  # interrupted: the cursor stays behind the last batch, and a resume evaluates
+            if self._is_over():  # interrupted: the cursor stays behind the last batch, and a resume evaluates
                 return state
         state = next_epoch(state)
         self._keeper.save(state, best=lead(state).best is not before)
@@ -192,7 +198,9 @@ class Loop:
             if stopped(state):
                 self._ending = "early_stop"
         # at the end of an epoch, the checkpoint after its evaluation is the one that counts
-        if improved or (_crossed(self._plan.checkpoint_every, before, now) and self._position < self._steps_per_epoch):
+        if improved or (
+            _crossed(self._plan.checkpoint_every, before, now) and self._position < self._steps_per_epoch
+        ):
             self._keeper.save(state, best=improved)
         if self._stop.signum is not None:
             self._ending = "interrupted"
@@ -200,15 +208,26 @@ class Loop:
             self._ending = self._ending or "limit"
         return state
 
+    def _is_over(self) -> bool:
+        return self._ending is not None
+
     def _reached_limit(self, attempted: int) -> bool:
         return self._plan.limit_steps is not None and attempted >= self._plan.limit_steps
 
     def _where(self, state: State) -> dict[str, Any]:
+        """Where the run stands; ``epoch`` counts whole ones, and ``batch`` those of the one begun."""
         first = lead(state)
         return {"step": first.step, "attempted": self._attempted, "epoch": first.epoch, "batch": first.batch}
 
+    def _after(self, state: State) -> dict[str, Any]:
+        """The same for an evaluation, before which an epoch whose batches are used up is whole."""
+        first = lead(state)
+        return self._where(next_epoch(state) if first.batch == self._steps_per_epoch else state)
+
     def _log(self, state: State, batch: Any) -> None:
-        values = read_step(state, batch, self._recipe.train_metrics)  # waits for the device: the times are honest
+        values = read_step(
+            state, batch, self._recipe.train_metrics
+        )  # waits for the device: the times are honest
         now = time.perf_counter()
         elapsed = max(now - self._line_s, 1e-9)
         self._journal.train({
@@ -239,11 +258,11 @@ class Loop:
         if fold:
             state, better = fold_metrics(self._recipe, state, metrics)
         self._journal.evaluation({
-            **self._where(state), "metrics": metrics, "best": better,
+            **self._after(state), "metrics": metrics, "best": better,
             "time_s": time.perf_counter() - self._begun_s, "eval_s": taken,
         })  # fmt: skip
         if fold and stopped(state):
-            self._journal.event({"event": "early_stop", **self._where(state)})
+            self._journal.event({"event": "early_stop", **self._after(state)})
         return state
 
     def _closed(self, state: State) -> State:

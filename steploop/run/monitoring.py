@@ -49,6 +49,8 @@ def fold_metrics(recipe: Recipe, state: State, metrics: Mapping[str, float | Non
 
 def _value(metrics: Mapping[str, float | None], name: str, where: str) -> float:
     if name not in metrics:
-        raise ConfigError(f"{where} names {name!r}, which evaluate does not give. {nearest(name, list(metrics))}")
+        raise ConfigError(
+            f"{where} names {name!r}, which evaluate does not give. {nearest(name, list(metrics))}"
+        )
     value = metrics[name]
     return math.nan if value is None else float(value)

@@ -20,7 +20,9 @@ def _plan(options: dict[str, Any]) -> Plan:
     return Plan(**{name: options.pop(name, None) for name in names})
 
 
-def make_request(recipe: str, values: Mapping[str, Any], *, out: Path | None = None, device: str = "auto", **options: Any) -> Request:
+def make_request(
+    recipe: str, values: Mapping[str, Any], *, out: Path | None = None, device: str = "auto", **options: Any
+) -> Request:
     """A request for a new run; makes its directory, last of all.
 
     Args:
@@ -40,11 +42,18 @@ def make_request(recipe: str, values: Mapping[str, Any], *, out: Path | None = N
     plan = _plan(options)
     where = find_device(device)
     return Request(
-        recipe=file, config=config, directory=make_directory(out, file.name), device=where, plan=plan, **options
+        recipe=file,
+        config=config,
+        directory=make_directory(out, file.name),
+        device=where,
+        plan=plan,
+        **options,
     )
 
 
-def resume_request(directory: Path, recipe: str | None, values: Mapping[str, Any], *, device: str = "auto", **options: Any) -> Request:
+def resume_request(
+    directory: Path, recipe: str | None, values: Mapping[str, Any], *, device: str = "auto", **options: Any
+) -> Request:
     """A request to go on with a run.
 
     Args:
@@ -73,4 +82,6 @@ def resume_request(directory: Path, recipe: str | None, values: Mapping[str, Any
     plan = _plan(options)
     where = find_device(recorded["device"] if device == "auto" else device)
     file = RecipeFile(origin, name, file.source, file.sha256, file.module)
-    return Request(recipe=file, config=config, directory=opened, device=where, plan=plan, resume=True, **options)
+    return Request(
+        recipe=file, config=config, directory=opened, device=where, plan=plan, resume=True, **options
+    )

@@ -1,28 +1,25 @@
 """A run from its beginning to its end: builds the recipe, owns the directory, folds phase after phase, says how it went."""
 
-import shutil
 import sys
 import time
-from collections.abc import Mapping, Sequence
-from contextlib import suppress
-from pathlib import Path
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import attrs
 import torch
 
 from steploop import __version__
-from steploop.errors import CheckpointIncompatibleError, SteploopError
-from steploop.interruption import Interrupted
+from steploop.errors import SteploopError
 from steploop.logs import CsvTable, JsonLines, Logger, Loggers, TensorBoard, read_json_lines
 from steploop.logs.screens import Screen
 from steploop.overrides import to_json
 from steploop.recipe import Recipe, State
 from steploop.recipe_files import RecipeFile
 from steploop.run.directory import RunDirectory, Status, not_written, read_json, refuse_taken, write_json
-from steploop.run.environment import differences, environment, git_commit, versions
+from steploop.run.environment import git_commit, versions
 from steploop.run.journal import RunJournal
-from steploop.run.keeping import NoCheckpoints
+from steploop.run.keeping import CheckpointKeeper
 from steploop.run.loop import Ending, Loop, Plan
 from steploop.run.monitoring import prepared
 from steploop.run.signals import StopFlag, exit_code_of, signals_as
@@ -108,6 +105,15 @@ def carry_out(request: Request, screen: Screen, stop: StopFlag | None = None) ->
             screen.close()
 
 
+@attrs.frozen
+class _Outlets:
+    """Where a run is recorded."""
+
+    lines: JsonLines
+    loggers: Loggers
+    status: Status
+
+
 class _Session:
     """The parts of a run while it lasts."""
 
@@ -127,66 +133,101 @@ class _Session:
     def run(self) -> Summary:
         """Build, train, say how it went."""
         tuning = tune_allocator() if self._request.tune else {}
+        due = read_json(self._directory.status).get("evaluation_due") if self._request.resume else None
         try:
-            self._stop.at_once = True  # nothing to save yet
-            try:
+            with self._nothing_to_save():
                 recipe = self._request.recipe.build(self._request.config, self._request.device)
-            finally:
-                self._stop.at_once = False
-            self._record(recipe, tuning)
+                self._record(recipe, tuning)
             status = Status(self._directory)
         except BaseException:
             if not self._request.resume:
                 self._forget()
             raise
-        try:
-            state, recipe, ending = self._phases(recipe, status)
-        except BaseException as error:
-            self._failed(status, error)
-            raise
-        return self._ended(state, recipe, ending, status)
-
-    def _phases(self, recipe: Recipe, status: Status) -> tuple[State, Recipe, Ending]:
-        """Fold the recipe, and what follows it."""
         lines = JsonLines(self._directory.metrics)
         loggers = Loggers(self._loggers(), self._screen.note)
         try:
-            while True:
-                state, ending = self._phase(recipe, prepared(recipe, recipe.state), lines, loggers, status)
-                if recipe.then is None or ending == "interrupted":
-                    break
-                recipe = recipe.then(state)
+            state, recipe, ending = self._phases(recipe, due, _Outlets(lines, loggers, status))
             if recipe.finish is not None and ending != "interrupted":
                 recipe.finish(state, self._directory.path)
-            return state, recipe, ending
+        except BaseException as error:
+            self._failed(status, error)
+            raise
         finally:
             loggers.close()
             lines.close()
+        return self._ended(state, recipe, ending, status)
+
+    @contextmanager
+    def _nothing_to_save(self) -> Iterator[None]:
+        """A signal raises at once inside."""
+        self._stop.at_once = True
+        try:
+            yield
+        finally:
+            self._stop.at_once = False
+
+    def _phases(self, recipe: Recipe, due: int | None, outlets: "_Outlets") -> tuple[State, Recipe, Ending]:
+        """Fold the recipe, and what follows it; on a resume, from the newest checkpoint on."""
+        phase = 0
+        while self._directory.checkpoints(phase + 1).is_dir() and recipe.then is not None:
+            recipe = recipe.then(recipe.state)  # only its form counts: the values come from a checkpoint
+            phase += 1
+        while True:
+            state, ending = self._phase(recipe, phase, due, outlets)
+            if recipe.then is None or ending == "interrupted":
+                return state, recipe, ending
+            recipe, due, phase = recipe.then(state), None, phase + 1
 
     def _phase(
-        self, recipe: Recipe, state: State, lines: JsonLines, loggers: Loggers, status: Status
+        self, recipe: Recipe, phase: int, due: int | None, outlets: "_Outlets"
     ) -> tuple[State, Ending]:
+        """Fold one recipe."""
+        screen, status = self._screen, outlets.status
+        keeper = CheckpointKeeper(
+            self._directory.checkpoints(phase),
+            on_saved=lambda path, number, best: status.update(
+                step=number, checkpoint=path.name, **({"best_checkpoint": path.name} if best else {})
+            ),
+        )
         journal = RunJournal(
-            lines,
-            loggers,
-            self._screen,
+            outlets.lines,
+            outlets.loggers,
+            screen,
             steps_per_epoch=len(recipe.batches),
             epochs=recipe.epochs,
+            phase=phase,
             on_evaluation=lambda line: status.update(
                 step=line["step"], epoch=line["epoch"], metrics=_json_metrics(line["metrics"])
             ),
         )
+        state = prepared(recipe, recipe.state)
+        loaded = keeper.newest(state, require_exact=self._request.require_exact, note=screen.note)
+        if loaded is not None:
+            state = loaded
+            self._continue_from(state, phase, journal, outlets.lines)
+        elif phase:
+            keeper.save(state, best=False)  # so that a resume finds this phase begun
         loop = Loop(
             recipe,
             plan=self._request.plan,
             journal=journal,
-            keeper=NoCheckpoints(),
+            keeper=keeper,
             stop=self._stop,
             begun_s=self._zero_s,
         )
-        state, ending = loop.run(state)
+        state, ending = loop.run(state, evaluation_due=due is not None and due == attempted_steps(state))
+        if loop.evaluation_due is not None:
+            status.update(evaluation_due=loop.evaluation_due)
         self._metrics = loop.metrics or self._metrics
         return state, ending
+
+    def _continue_from(self, state: State, phase: int, journal: RunJournal, lines: JsonLines) -> None:
+        """Drop the lines of steps that will be taken again, and say where the run goes on."""
+        first, attempted = lead(state), attempted_steps(state)
+        lines.keep(lambda line: (line.get("phase", 0), line.get("attempted", 0)) <= (phase, attempted))
+        place = {"step": first.step, "attempted": attempted, "epoch": first.epoch, "batch": first.batch}
+        journal.event({"event": "resumed", **place})
+        self._screen.note(f"going on at step {attempted}: epoch {first.epoch + 1}, batch {first.batch}")
 
     def _loggers(self) -> list[Logger]:
         loggers: list[Logger] = []
@@ -199,10 +240,7 @@ class _Session:
     def _record(self, recipe: Recipe, tuning: Mapping[str, int]) -> None:
         """Write config.json and the copy of the recipe; on a resume, compare."""
         request = self._request
-        now = environment(request.device)
-        if request.resume:
-            self._compare(read_json(self._directory.config).get("environment", {}), now)
-        else:
+        if not request.resume:
             try:
                 self._directory.recipe.write_bytes(request.recipe.source)
             except OSError as error:
@@ -217,26 +255,16 @@ class _Session:
             "precision": first.precision,
             "data": recipe.data,
             "versions": versions(),
-            "environment": now,
             "git_commit": git_commit(path.parent),
             "command": list(request.command or sys.argv),
             "tuning": dict(tuning),
         })  # fmt: skip
         count = sum(p.numel() for one in members(recipe.state).values() for p in one.params.values())
-        self._screen.note(f"{request.recipe.name}: {count:,} parameters, {first.precision} on {request.device}, {self._directory.path}")
+        self._screen.note(
+            f"{request.recipe.name}: {count:,} parameters, {first.precision} on {request.device}, {self._directory.path}"
+        )
         if recipe.data:
             self._screen.note(f"data: {recipe.data}")
-
-    def _compare(self, then: Mapping[str, Any], now: Mapping[str, Any]) -> None:
-        found = differences(then, now)
-        if not found:
-            return
-        text = "; ".join(found)
-        if self._request.require_exact:
-            raise CheckpointIncompatibleError(
-                f"This run cannot be continued bit for bit here: {text}. Make them equal, or leave --require-exact out."
-            )
-        self._screen.note(f"warning: the bits of this run may come out differently from here on: {text}")
 
     def _forget(self) -> None:
         """Leave no directory behind for a run that never began."""
@@ -250,7 +278,11 @@ class _Session:
 
     def _ended(self, state: State, recipe: Recipe, ending: Ending, status: Status) -> Summary:
         first = lead(state)
-        code = exit_code_of(self._stop.signum) if ending == "interrupted" and self._stop.signum is not None else 0
+        code = (
+            exit_code_of(self._stop.signum)
+            if ending == "interrupted" and self._stop.signum is not None
+            else 0
+        )
         best = None if first.best is None else {"metric": recipe.monitor, **attrs.asdict(first.best)}
         summary = Summary(
             state="interrupted" if ending == "interrupted" else "finished",
@@ -277,4 +309,7 @@ class _Session:
 
 def _json_metrics(metrics: Mapping[str, float | None]) -> dict[str, float | None]:
     """The metrics with None for what JSON cannot hold."""
-    return {name: value if value is not None and abs(value) < float("inf") else None for name, value in metrics.items()}
+    return {
+        name: value if value is not None and abs(value) < float("inf") else None
+        for name, value in metrics.items()
+    }

@@ -43,7 +43,9 @@ def attempted_steps(state: State) -> int:
 def at_position(state: State, batch: int) -> State:
     """The state with its cursor at ``batch``: a step may call ``optimizer_step`` never, once or often per batch."""
     if isinstance(state, Mapping):
-        return state if all(one.batch == batch for one in state.values()) else _all_replaced(state, batch=batch)
+        return (
+            state if all(one.batch == batch for one in state.values()) else _all_replaced(state, batch=batch)
+        )
     return state if state.batch == batch else state.replace(batch=batch)
 
 

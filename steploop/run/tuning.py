@@ -24,5 +24,8 @@ def tune_allocator() -> dict[str, int]:
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # musl has none
     if mallopt is None:
         return {}
-    wanted = {"M_MMAP_THRESHOLD": (_M_MMAP_THRESHOLD, _MMAP_BYTES), "M_TRIM_THRESHOLD": (_M_TRIM_THRESHOLD, _TRIM_BYTES)}
+    wanted = {
+        "M_MMAP_THRESHOLD": (_M_MMAP_THRESHOLD, _MMAP_BYTES),
+        "M_TRIM_THRESHOLD": (_M_TRIM_THRESHOLD, _TRIM_BYTES),
+    }
     return {name: value for name, (key, value) in wanted.items() if mallopt(key, ctypes.c_int(value)) == 1}
