@@ -1,0 +1,59 @@
+"""Small pieces of HTML: text is escaped unless it says that it is markup."""
+
+import html
+from collections.abc import Mapping, Sequence
+
+__all__ = ["Markup", "definitions", "section", "table", "text"]
+
+
+class Markup(str):
+    """Text that is HTML already and is put into a page as it is."""
+
+    __slots__ = ()
+
+
+def text(value: object) -> str:
+    """A value as it may stand in a page."""
+    return value if isinstance(value, Markup) else html.escape(str(value))
+
+
+def table(
+    head: Sequence[str], rows: Sequence[Sequence[object]], *, numbers: Sequence[int] = (), label: str
+) -> Markup:
+    """A table in a box that scrolls by itself where the window is narrow.
+
+    Args:
+        head: the heads of the columns.
+        rows: the cells.
+        numbers: columns of numbers, set to the right.
+        label: what a screen reader calls it.
+    """
+
+    def line(tag: str, cells: Sequence[object]) -> str:
+        scope = ' scope="col"' if tag == "th" else ""
+        parts = (
+            f"<{tag}{scope}{' class=n' if i in numbers else ''}>{text(c)}</{tag}>"
+            for i, c in enumerate(cells)
+        )
+        return f"<tr>{''.join(parts)}</tr>"
+
+    body = "".join(line("td", row) for row in rows)
+    return Markup(
+        f'<div class="scroll" tabindex="0" role="region" aria-label="{text(label)}"><table>'
+        f"<thead>{line('th', head)}</thead><tbody>{body}</tbody></table></div>"
+    )
+
+
+def definitions(pairs: Mapping[str, object]) -> Markup:
+    """A list of names and values; names without a value are left out."""
+    shown = ((k, v) for k, v in pairs.items() if v not in (None, ""))
+    return Markup(
+        "<dl>" + "".join(f"<div><dt>{text(k)}</dt><dd>{text(v)}</dd></div>" for k, v in shown) + "</dl>"
+    )
+
+
+def section(title: str, *parts: str, identity: str = "") -> Markup:
+    """A section under its heading; nothing where it has no part."""
+    body = "".join(part for part in parts if part)
+    at = f' id="{text(identity)}"' if identity else ""
+    return Markup(f"<section{at}><h2>{text(title)}</h2>{body}</section>" if body else "")
