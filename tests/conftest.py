@@ -1,0 +1,17 @@
+"""Hypothesis profiles: ``ci`` is seeded and bounded; ``pytest --hypothesis-profile=thorough`` runs 10,000 examples a law."""
+
+import torch
+from hypothesis import HealthCheck, Phase, settings
+
+# Building a small network for each example is slow by Hypothesis's measure, not by ours.
+_SLOW = [HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.filter_too_much]
+
+# Explaining a failure runs many examples more; the smallest one says enough.
+_PHASES = [Phase.explicit, Phase.reuse, Phase.generate, Phase.target, Phase.shrink]
+
+settings.register_profile("ci", phases=_PHASES, max_examples=60, derandomize=True, deadline=None, database=None, print_blob=True, suppress_health_check=_SLOW)
+settings.register_profile("thorough", phases=_PHASES, max_examples=10_000, deadline=None, print_blob=True, suppress_health_check=_SLOW)
+settings.load_profile("ci")
+
+# The tensors here have a handful of entries: threads would only wait for each other.
+torch.set_num_threads(1)
