@@ -1,6 +1,70 @@
-"""x."""
+"""Checkpoints that survive a crash, a power loss and a hostile file: ``save``, ``load``, and a store of them.
 
+    digest = checkpoint.save(state, "run/half")
+    state = checkpoint.load("run/half", like=TrainState.create(model, optimizer))
+
+A state may also be several by name, ``{"generator": g, "discriminator": d}``.
+
+**The format, version 1.** A checkpoint is a directory of four regular files; any other name in it is an error. A
+directory whose name begins with a dot is none: ``.tmp-*`` is being written, ``.old-*`` being replaced, ``.trash-*``
+being deleted, ``.corrupt-*`` was found damaged. No pickle is in it, and nothing in it names code.
+
+``model.safetensors``
+    Parameters, and the buffers that the module's ``state_dict`` has, under the names of ``named_parameters()`` and
+    ``named_buffers()``. Of several states each name begins with the state's: ``generator.fc.weight``, as in an
+    ``nn.ModuleDict``. Plain ``safetensors.torch.load_file`` reads it, and the plain module takes it. A parameter in
+    several places of a module (tied) stands once, under its first name.
+
+``optimizer.safetensors``
+    All other tensors: what the optimizer keeps (``slots.fc.weight.exp_avg``), averaged weights (``ema.fc.weight``),
+    buffers that are not persistent (``buffers.name``), hyperparameters that are tensors (``hyper.0.lr``).
+
+``state.json``
+    All that is not a tensor. One JSON object: UTF-8, keys sorted, one line for each key of the outermost object,
+    no other white space than one space after its colons, non-ASCII characters escaped. Its keys:
+
+    - ``format``: ``"steploop checkpoint"``; ``version``: 1.
+    - ``sha256``: of this file with 64 zeros in this place: the *digest* of the checkpoint. Equal states have equal ones.
+    - ``files``: file name -> ``{"sha256": of all its bytes, "size": in bytes}``.
+    - ``tensors``: file name -> tensor name -> ``{"dtype", "shape", "stride"}``: torch's name of the dtype, and the strides
+      in elements where they are those of a permuted row-major tensor (channels_last).
+    - ``metadata``: file name -> the text that stands as the one entry ``steploop`` of ``__metadata__`` in the file's
+      header: JSON with ``aliases`` (other name of a tied parameter -> its first name) and ``complex128`` (names).
+    - ``state``: ``{"several": bool, "states": {name: values}}``; a single state has the name ``""``. The values:
+      the counters and the cursor (``applied_steps``, ``attempted_steps``, ``nonfinite_steps``, ``epoch``, ``batch``,
+      ``seed``), ``precision``; ``scale``, ``early_stopping``, ``plateau``, ``best``: an object of numbers or null;
+      ``params`` and ``buffers``: the names in order; ``optimizer``: the name of its class; ``groups``: the
+      parameter names of each group; ``hyper``: the hyperparameters of each; ``slots``: parameter -> slot -> value;
+      ``ema`` and ``transient_buffers``: name -> tensor.
+
+    In ``hyper``, ``slots``, ``ema``, ``transient_buffers`` and the objects of numbers a value that JSON lacks is an
+    object of one key: ``{"tuple": [...]}``, ``{"dict": [[key, value], ...]}`` in order, ``{"float": "nan"}`` (or
+    ``"inf"``, ``"-inf"``), ``{"tensor": name}``, which stands in ``optimizer.safetensors`` (after the state's own name
+    and a dot, if there are several).
+
+``environment.json``
+    Where, when, by whom and with which versions it was written; sealed by a ``sha256`` in the same way. It does not
+    belong to the digest. An exact resume needs the same environment, and ``load`` says where it differs.
+
+**The safetensors files** are written here, in the canonical form: the length of the header (8 bytes, little-endian),
+the header without white space, padded by spaces to a multiple of 8, first ``__metadata__``, then the tensors ordered by
+decreasing size of an element and then by name, without gaps; then the values, row-major. complex128 is stored as float64
+with a last axis of 2 (real, imaginary). The header follows from the table in ``state.json``, and a reader compares.
+
+**Limits.** 16 MiB of header and 100,000 tensors a file, 16 axes; ``state.json`` 32 MiB, 32 levels deep, whole numbers
+below 2**64 and counts below 2**53.
+
+**What is not promised.** Power-loss safety on a disk that lies about flushing, or on a network file system.
+Authenticity: the digests find damage, not somebody who rewrites all of a checkpoint; compare the digest with one kept
+elsewhere. Equal bits on another machine type, torch version, number of threads or device.
+"""
+
+from steploop.checkpoint.background import BackgroundSaver as BackgroundSaver
+from steploop.checkpoint.environment import InexactResumeWarning as InexactResumeWarning
+from steploop.checkpoint.loading import Checkpoint as Checkpoint
 from steploop.checkpoint.loading import load as load
 from steploop.checkpoint.loading import open_checkpoint as open_checkpoint
 from steploop.checkpoint.saving import digest as digest
 from steploop.checkpoint.saving import save as save
+from steploop.checkpoint.store import CheckpointStore as CheckpointStore
+from steploop.checkpoint.store import DamagedCheckpointWarning as DamagedCheckpointWarning

@@ -3,6 +3,7 @@
 Everything is looked at here, before any file exists: what cannot be stored is refused with nothing written.
 """
 
+import itertools
 import json
 import warnings
 from collections.abc import Mapping
@@ -17,7 +18,17 @@ from steploop.errors import CheckpointUnsupportedError, ConfigError, StepOrderEr
 from steploop.machine import Machine
 from steploop.state import TrainState
 
-__all__ = ["IN_FLIGHT", "MODEL_FILE", "OPTIMIZER_FILE", "RECORDS", "SCALARS", "Collected", "State", "collect", "members"]
+__all__ = [
+    "IN_FLIGHT",
+    "MODEL_FILE",
+    "OPTIMIZER_FILE",
+    "RECORDS",
+    "SCALARS",
+    "Collected",
+    "State",
+    "collect",
+    "members",
+]
 
 # One state, or several by name (the two networks of a GAN).
 State = TrainState | Mapping[str, TrainState]
@@ -29,10 +40,15 @@ OPTIMIZER_FILE: Final = "optimizer.safetensors"
 SCALARS: Final = (
     "seed", "epoch", "batch", "attempted_steps", "applied_steps", "nonfinite_steps", "precision",
 )  # fmt: skip
-RECORDS: Final = ("scale", "early_stopping", "plateau", "best")  # frozen attrs records of plain values, or None
+RECORDS: Final = (
+    "scale",
+    "early_stopping",
+    "plateau",
+    "best",
+)  # frozen attrs records of plain values, or None
 TENSORS: Final = ("_params", "_buffers", "_slots", "_ema", "hyper")
 IN_FLIGHT: Final = (
-    "_machine", "_lease", "_leaves", "_known", "_graph", "_old_buffers", "_grads", "loss", "outputs", "grad_norm",
+    "_machine", "_lease", "_generation", "_leaves", "_known", "_graph", "_old_buffers", "_grads", "loss", "outputs", "grad_norm",
     "clipped_norm", "finite",
 )  # fmt: skip
 
@@ -88,7 +104,9 @@ def collect(state: State) -> Collected:
         parts[name] = _collect_one(one, prefix, tensors)
         aliases |= {prefix + alias: prefix + target for alias, target in tied_names(one._machine).items()}
     specs = {file: {name: spec_of(name, t) for name, t in table.items()} for file, table in tensors.items()}
-    metadata = {file: _metadata(table, aliases if file == MODEL_FILE else {}) for file, table in specs.items()}
+    metadata = {
+        file: _metadata(table, aliases if file == MODEL_FILE else {}) for file, table in specs.items()
+    }
     for file, table in specs.items():
         header_bytes(table, metadata[file])
     values = {"several": isinstance(state, Mapping), "states": parts}
@@ -128,7 +146,9 @@ def _collect_one(state: TrainState, prefix: str, tensors: dict[str, dict[str, Te
         "hyper": encode([dict(group) for group in state.hyper], "hyper", held),
         "slots": encode(state._slots, "slots", held),
         "ema": None if state._ema is None else encode(state._ema, "ema", held),
-        "transient_buffers": encode({n: b for n, b in state._buffers.items() if n in transient}, "buffers", held),
+        "transient_buffers": encode(
+            {n: b for n, b in state._buffers.items() if n in transient}, "buffers", held
+        ),
     }
     rest |= {prefix + name: tensor for name, tensor in held.items()}
     return values
@@ -161,10 +181,12 @@ def _refuse_shared_memory(state: TrainState) -> None:
         if t.numel() and t.device.type != "meta":
             reach = 1 + sum((n - 1) * s for n, s in zip(t.shape, t.stride(), strict=True))
             start = t.data_ptr()
-            spans.setdefault(t.untyped_storage().data_ptr(), []).append((start, start + reach * t.element_size(), name))
+            spans.setdefault(t.untyped_storage().data_ptr(), []).append(
+                (start, start + reach * t.element_size(), name)
+            )
     for shared in spans.values():
         shared.sort()
-        for (_, end, name), (start, _, other) in zip(shared, shared[1:], strict=False):
+        for (_, end, name), (start, _, other) in itertools.pairwise(shared):
             if start < end and (name in state._params or other in state._params):
                 raise CheckpointUnsupportedError(
                     f"{name!r} and {other!r} lie in the same memory but are two tensors, and would not be tied any more "
@@ -173,7 +195,7 @@ def _refuse_shared_memory(state: TrainState) -> None:
 
 
 def _warn_of_full_counters(state: TrainState) -> None:
-    """torch's optimizers count in float32: past 2**24 the count stands still, and with it the bias correction."""
+    """Torch's optimizers count in float32: past 2**24 the count stands still, and with it the bias correction."""
     steps = (slot["step"] for slot in state._slots.values() if isinstance(slot.get("step"), Tensor))
     step = next(steps, None)
     if step is not None and step.numel() == 1 and step.item() >= _LAST_FLOAT32_COUNT:

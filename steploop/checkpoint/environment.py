@@ -20,7 +20,13 @@ from steploop.checkpoint.filesystem import Fs
 from steploop.checkpoint.manifest import read_small, seal, unseal
 from steploop.errors import CheckpointIncompatibleError
 
-__all__ = ["ENVIRONMENT", "InexactResumeWarning", "check_environment", "environment_bytes", "read_environment"]
+__all__ = [
+    "ENVIRONMENT",
+    "InexactResumeWarning",
+    "check_environment",
+    "environment_bytes",
+    "read_environment",
+]
 
 ENVIRONMENT: Final = "environment.json"
 _LIMIT: Final = 64 << 10  # bytes
@@ -84,12 +90,16 @@ def check_environment(written: Mapping[str, Any], device: torch.device, *, requi
         CheckpointIncompatibleError: there are some, and ``require_exact``.
     """
     here = describe_environment(device)
-    differences = [f"{key} {written.get(key)} there, {here[key]} here" for key in _EXACT if written.get(key) != here[key]]
+    differences = [
+        f"{key} {written.get(key)} there, {here[key]} here" for key in _EXACT if written.get(key) != here[key]
+    ]
     if not differences:
         return
     message = f"The checkpoint was written in another environment: {'; '.join(differences)}. "
     if require_exact:
-        raise CheckpointIncompatibleError(message + "An exact resume was required: go on where it was written.")
+        raise CheckpointIncompatibleError(
+            message + "An exact resume was required: go on where it was written."
+        )
     warnings.warn(
         message + "The run goes on, but its last bits may differ from those of an uninterrupted one.",
         InexactResumeWarning,

@@ -73,6 +73,9 @@ class Fs(Protocol):
     def is_directory(self, path: Path) -> bool:
         """Whether ``path`` is a directory and not a link to one."""
 
+    def exists(self, path: Path) -> bool:
+        """Whether something has that name; a link to a directory counts as what it leads to."""
+
     def open(self, directory: Path, name: str) -> FileReader:
         """Open a regular file of a directory; ``OSError`` for a link, a pipe, a device or a directory."""
 
@@ -152,6 +155,10 @@ class LocalFs:
     def is_directory(self, path: Path) -> bool:
         """Whether there is a real directory of that name."""
         return path.is_dir() and not path.is_symlink()
+
+    def exists(self, path: Path) -> bool:
+        """Whether something has that name."""
+        return path.exists()
 
     def open(self, directory: Path, name: str) -> FileReader:
         """Open a regular file by its name in an open directory, so that no part of the path can be swapped."""

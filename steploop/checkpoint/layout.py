@@ -201,7 +201,9 @@ def spec_from_json(name: str, entry: Any) -> TensorSpec:
         CheckpointDamagedError: it is no entry that ``TensorSpec.to_json`` writes.
     """
     if not isinstance(entry, dict) or not {"dtype", "shape"} <= entry.keys() <= {"dtype", "shape", "stride"}:
-        raise _damaged(name, f"expected dtype, shape and perhaps stride, but the entry is {str(entry)[:80]!r}")
+        raise _damaged(
+            name, f"expected dtype, shape and perhaps stride, but the entry is {str(entry)[:80]!r}"
+        )
     dtype, shape, stride = entry["dtype"], entry["shape"], entry.get("stride")
     if not isinstance(dtype, str) or dtype not in _DTYPES:
         raise _damaged(name, f"expected one of {', '.join(_DTYPES)}, but the dtype is {str(dtype)[:80]!r}")

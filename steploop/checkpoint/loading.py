@@ -17,7 +17,7 @@ from steploop.checkpoint.saving import device_of
 from steploop.checkpoint.tensors import read_tensors
 from steploop.errors import CheckpointDamagedError
 
-__all__ = ["Checkpoint", "load", "open_checkpoint"]
+__all__ = ["Checkpoint", "load", "load_from", "open_checkpoint"]
 
 
 @attrs.frozen(kw_only=True)
@@ -51,21 +51,29 @@ def open_checkpoint(directory: Path | str, *, fs: Fs = LOCAL) -> Checkpoint:
     """
     path = find(fs, Path(directory))
     if not fs.names(path):
-        raise CheckpointDamagedError(f"There is no checkpoint {directory}. Name a directory that holds a {MANIFEST}.")
+        raise CheckpointDamagedError(
+            f"There is no checkpoint {directory}. Name a directory that holds a {MANIFEST}."
+        )
     manifest = parse_manifest(read_small(fs, path, MANIFEST, limit=MAX_MANIFEST_BYTES), str(path / MANIFEST))
     if others := sorted({*fs.names(path)} - {MANIFEST, ENVIRONMENT, *manifest.files}):
-        raise CheckpointDamagedError(f"{path} holds {others[0]!r}, which its manifest does not list. Move it elsewhere.")
+        raise CheckpointDamagedError(
+            f"{path} holds {others[0]!r}, which its manifest does not list. Move it elsewhere."
+        )
     environment = read_environment(fs, path)
     tensors = {}
     for name, record in manifest.files.items():
         try:
             file = fs.open(path, name)
             try:
-                tensors[name] = read_tensors(file, str(path / name), record, manifest.tensors[name], manifest.metadata[name])
+                tensors[name] = read_tensors(
+                    file, str(path / name), record, manifest.tensors[name], manifest.metadata[name]
+                )
             finally:
                 file.close()
         except OSError as error:
-            raise CheckpointDamagedError(f"{path / name} cannot be read: {error}. Use another checkpoint.") from error
+            raise CheckpointDamagedError(
+                f"{path / name} cannot be read: {error}. Use another checkpoint."
+            ) from error
     return Checkpoint(directory=path, manifest=manifest, environment=environment, tensors=tensors)
 
 
@@ -97,7 +105,17 @@ def load(
         CheckpointVersionError: the format is newer or older than this version reads.
         CheckpointIncompatibleError: it does not fit ``like``; lists the first ten differences.
     """
-    checkpoint = open_checkpoint(directory)
+    return load_from(open_checkpoint(directory), like=like, migrate=migrate, require_exact=require_exact)
+
+
+def load_from(
+    checkpoint: Checkpoint,
+    *,
+    like: State,
+    migrate: Mapping[str, str | None] | None = None,
+    require_exact: bool = False,
+) -> State:
+    """``load``, from a checkpoint that was read already."""
     state = restore(checkpoint.manifest.state, checkpoint.tensors, like, migrate)
     check_environment(checkpoint.environment, device_of(like), require_exact=require_exact)
     return state

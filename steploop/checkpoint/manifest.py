@@ -54,7 +54,8 @@ class Manifest:
             "version": FORMAT_VERSION,
             "files": {name: attrs.asdict(record) for name, record in self.files.items()},
             "tensors": {
-                file: {name: spec.to_json() for name, spec in table.items()} for file, table in self.tensors.items()
+                file: {name: spec.to_json() for name, spec in table.items()}
+                for file, table in self.tensors.items()
             },
             "metadata": dict(self.metadata),
             "state": self.state,
@@ -78,7 +79,9 @@ def unseal(text: bytes, name: str, *, limit: int) -> dict[str, Any]:
     body = read_json(text, name, limit=limit)
     found = body.get("sha256")
     if not isinstance(found, str) or not _SHA256.fullmatch(found):
-        raise CheckpointDamagedError(f"{name} has no SHA-256 of its own: it is damaged or was written by another program.")
+        raise CheckpointDamagedError(
+            f"{name} has no SHA-256 of its own: it is damaged or was written by another program."
+        )
     expected, digest = seal(body)
     if text != expected:
         raise CheckpointDamagedError(
@@ -97,7 +100,9 @@ def parse_manifest(text: bytes, name: str = MANIFEST) -> Manifest:
     """
     body = unseal(text, name, limit=MAX_MANIFEST_BYTES)
     if body.get("format") != FORMAT:
-        raise CheckpointDamagedError(f"{name} is of the format {str(body.get('format'))[:80]!r}; expected {FORMAT!r}.")
+        raise CheckpointDamagedError(
+            f"{name} is of the format {str(body.get('format'))[:80]!r}; expected {FORMAT!r}."
+        )
     version = body.get("version")
     if type(version) is not int or version != FORMAT_VERSION:
         raise CheckpointVersionError(
@@ -105,8 +110,12 @@ def parse_manifest(text: bytes, name: str = MANIFEST) -> Manifest:
             "Install the version of steploop that wrote it, or a newer one."
         )
     if body.keys() != {"format", "version", "sha256", "files", "tensors", "metadata", "state"}:
-        raise CheckpointDamagedError(f"{name} has the keys {str(sorted(body))[:200]}, which are not those of version {version}.")
-    files = {file: _record(file, entry, name) for file, entry in _object(body["files"], f"{name}: files").items()}
+        raise CheckpointDamagedError(
+            f"{name} has the keys {str(sorted(body))[:200]}, which are not those of version {version}."
+        )
+    files = {
+        file: _record(file, entry, name) for file, entry in _object(body["files"], f"{name}: files").items()
+    }
     tables = _object(body["tensors"], f"{name}: tensors")
     metadata = _object(body["metadata"], f"{name}: metadata")
     if not files.keys() == tables.keys() == metadata.keys() or len(files) > MAX_FILES:
@@ -117,9 +126,13 @@ def parse_manifest(text: bytes, name: str = MANIFEST) -> Manifest:
     for file, table in tables.items():
         entries = _object(table, f"{name}: tensors of {file}")
         if len(entries) > MAX_TENSORS or "__metadata__" in entries:
-            raise CheckpointDamagedError(f"{name} has {len(entries)} tensors in {file}; at most {MAX_TENSORS} are read.")
+            raise CheckpointDamagedError(
+                f"{name} has {len(entries)} tensors in {file}; at most {MAX_TENSORS} are read."
+            )
         tensors[file] = {key: spec_from_json(key, entry) for key, entry in entries.items()}
-    return Manifest(files=files, tensors=tensors, metadata=metadata, state=body["state"], sha256=body["sha256"])
+    return Manifest(
+        files=files, tensors=tensors, metadata=metadata, state=body["state"], sha256=body["sha256"]
+    )
 
 
 def _object(value: Any, name: str) -> dict[str, Any]:
@@ -134,9 +147,20 @@ def _record(file: str, entry: Any, name: str) -> FileRecord:
             f"{name} lists a file {file[:200]!r}, but a name has up to 128 letters, digits, dots, dashes and "
             "underscores, and begins with a letter or digit."
         )
-    size, sha256 = (entry.get("size"), entry.get("sha256")) if isinstance(entry, dict) and len(entry) == 2 else (None, None)
-    if type(size) is not int or not 0 <= size < 1 << 62 or not isinstance(sha256, str) or not _SHA256.fullmatch(sha256):
-        raise CheckpointDamagedError(f"{name}: expected the size and SHA-256 of {file}, but found {str(entry)[:80]!r}.")
+    size, sha256 = (
+        (entry.get("size"), entry.get("sha256"))
+        if isinstance(entry, dict) and len(entry) == 2
+        else (None, None)
+    )
+    if (
+        type(size) is not int
+        or not 0 <= size < 1 << 62
+        or not isinstance(sha256, str)
+        or not _SHA256.fullmatch(sha256)
+    ):
+        raise CheckpointDamagedError(
+            f"{name}: expected the size and SHA-256 of {file}, but found {str(entry)[:80]!r}."
+        )
     return FileRecord(size, sha256)
 
 
@@ -149,10 +173,14 @@ def read_small(fs: Fs, directory: Any, name: str, *, limit: int) -> bytes:
     try:
         file = fs.open(directory, name)
     except OSError as error:
-        raise CheckpointDamagedError(f"{directory / name} cannot be read: {error}. It is no checkpoint, or a damaged one.") from error
+        raise CheckpointDamagedError(
+            f"{directory / name} cannot be read: {error}. It is no checkpoint, or a damaged one."
+        ) from error
     try:
         if file.size > limit:
-            raise CheckpointDamagedError(f"{directory / name} has {file.size} bytes, and at most {limit} are read.")
+            raise CheckpointDamagedError(
+                f"{directory / name} has {file.size} bytes, and at most {limit} are read."
+            )
         text = bytearray(file.size)
         text = text[: file.read_into(memoryview(text), 0)]
     finally:

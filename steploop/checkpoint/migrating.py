@@ -51,16 +51,24 @@ def differences(saved: Migrated, like: TrainState) -> list[str]:
     if saved.optimizer != ours:
         found.append(f"optimizer: saved with {saved.optimizer}, but this state has {ours}")
     elif [sorted(group) for group in saved.hyper] != [sorted(group) for group in like.hyper]:
-        found.append(f"optimizer: the groups of {ours} have other hyperparameters than here: another version of it")
+        found.append(
+            f"optimizer: the groups of {ours} have other hyperparameters than here: another version of it"
+        )
     if saved.scalars["precision"] != like.precision:
         found.append(f"precision: saved as {saved.scalars['precision']}, but this state has {like.precision}")
     if (saved.records["scale"] is None) != (saved.scalars["precision"] != "fp16"):
         found.append("precision: fp16 has a loss scale, and the others have none")
     if (saved.ema is None) != (like._ema is None):
-        found.append(f"ema: {'not saved, but carried by' if saved.ema is None else 'saved, but not carried by'} this state")
+        found.append(
+            f"ema: {'not saved, but carried by' if saved.ema is None else 'saved, but not carried by'} this state"
+        )
     elif saved.ema is not None and like._ema is not None:
         found += _tensor_differences("ema", saved.ema, like._ema, ordered=False)
-    found += [f"slots: saved for {name}, which is not trained" for name in saved.slots if name not in machine.trainable]
+    found += [
+        f"slots: saved for {name}, which is not trained"
+        for name in saved.slots
+        if name not in machine.trainable
+    ]
     return found
 
 
@@ -72,7 +80,9 @@ def _tensor_differences(
             yield f"{kind} {name}: in the checkpoint only, {_say(tensor)}"
         elif (tensor.shape, tensor.dtype) != (ours[name].shape, ours[name].dtype):
             yield f"{kind} {name}: saved as {_say(tensor)}, but here it is {_say(ours[name])}"
-    yield from (f"{kind} {name}: not in the checkpoint, {_say(t)}" for name, t in ours.items() if name not in saved)
+    yield from (
+        f"{kind} {name}: not in the checkpoint, {_say(t)}" for name, t in ours.items() if name not in saved
+    )
     if ordered and saved.keys() == ours.keys() and list(saved) != list(ours):
         first = next((a, b) for a, b in zip(saved, ours, strict=True) if a != b)
         yield f"the order of the {kind}s: {first[0]} is saved where this state has {first[1]}"
@@ -82,10 +92,16 @@ def _say(tensor: Tensor) -> str:
     return f"{str(tensor.dtype).removeprefix('torch.')} {tuple(tensor.shape)}"
 
 
-def _group_differences(saved: tuple[tuple[str, ...], ...], ours: tuple[tuple[str, ...], ...]) -> Iterator[str]:
+def _group_differences(
+    saved: tuple[tuple[str, ...], ...], ours: tuple[tuple[str, ...], ...]
+) -> Iterator[str]:
     trained, here = {n for names in saved for n in names}, {n for names in ours for n in names}
-    yield from (f"parameter {name}: trained in the checkpoint, but frozen here" for name in sorted(trained - here))
-    yield from (f"parameter {name}: frozen in the checkpoint, but trained here" for name in sorted(here - trained))
+    yield from (
+        f"parameter {name}: trained in the checkpoint, but frozen here" for name in sorted(trained - here)
+    )
+    yield from (
+        f"parameter {name}: frozen in the checkpoint, but trained here" for name in sorted(here - trained)
+    )
     if trained == here and saved != ours:
         sizes = [len(names) for names in saved], [len(names) for names in ours]
         yield f"parameter groups: saved with {sizes[0]} parameters each, but here they have {sizes[1]}, or are in another order"
@@ -107,14 +123,20 @@ def migrated(saved: Migrated, like: TrainState, names: Mapping[str, str | None])
     """
     known = {*saved.params, *saved.buffers, *like._params, *like._buffers}
     if stray := [name for name in names if name not in known]:
-        raise CheckpointIncompatibleError(f"migrate: {stray[0]!r} is a parameter or buffer of neither the checkpoint nor this state.")
+        raise CheckpointIncompatibleError(
+            f"migrate: {stray[0]!r} is a parameter or buffer of neither the checkpoint nor this state."
+        )
     if None in names.values() or saved.ema is None:
         like.check_alive("checkpoint.load with migrate")
     params = _renamed(saved.params, like._params, names)
     buffers = _renamed(saved.buffers, like._buffers, names)
     ema = None
     if like._ema is not None:
-        ema = {n: t.clone() for n, t in like._ema.items()} if saved.ema is None else _renamed(saved.ema, like._ema, names)
+        ema = (
+            {n: t.clone() for n, t in like._ema.items()}
+            if saved.ema is None
+            else _renamed(saved.ema, like._ema, names)
+        )
     found = [
         *_tensor_differences("parameter", params, like._params, ordered=False),
         *_tensor_differences("buffer", buffers, like._buffers, ordered=False),
@@ -132,7 +154,11 @@ def migrated(saved: Migrated, like: TrainState, names: Mapping[str, str | None])
     carried = {n: s for n, s in moved.items() if n in trainable} if same_class else {}
     groups = tuple(tuple(_moved(dict.fromkeys(group), names)) for group in saved.groups)
     keeps_hyper = same_class and groups == machine.group_names
-    scale = saved.records["scale"] if saved.records["scale"] is not None and like.scale is not None else like.scale
+    scale = (
+        saved.records["scale"]
+        if saved.records["scale"] is not None and like.scale is not None
+        else like.scale
+    )
     return attrs.evolve(
         saved,
         scalars={**saved.scalars, "precision": like.precision},
@@ -148,11 +174,15 @@ def migrated(saved: Migrated, like: TrainState, names: Mapping[str, str | None])
 
 def _moved(values: Mapping[str, Any], names: Mapping[str, str | None]) -> dict[str, Any]:
     """The values under their new names; those that are not loaded are left out."""
-    renamed: Iterable[tuple[str | None, Any]] = ((names.get(name, name), value) for name, value in values.items())
+    renamed: Iterable[tuple[str | None, Any]] = (
+        (names.get(name, name), value) for name, value in values.items()
+    )
     return {name: value for name, value in renamed if name is not None}
 
 
-def _renamed(saved: Mapping[str, Tensor], ours: Mapping[str, Tensor], names: Mapping[str, str | None]) -> dict[str, Tensor]:
+def _renamed(
+    saved: Mapping[str, Tensor], ours: Mapping[str, Tensor], names: Mapping[str, str | None]
+) -> dict[str, Tensor]:
     """The same for tensors, with ``ours`` where the map says that ours is kept."""
     kept = {name: ours[name].detach().clone() for name, new in names.items() if new is None and name in ours}
     return {**_moved(saved, names), **kept}

@@ -3,11 +3,10 @@
 Nothing is loaded into anything: a difference raises, and the caller's state is as it was.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any, Final, get_args
 
 import attrs
-import torch
 from torch import Tensor, nn
 
 from steploop.checkpoint.collecting import MODEL_FILE, OPTIMIZER_FILE, RECORDS, SCALARS, State, members
@@ -23,7 +22,7 @@ from steploop.trees import map_tensors
 
 __all__ = ["restore"]
 
-_RECORD_TYPES: Final[Mapping[str, Callable[..., Any]]] = {
+_RECORD_TYPES: Final[Mapping[str, type[Any]]] = {
     "scale": LossScale,
     "early_stopping": StoppingState,
     "plateau": PlateauState,
@@ -34,7 +33,10 @@ _LISTED: Final = 10
 
 
 def restore(
-    saved: Any, tensors: Mapping[str, Mapping[str, Tensor]], like: State, migrate: Mapping[str, str | None] | None
+    saved: Any,
+    tensors: Mapping[str, Mapping[str, Tensor]],
+    like: State,
+    migrate: Mapping[str, str | None] | None,
 ) -> State:
     """The saved state, or states, on the machines and the devices of ``like``.
 
@@ -48,7 +50,11 @@ def restore(
         CheckpointIncompatibleError: it does not fit; lists the first ten differences.
         CheckpointDamagedError: it is nothing that steploop writes.
     """
-    if not isinstance(saved, dict) or saved.keys() != {"several", "states"} or not isinstance(saved["states"], dict):
+    if (
+        not isinstance(saved, dict)
+        or saved.keys() != {"several", "states"}
+        or not isinstance(saved["states"], dict)
+    ):
         raise CheckpointDamagedError("The state in the manifest is nothing that steploop writes.")
     parts, ours = saved["states"], members(like)
     if saved["several"] is not isinstance(like, Mapping) or parts.keys() != ours.keys():
@@ -62,7 +68,9 @@ def restore(
         problems = differences(part, one) if migrate is None else []
         found += [f"{name}: {problem}" if name else problem for problem in problems]
         if not problems:
-            restored[name] = _build(part if migrate is None else migrated(part, one, _own(migrate, name)), one)
+            restored[name] = _build(
+                part if migrate is None else migrated(part, one, _own(migrate, name)), one
+            )
     if found:
         more = f"\n  and {len(found) - _LISTED} more" if len(found) > _LISTED else ""
         lines = "\n  ".join(found[:_LISTED])
@@ -88,22 +96,51 @@ def _own(migrate: Mapping[str, str | None], name: str) -> Mapping[str, str | Non
 
 def _read_part(values: Any, tensors: Mapping[str, Mapping[str, Tensor]], prefix: str) -> Migrated:
     """One saved state as checked values; every number of a count is one."""
-    expected = {*SCALARS, *RECORDS, "optimizer", "groups", "params", "buffers", "hyper", "slots", "ema", "transient_buffers"}
+    expected = {
+        *SCALARS,
+        *RECORDS,
+        "optimizer",
+        "groups",
+        "params",
+        "buffers",
+        "hyper",
+        "slots",
+        "ema",
+        "transient_buffers",
+    }
     if not isinstance(values, dict) or values.keys() != expected:
         raise CheckpointDamagedError("A state in the manifest has other fields than steploop writes.")
-    held = {n.removeprefix(prefix): t for n, t in tensors.get(OPTIMIZER_FILE, {}).items() if n.startswith(prefix)}
-    model = {n.removeprefix(prefix): t for n, t in tensors.get(MODEL_FILE, {}).items() if n.startswith(prefix)}
+    held = {
+        n.removeprefix(prefix): t for n, t in tensors.get(OPTIMIZER_FILE, {}).items() if n.startswith(prefix)
+    }
+    model = {
+        n.removeprefix(prefix): t for n, t in tensors.get(MODEL_FILE, {}).items() if n.startswith(prefix)
+    }
     part = {key: decode(values[key], key, held) for key in expected - {*SCALARS, *RECORDS}}
     transient, slots, ema = part["transient_buffers"], part["slots"], part["ema"]
-    names = [part["params"], part["buffers"], *(part["groups"] if isinstance(part["groups"], list) else [None])]
+    names = [
+        part["params"],
+        part["buffers"],
+        *(part["groups"] if isinstance(part["groups"], list) else [None]),
+    ]
     if not all(isinstance(some, list) and all(isinstance(n, str) for n in some) for some in names):
         raise CheckpointDamagedError("A list of names in the manifest is not one.")
-    if not isinstance(part["optimizer"], str) or not _table_of(transient, Tensor) or not _table_of(slots, dict):
+    if (
+        not isinstance(part["optimizer"], str)
+        or not _table_of(transient, Tensor)
+        or not _table_of(slots, dict)
+    ):
         raise CheckpointDamagedError("The optimizer's values in the manifest are not what steploop writes.")
-    if not (ema is None or _table_of(ema, Tensor)) or not (isinstance(part["hyper"], list) and all(map(_named, part["hyper"]))):
-        raise CheckpointDamagedError("The averages or hyperparameters in the manifest are not what steploop writes.")
+    if not (ema is None or _table_of(ema, Tensor)) or not (
+        isinstance(part["hyper"], list) and all(map(_named, part["hyper"]))
+    ):
+        raise CheckpointDamagedError(
+            "The averages or hyperparameters in the manifest are not what steploop writes."
+        )
     if len(part["groups"]) != len(part["hyper"]):
-        raise CheckpointDamagedError("The manifest has hyperparameters of other parameter groups than it names.")
+        raise CheckpointDamagedError(
+            "The manifest has hyperparameters of other parameter groups than it names."
+        )
     values_of = model | transient
     if missing := [name for name in (*part["params"], *part["buffers"]) if name not in values_of]:
         raise CheckpointDamagedError(f"The manifest names {missing[0]!r}, but no file holds it.")
@@ -131,10 +168,14 @@ def _table_of(value: Any, kind: type) -> bool:
 def _scalar(key: str, value: Any) -> Any:
     if key == "precision":
         if value not in get_args(Precision):
-            raise CheckpointDamagedError(f"precision is {str(value)[:80]!r} in the manifest; expected fp32, bf16 or fp16.")
+            raise CheckpointDamagedError(
+                f"precision is {str(value)[:80]!r} in the manifest; expected fp32, bf16 or fp16."
+            )
         return value
     if type(value) is not int or not 0 <= value < (1 << 63 if key == "seed" else _MOST_STEPS):
-        raise CheckpointDamagedError(f"{key} is {str(value)[:80]!r} in the manifest; expected a count below 2**53.")
+        raise CheckpointDamagedError(
+            f"{key} is {str(value)[:80]!r} in the manifest; expected a count below 2**53."
+        )
     return value
 
 
@@ -143,12 +184,15 @@ def _record(key: str, value: Any) -> Any:
     if value is None:
         return None
     kind = _RECORD_TYPES[key]
-    fields = {f.name: f for f in attrs.fields(kind)}  # type: ignore[arg-type]  # all four are attrs classes
-    if not isinstance(value, dict) or value.keys() != fields.keys():
-        raise CheckpointDamagedError(f"{key} is {str(value)[:80]!r} in the manifest, which no steploop writes.")
+    if not isinstance(value, dict) or value.keys() != {field.name for field in attrs.fields(kind)}:
+        raise CheckpointDamagedError(
+            f"{key} is {str(value)[:80]!r} in the manifest, which no steploop writes."
+        )
     plain = {name: decode(v, f"{key}.{name}", {}) for name, v in value.items()}
     if any(v is not None and not isinstance(v, (bool, int, float)) for v in plain.values()):
-        raise CheckpointDamagedError(f"{key} holds {str(plain)[:80]} in the manifest, where numbers are expected.")
+        raise CheckpointDamagedError(
+            f"{key} holds {str(plain)[:80]} in the manifest, where numbers are expected."
+        )
     try:
         return kind(**plain)
     except (ConfigError, TypeError) as error:
@@ -159,7 +203,11 @@ def _build(part: Migrated, like: TrainState) -> TrainState:
     """A state of its own lease, in the order of ``like``: norms sum in that order, and bits follow it."""
     device, machine = like.device, like._machine
     params = {name: _leaf(part.params[name].to(p.device), p) for name, p in like._params.items()}
-    fused = {n: _counts_on_device(group) for names, group in zip(machine.group_names, part.hyper, strict=True) for n in names}
+    fused = {
+        n: _counts_on_device(group)
+        for names, group in zip(machine.group_names, part.hyper, strict=True)
+        for n in names
+    }
     slots: dict[str, dict[str, Any]] = {}
     for name in machine.trainable:
         slot = part.slots.get(name, {})
@@ -173,6 +221,7 @@ def _build(part: Migrated, like: TrainState) -> TrainState:
         _slots=slots,
         _ema=None if part.ema is None else {name: part.ema[name].to(device) for name in like._params},
         _lease=Lease(),
+        _generation=0,
         _leaves=tuple(params[name] for name in machine.trainable),
         _known=(0, 0),
         hyper=part.hyper,

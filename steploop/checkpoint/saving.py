@@ -1,6 +1,7 @@
 """Save a state: taken apart, written beside, flushed, and put in place at one moment."""
 
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -8,7 +9,7 @@ import torch
 from steploop.checkpoint.collecting import Collected, State, collect, members
 from steploop.checkpoint.commit import commit, write_file
 from steploop.checkpoint.environment import ENVIRONMENT, environment_bytes
-from steploop.checkpoint.filesystem import LOCAL, Fs
+from steploop.checkpoint.filesystem import LOCAL, FileWriter, Fs
 from steploop.checkpoint.manifest import MANIFEST, Manifest
 from steploop.checkpoint.tensors import FileRecord, hash_tensors, write_tensors
 from steploop.errors import CheckpointWriteError
@@ -46,7 +47,14 @@ def device_of(state: State) -> torch.device:
 
 
 def write_collected(
-    fs: Fs, target: Path, collected: Collected, device: torch.device, *, overwrite: bool, tries: int = 3, wait_s: float = 0.5
+    fs: Fs,
+    target: Path,
+    collected: Collected,
+    device: torch.device,
+    *,
+    overwrite: bool,
+    tries: int = 3,
+    wait_s: float = 0.5,
 ) -> str:
     """Commit what was collected as the directory ``target``; the digest.
 
@@ -60,18 +68,20 @@ def write_collected(
         )
 
     def write(temporary: Path) -> str:
-        files = {}
-        for file, tensors in collected.tensors.items():
-            specs, metadata = collected.specs[file], collected.metadata[file]
-            files[file] = write_file(
-                fs, temporary / file, lambda out, t=tensors, s=specs, m=metadata: write_tensors(out, t, s, m)
-            )
+        files = {
+            file: write_file(fs, temporary / file, partial(_fill, collected, file))
+            for file in collected.tensors
+        }
         text, sha256 = _manifest(collected, files).seal()
         write_file(fs, temporary / MANIFEST, lambda out: out.write(text))
         write_file(fs, temporary / ENVIRONMENT, lambda out: out.write(environment_bytes(device)))
         return sha256
 
     return commit(fs, target, write, overwrite=overwrite, tries=tries, wait_s=wait_s)
+
+
+def _fill(collected: Collected, file: str, out: FileWriter) -> FileRecord:
+    return write_tensors(out, collected.tensors[file], collected.specs[file], collected.metadata[file])
 
 
 def _manifest(collected: Collected, files: Mapping[str, FileRecord]) -> Manifest:

@@ -10,7 +10,7 @@ import hashlib
 from collections import deque
 from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Final
+from typing import Any, Final, Self
 
 import attrs
 import torch
@@ -22,7 +22,9 @@ from steploop.errors import CheckpointDamagedError
 
 __all__ = ["FileRecord", "hash_tensors", "read_tensors", "write_tensors"]
 
-BLOCK: Final = 2 << 20  # bytes: large enough to hide a hand-over to the other thread, small enough to stay in cache
+BLOCK: Final = (
+    2 << 20
+)  # bytes: large enough to hide a hand-over to the other thread, small enough to stay in cache
 
 
 @attrs.frozen
@@ -41,15 +43,19 @@ class FileRecord:
 class _Hasher:
     """SHA-256 of blocks in the order given, computed by another thread while this one reads or writes."""
 
-    def __init__(self, pool: ThreadPoolExecutor) -> None:
+    def __init__(self, size: int) -> None:
+        """Args: size: bytes that will be added; a thread is not worth its start for a few."""
         self._hash = hashlib.sha256()
-        self._pool = pool
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix="steploop-hash") if size > BLOCK else None
         self._pending: deque[Future[None]] = deque()
         self._size = 0
 
     def add(self, block: memoryview | bytes) -> None:
         """Hash ``block``, which must not change until ``wait`` returns."""
         self._size += len(block)
+        if self._pool is None:
+            self._hash.update(block)
+            return
         self._pending.append(self._pool.submit(self._hash.update, block))
 
     def wait(self) -> None:
@@ -58,13 +64,23 @@ class _Hasher:
             self._pending.popleft().result()
 
     def record(self) -> FileRecord:
+        """What was added so far."""
         self.wait()
         return FileRecord(self._size, self._hash.hexdigest())
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """End the thread; what it was given may be freed afterwards."""
+        if self._pool is not None:
+            self._pool.shutdown()
 
 
 def _bytes_of(tensor: Tensor) -> memoryview:
     """The memory of a contiguous tensor on the CPU."""
-    return memoryview(tensor.reshape(-1).view(torch.uint8).numpy())
+    array: Any = tensor.reshape(-1).view(torch.uint8).numpy()
+    return memoryview(array)
 
 
 def _host(tensor: Tensor) -> Tensor:
@@ -73,7 +89,9 @@ def _host(tensor: Tensor) -> Tensor:
     return (torch.view_as_real(values) if values.dtype == torch.complex128 else values).contiguous()
 
 
-def _blocks(tensors: Mapping[str, Tensor], specs: Mapping[str, TensorSpec], hasher: _Hasher) -> Iterator[memoryview | bytes]:
+def _blocks(
+    tensors: Mapping[str, Tensor], specs: Mapping[str, TensorSpec], hasher: _Hasher
+) -> Iterator[memoryview | bytes]:
     """The values of a file in blocks; small tensors share one. At most one tensor is held as a copy at a time."""
     small = bytearray()
     for name in file_order(specs):
@@ -93,7 +111,9 @@ def _blocks(tensors: Mapping[str, Tensor], specs: Mapping[str, TensorSpec], hash
         yield bytes(small)
 
 
-def write_tensors(file: FileWriter, tensors: Mapping[str, Tensor], specs: Mapping[str, TensorSpec], metadata: str) -> FileRecord:
+def write_tensors(
+    file: FileWriter, tensors: Mapping[str, Tensor], specs: Mapping[str, TensorSpec], metadata: str
+) -> FileRecord:
     """Write a safetensors file and hash it on the way; neither flushed nor closed here.
 
     Args:
@@ -107,8 +127,7 @@ def write_tensors(file: FileWriter, tensors: Mapping[str, Tensor], specs: Mappin
         OSError: the file cannot be written.
     """
     header = header_bytes(specs, metadata)
-    with ThreadPoolExecutor(1, thread_name_prefix="steploop-hash") as pool:
-        hasher = _Hasher(pool)
+    with _Hasher(sum(spec.size for spec in specs.values())) as hasher:
         hasher.add(header)
         file.write(header)
         for block in _blocks(tensors, specs, hasher):
@@ -177,8 +196,7 @@ def read_tensors(
             f"{name} has {file.size} bytes, but the manifest says {record.size} and its table of tensors needs "
             f"{expected}. It is cut short or is another file: use another checkpoint."
         )
-    with ThreadPoolExecutor(1, thread_name_prefix="steploop-hash") as pool:
-        hasher = _Hasher(pool)
+    with _Hasher(expected) as hasher:
         start = bytearray(len(header))
         _fill(file, memoryview(start), 0, name)
         if start != header:
@@ -207,4 +225,6 @@ def read_tensors(
 
 def _fill(file: FileReader, buffer: memoryview, offset: int, name: str) -> None:
     if file.read_into(buffer, offset) != len(buffer):
-        raise CheckpointDamagedError(f"{name} ends before byte {offset + len(buffer)}: it was cut short while it was read.")
+        raise CheckpointDamagedError(
+            f"{name} ends before byte {offset + len(buffer)}: it was cut short while it was read."
+        )

@@ -21,6 +21,7 @@ __all__ = ["decode", "encode", "read_json", "write_json"]
 
 MAX_DEPTH: Final = 32
 MAX_INT: Final = 1 << 64  # a seed may use all 64 bits; Python reads longer numbers ever more slowly
+_MOST_DIGITS: Final = 21
 _TOO_DEEP: Final = f"it is nested more than {MAX_DEPTH} levels deep"
 _SPECIAL: Final = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}
 
@@ -40,7 +41,9 @@ def encode(value: Any, name: str, tensors: dict[str, Tensor]) -> Any:
         return value
     if type(value) is int:
         if abs(value) >= MAX_INT:
-            raise CheckpointUnsupportedError(f"{name} is {value}, but a checkpoint holds whole numbers below 2**64.")
+            raise CheckpointUnsupportedError(
+                f"{name} is {value}, but a checkpoint holds whole numbers below 2**64."
+            )
         return value
     if isinstance(value, float):  # NumPy's float64 is one
         return float(value) if math.isfinite(value) else {"float": str(float(value))}
@@ -77,7 +80,11 @@ def decode(value: Any, name: str, tensors: Mapping[str, Tensor]) -> Any:
             return _SPECIAL[content]
         if kind == "tensor" and isinstance(content, str) and content in tensors:
             return tensors[content]
-        if kind == "dict" and isinstance(content, list) and all(isinstance(p, list) and len(p) == 2 for p in content):
+        if (
+            kind == "dict"
+            and isinstance(content, list)
+            and all(isinstance(p, list) and len(p) == 2 for p in content)
+        ):
             return {_key(k, name): decode(v, f"{name}.{k}", tensors) for k, v in content}
     raise CheckpointDamagedError(f"{name} holds {str(value)[:80]!r}, which no steploop writes.")
 
@@ -103,7 +110,9 @@ def write_json(values: Mapping[str, Any]) -> bytes:
     try:
         read_json(text, "the state", limit=len(text))
     except CheckpointDamagedError as error:
-        raise CheckpointUnsupportedError(f"The state cannot be read back from a checkpoint: {error}") from error
+        raise CheckpointUnsupportedError(
+            f"The state cannot be read back from a checkpoint: {error}"
+        ) from error
     return text
 
 
@@ -119,47 +128,60 @@ def read_json(text: bytes, name: str, *, limit: int) -> dict[str, Any]:
         CheckpointDamagedError: it is longer, not UTF-8, not JSON, no object, has a key twice, a number that is not
             finite or not below 2**64, half a character, or more than 32 levels.
     """
-
-    def refuse(problem: str) -> NoReturn:
-        raise CheckpointDamagedError(f"{name} is not the JSON that steploop writes: {problem}.")
-
-    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        found = dict(pairs)
-        if len(found) != len(pairs):
-            refuse("a key stands in it twice")
-        return found
-
-    def whole(digits: str) -> int:
-        if len(digits) > 21 or abs(int(digits)) >= MAX_INT:
-            refuse(f"the number {digits[:30]} has more than 64 bits")
-        return int(digits)
-
-    def finite(digits: str) -> float:
-        if not math.isfinite(number := float(digits)):
-            refuse(f"the number {digits[:30]} is not finite")
-        return number
-
-    if len(text) > limit:
-        refuse(f"it has {len(text)} bytes, and at most {limit} are read")
     try:
-        values = json.loads(
-            text.decode(),
-            object_pairs_hook=unique,
-            parse_int=whole,
-            parse_float=finite,
-            parse_constant=lambda constant: refuse(f"{constant} is no number"),
-        )
+        values = _parsed(text, limit)
     except RecursionError:
-        refuse(_TOO_DEEP)
+        problem = _TOO_DEEP
     except ValueError as error:
-        refuse(str(error)[:200])
+        problem = str(error)[:200]
+    else:
+        return values
+    raise CheckpointDamagedError(f"{name} is not the JSON that steploop writes: {problem}.")
+
+
+def _parsed(text: bytes, limit: int) -> dict[str, Any]:
+    """The object; ValueError for what JSON has not and Python's reader takes."""
+    if len(text) > limit:
+        raise ValueError(f"it has {len(text)} bytes, and at most {limit} are read")
+    values = json.loads(
+        text.decode(),
+        object_pairs_hook=_unique,
+        parse_int=_whole,
+        parse_float=_finite,
+        parse_constant=_no_constant,
+    )
     if not isinstance(values, dict):
-        refuse("the outermost value is no object")
+        raise ValueError("the outermost value is no object")  # noqa: TRY004  (every refusal here is a ValueError)
     if _depth_exceeds(values, MAX_DEPTH):
-        refuse(_TOO_DEEP)
-    if b"\\u" in text and not _is_unicode(values):
-        refuse("a text in it is half a character")
+        raise ValueError(_TOO_DEEP)
+    if b"\\u" in text:
+        json.dumps(
+            values, ensure_ascii=False
+        ).encode()  # half a surrogate pair has no UTF-8: UnicodeEncodeError
     return values
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        raise ValueError("a key stands in it twice")
+    return found
+
+
+def _whole(digits: str) -> int:
+    if len(digits) > _MOST_DIGITS or abs(int(digits)) >= MAX_INT:
+        raise ValueError(f"the number {digits[:30]} has more than 64 bits")
+    return int(digits)
+
+
+def _finite(digits: str) -> float:
+    if not math.isfinite(number := float(digits)):
+        raise ValueError(f"the number {digits[:30]} is not finite")
+    return number
+
+
+def _no_constant(constant: str) -> NoReturn:
+    raise ValueError(f"{constant} is no number")
 
 
 def _depth_exceeds(values: Any, limit: int) -> bool:
@@ -170,12 +192,4 @@ def _depth_exceeds(values: Any, limit: int) -> bool:
         level = [child for children in below for child in children if isinstance(child, (dict, list))]
         if not level:
             return False
-    return True
-
-
-def _is_unicode(values: Any) -> bool:
-    try:
-        json.dumps(values, ensure_ascii=False).encode()
-    except UnicodeEncodeError:
-        return False
     return True

@@ -1,0 +1,134 @@
+"""Save while training goes on: the state is copied at once, and written by a thread.
+
+Training is held up for the copy alone. The copy goes to memory that is kept from one save to the next, because fresh
+memory costs several times as much as the copying itself: the first save is slower for it. It takes as much memory
+again as the state.
+"""
+
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Self
+
+import attrs
+import torch
+from torch import Tensor
+
+from steploop.checkpoint.collecting import Collected, State, collect
+from steploop.checkpoint.filesystem import LOCAL, Fs
+from steploop.checkpoint.saving import device_of, write_collected
+
+__all__ = ["BackgroundSaver"]
+
+
+class BackgroundSaver:
+    """Saves one state at a time, in the order given, while the caller goes on.
+
+    A failure is raised by the next ``save``, by ``wait`` or at the end of the ``with`` block: in the training loop, as
+    the error that ``steploop.checkpoint.save`` would have raised.
+
+    Args:
+        fs: where to write; tests put another in its place.
+        after: called by the thread after each checkpoint that is on the disk.
+
+    Example::
+
+        with BackgroundSaver() as saver:
+            for batch in batches:
+                state = train_step(state, batch)
+                if state.step % 1000 == 0:
+                    saver.save(state, f"checkpoints/step-{state.step:012d}")
+    """
+
+    def __init__(self, *, fs: Fs = LOCAL, after: Callable[[], None] | None = None) -> None:
+        self._fs = fs
+        self._after = after
+        self._kept: dict[tuple[str, str], Tensor] = {}
+        self._thread: threading.Thread | None = None
+        self._digest: str | None = None
+        self._failure: BaseException | None = None
+
+    def save(self, state: State, directory: Path | str, *, overwrite: bool = False) -> None:
+        """Wait for the save before, copy the state, and begin to write the copy.
+
+        The state may be trained on, or given away, as soon as this returns.
+
+        Args:
+            state: as for ``steploop.checkpoint.save``.
+            directory: likewise.
+            overwrite: likewise.
+
+        Raises:
+            CheckpointWriteError: the save *before* this one failed. This one was not begun.
+            CheckpointUnsupportedError: the state holds something that a checkpoint cannot.
+            SpentStateError: the state gave its tensors away.
+            StepOrderError: it holds gradients that no optimizer step has used.
+        """
+        self.wait()
+        snapshot, device = self._snapshot(collect(state)), device_of(state)
+        self._thread = threading.Thread(
+            target=self._write, args=(snapshot, Path(directory), device, overwrite), name="steploop-save"
+        )
+        self._thread.start()
+
+    def wait(self) -> str | None:
+        """Return once what was given is on the disk: the digest of the last checkpoint, or None before the first.
+
+        Raises:
+            CheckpointWriteError: the last save failed. It is raised once.
+        """
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+        if (failure := self._failure) is not None:
+            self._failure = None
+            raise failure
+        return self._digest
+
+    @property
+    def busy(self) -> bool:
+        """Whether a save is being written at this moment."""
+        return self._thread is not None and self._thread.is_alive()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: object, error: object, trace: object) -> None:
+        """Wait for the last save; an error that is on its way already is not hidden by another."""
+        if error is None:
+            self.wait()
+        elif self._thread is not None:
+            self._thread.join()
+
+    def _write(self, snapshot: Collected, target: Path, device: torch.device, overwrite: bool) -> None:
+        try:
+            self._digest = write_collected(self._fs, target, snapshot, device, overwrite=overwrite)
+            if self._after is not None:
+                self._after()
+        except BaseException as failure:  # noqa: BLE001  (whatever it is belongs to the training loop)
+            self._failure = failure
+
+    def _snapshot(self, collected: Collected) -> Collected:
+        """A copy on the host, in kept memory where a tensor of the same name, dtype and layout was copied before."""
+        sources, targets = [], []
+        tensors: dict[str, dict[str, Tensor]] = {}
+        kept, self._kept = self._kept, {}
+        for file, table in collected.tensors.items():
+            tensors[file] = {}
+            for name, tensor in table.items():
+                source = tensor.detach().resolve_conj().resolve_neg()
+                copy = kept.get((file, name))
+                if copy is None or not _alike(copy, source):
+                    copy = torch.empty_like(source, device="cpu")
+                self._kept[file, name] = tensors[file][name] = copy
+                sources.append(source)
+                targets.append(copy)
+        torch._foreach_copy_(targets, sources)
+        return attrs.evolve(collected, tensors=tensors)
+
+
+def _alike(kept: Tensor, source: Tensor) -> bool:
+    same = (kept.shape, kept.dtype) == (source.shape, source.dtype)
+    return same and (
+        kept.stride() == source.stride() or kept.stride() == torch.empty_like(source, device="meta").stride()
+    )

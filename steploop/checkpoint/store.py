@@ -1,0 +1,193 @@
+"""A directory of checkpoints, one for each saved step: the newest that verifies, the best, and what may be deleted.
+
+Order is that of the steps as numbers, never of names or clocks. Nothing points at the newest one; it is found.
+"""
+
+import itertools
+import re
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Final
+
+from steploop.checkpoint.background import BackgroundSaver
+from steploop.checkpoint.collecting import State, collect, members
+from steploop.checkpoint.commit import write_error
+from steploop.checkpoint.filesystem import LOCAL, Fs
+from steploop.checkpoint.litter import discard, make_directories, probe, sweep
+from steploop.checkpoint.loading import Checkpoint, load_from, open_checkpoint
+from steploop.checkpoint.saving import device_of, write_collected
+from steploop.errors import CheckpointDamagedError, ConfigError
+
+__all__ = ["CheckpointStore", "DamagedCheckpointWarning", "step_of"]
+
+_STEP: Final = re.compile(r"step-(\d{12,16})")
+_LEAST: Final = 2  # the last one may be the one that is damaged
+
+
+class DamagedCheckpointWarning(UserWarning):
+    """A checkpoint turned out damaged and was put aside; an older one is used."""
+
+
+def step_of(state: State) -> int:
+    """The number that a state's checkpoint bears: optimizer steps taken, by the first of several states."""
+    return next(iter(members(state).values())).step
+
+
+class CheckpointStore:
+    """The checkpoints of one run, as ``step-000000001234/`` in one directory.
+
+    Args:
+        directory: of the checkpoints.
+        keep: how many of the newest to keep, >= 2; the best one is kept besides.
+        background: write in a thread while training goes on (see ``BackgroundSaver``).
+        fs: where; tests put another in its place.
+
+    Raises:
+        ConfigError: ``keep`` is less than 2.
+    """
+
+    def __init__(
+        self, directory: Path | str, *, keep: int = 3, background: bool = False, fs: Fs = LOCAL
+    ) -> None:
+        if not isinstance(keep, int) or keep < _LEAST:
+            raise ConfigError(
+                f"CheckpointStore: keep must be an int >= {_LEAST}, but is {keep!r}: a single checkpoint that is damaged "
+                "would leave nothing."
+            )
+        self.directory = Path(directory)
+        self._keep = keep
+        self._fs = fs
+        self._best: int | None = None
+        self._saver = BackgroundSaver(fs=fs, after=self._prune) if background else None
+
+    def prepare(self) -> list[str]:
+        """Make the directory, find out whether it can be written to, and clear what crashed runs left.
+
+        Call it before the first step, with the run locked.
+
+        Returns:
+            The names of what was found and cleared away.
+
+        Raises:
+            CheckpointWriteError: no checkpoint can be written here; ``errno`` says why.
+        """
+        make_directories(self._fs, self.directory)
+        probe(self._fs, self.directory)
+        return sweep(self._fs, self.directory)
+
+    def path(self, step: int) -> Path:
+        """Where the checkpoint of a step is, or would be."""
+        return self.directory / f"step-{step:012d}"
+
+    def steps(self) -> list[int]:
+        """The steps that have a checkpoint, in order; whether they verify is another question."""
+        names = (_STEP.fullmatch(name) for name in self._fs.names(self.directory))
+        return sorted(
+            {int(match[1]) for match in names if match and self.path(int(match[1])).name == match[0]}
+        )
+
+    def save(self, state: State, *, best: bool = False) -> None:
+        """Keep a state as the checkpoint of its step, in the place of an earlier one of that step.
+
+        Older ones are deleted once this one is on the disk: all but the newest ``keep`` and the best.
+
+        Args:
+            state: one, or several by name.
+            best: this is the best so far. Otherwise the step of ``state.best`` is the best one.
+
+        Raises:
+            CheckpointWriteError: it could not be written; in the background: the one before it could not.
+        """
+        lead = next(iter(members(state).values()))
+        if best:
+            self._best = step_of(state)
+        elif lead.best is not None:
+            self._best = lead.best.step
+        target = self.path(step_of(state))
+        if self._saver is not None:
+            self._saver.save(state, target, overwrite=True)
+        else:
+            write_collected(self._fs, target, collect(state), device_of(state), overwrite=True)
+            self._prune()
+
+    def wait(self) -> None:
+        """Return once everything that was given is on the disk.
+
+        Raises:
+            CheckpointWriteError: the last save failed.
+        """
+        if self._saver is not None:
+            self._saver.wait()
+
+    def _prune(self) -> None:
+        steps = self.steps()
+        for step in steps[: -self._keep]:
+            if step != self._best:
+                try:
+                    discard(self._fs, self.path(step))
+                except OSError as error:
+                    raise write_error(f"{self.path(step)} could not be deleted", error) from error
+
+    def load(
+        self,
+        *,
+        like: State,
+        step: int | None = None,
+        migrate: Mapping[str, str | None] | None = None,
+        require_exact: bool = False,
+    ) -> State | None:
+        """The state of the newest checkpoint that verifies, or of one step; None where there is no checkpoint.
+
+        A newest one that is damaged is put aside as ``.corrupt-...`` with a warning, and the next older one taken. One
+        that is asked for by its step has to be whole.
+
+        Args:
+            like: see ``steploop.checkpoint.load``.
+            step: None for the newest.
+            migrate: see ``steploop.checkpoint.load``.
+            require_exact: likewise.
+
+        Raises:
+            CheckpointDamagedError: the one of ``step`` is missing or damaged, or all there are.
+            CheckpointIncompatibleError: it does not fit ``like``.
+            CheckpointVersionError: it is of a format that this version does not read.
+        """
+        checkpoint = self.newest() if step is None else open_checkpoint(self.path(step), fs=self._fs)
+        if checkpoint is None:
+            return None
+        return load_from(checkpoint, like=like, migrate=migrate, require_exact=require_exact)
+
+    def newest(self) -> Checkpoint | None:
+        """The checkpoint of the highest step that verifies, read; None where there is none at all.
+
+        Raises:
+            CheckpointDamagedError: there are some, and none verifies. Beginning anew is for the caller to decide.
+            CheckpointVersionError: the newest is of a format that this version does not read.
+        """
+        steps = self.steps()
+        for step in reversed(steps):
+            try:
+                return open_checkpoint(self.path(step), fs=self._fs)
+            except CheckpointDamagedError as error:
+                aside = self._put_aside(self.path(step))
+                warnings.warn(
+                    f"{error} It was put aside as {aside.name}.", DamagedCheckpointWarning, stacklevel=3
+                )
+        if steps:
+            raise CheckpointDamagedError(
+                f"None of the {len(steps)} checkpoints in {self.directory} verifies. They were put aside as .corrupt-*; to "
+                "begin anew, choose another directory."
+            )
+        return None
+
+    def _put_aside(self, path: Path) -> Path:
+        taken = self._fs.names(self.directory)
+        names = (f".corrupt-{path.name}" + (f"-{n}" if n else "") for n in itertools.count())
+        aside = path.with_name(next(name for name in names if name not in taken))
+        try:
+            self._fs.rename(path, aside)
+            self._fs.sync_directory(self.directory)
+        except OSError as error:
+            raise write_error(f"The damaged checkpoint {path} could not be put aside", error) from error
+        return aside
