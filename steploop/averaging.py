@@ -7,11 +7,13 @@ import torch
 from torch import Tensor
 
 from steploop.errors import ConfigError, StepOrderError
+from steploop.shielding import shielded
 from steploop.state import TrainState
 
 __all__ = ["update_ema"]
 
 
+@shielded
 def update_ema(state: TrainState, *, decay: float | Callable[[int], float]) -> TrainState:
     """Move the averaged weights towards the parameters; after ``optimizer_step``.
 

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from steploop.errors import ConfigError, ObjectiveError
 from steploop.forwarding import Objective, SeededGenerators, read_objective, surroundings, translated
+from steploop.shielding import shielded
 from steploop.state import TrainState
 from steploop.trees import count_samples, map_tensors
 
@@ -46,6 +47,7 @@ def accuracy(outputs: Any, batch: Any) -> tuple[Tensor, int]:
     return (logits.argmax(dim=-1) == labels).sum(), labels.numel()
 
 
+@shielded
 def evaluate(
     state: TrainState,
     batches: Iterable[Any],

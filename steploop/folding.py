@@ -8,6 +8,7 @@ from torch import Tensor
 
 from steploop.errors import EmptyDataError, ObjectiveError
 from steploop.forwarding import Objective, forward
+from steploop.shielding import shielded
 from steploop.state import Gradients, TrainState
 from steploop.steps import gradients, seed_of
 from steploop.trees import count_samples
@@ -15,6 +16,7 @@ from steploop.trees import count_samples
 __all__ = ["accumulate"]
 
 
+@shielded
 def accumulate(state: TrainState, micro_batches: Iterable[Any], objective: Objective) -> TrainState:
     """Take the place of ``forward_loss`` and ``backward_scaled`` for a batch that comes in parts.
 

@@ -11,6 +11,7 @@ from steploop.errors import ObjectiveError, OutOfMemoryError
 from steploop.machine import Machine
 from steploop.precision import Precision, autocast
 from steploop.random_numbers import fold_in
+from steploop.shielding import DefaultDtype
 from steploop.state import TrainState
 from steploop.trees import map_tensors, shapes
 
@@ -49,20 +50,6 @@ class SeededGenerators:
             generator.set_state(state)
 
 
-class _DefaultDtype:
-    """The default dtype that was in force when the state was made."""
-
-    def __init__(self, dtype: torch.dtype) -> None:
-        self._dtype = dtype
-
-    def __enter__(self) -> None:
-        self._before = torch.get_default_dtype()
-        torch.set_default_dtype(self._dtype)
-
-    def __exit__(self, *_: object) -> None:
-        torch.set_default_dtype(self._before)
-
-
 def surroundings(machine: Machine, precision: Precision, *, grad: bool = True) -> AbstractContextManager[Any]:
     """The context a forward pass runs in: grad mode, default dtype and autocast as the state has them.
 
@@ -79,7 +66,7 @@ def surroundings(machine: Machine, precision: Precision, *, grad: bool = True) -
     stack = ExitStack()
     stack.enter_context(torch.inference_mode(mode=False))
     stack.enter_context(torch.set_grad_enabled(grad))
-    stack.enter_context(_DefaultDtype(machine.default_dtype))
+    stack.enter_context(DefaultDtype(machine.default_dtype))
     stack.enter_context(torch.autocast(device_type, enabled=False))
     stack.enter_context(autocast(precision, device_type))
     return stack

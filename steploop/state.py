@@ -13,6 +13,7 @@ from steploop.errors import ConfigError, SpentStateError
 from steploop.machine import Lease, Machine, module_machine
 from steploop.plateau import PlateauState
 from steploop.precision import LossScale, Precision, check_precision
+from steploop.shielding import shielded
 from steploop.trees import map_tensors
 
 __all__ = ["Gradients", "OptimizerDescription", "TrainState", "read_host"]
@@ -260,6 +261,7 @@ class TrainState:
         fields.update(changes)
         return new
 
+    @shielded
     def clone(self) -> Self:
         """A copy that shares no tensor with this state: what is done to one is never seen by the other."""
         self.check_alive("clone()")

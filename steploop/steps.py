@@ -21,12 +21,14 @@ from steploop.clip import check_bound, clip_adaptive, clip_norm, clip_value, glo
 from steploop.errors import ConfigError, NonFiniteError, SpentStateError, StepOrderError
 from steploop.forwarding import Objective, forward, translated
 from steploop.precision import on_host
+from steploop.shielding import shielded
 from steploop.state import Gradients, TrainState
 from steploop.trees import map_tensors
 
 __all__ = ["backward_scaled", "forward_loss", "optimizer_step", "unscale_and_clip"]
 
 
+@shielded
 def forward_loss(state: TrainState, batch: Any, objective: Objective) -> TrainState:
     """Compute the loss of a batch, in training mode and in the state's precision.
 
@@ -56,6 +58,7 @@ def forward_loss(state: TrainState, batch: Any, objective: Objective) -> TrainSt
     )  # fmt: skip
 
 
+@shielded
 def backward_scaled(state: TrainState) -> TrainState:
     """Compute the gradients of the loss times the loss scale.
 
@@ -120,6 +123,7 @@ def gradients(state: TrainState, loss: Tensor, seed: Tensor, *, keep: bool = Fal
     return grads
 
 
+@shielded
 def unscale_and_clip(
     state: TrainState, *, max_norm: float | None = None, max_value: float | None = None, adaptive: float | None = None
 ) -> TrainState:
@@ -200,6 +204,7 @@ def _multiply(grads: list[Tensor], factor: float | Tensor) -> None:
         torch._foreach_mul_(grads, factor)
 
 
+@shielded
 def optimizer_step(state: TrainState, *, donate: bool = True, max_nonfinite_steps: int = 100) -> TrainState:
     """Update parameters, optimizer slots and loss scale; or skip, if a gradient was not finite.
 

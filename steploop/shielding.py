@@ -1,0 +1,79 @@
+"""Shields a step function from what its caller left switched on: autocast, inference mode, another default dtype.
+
+Backward passes under autocast compute in its dtype, tensors made in inference mode can never be trained on again, and
+torch's optimizers make their counters in the default dtype. A step is a function of the state: none of it gets in.
+"""
+
+import functools
+from collections.abc import Callable
+from contextlib import ExitStack
+from typing import Any, Concatenate, ParamSpec, Protocol, TypeVar
+
+import torch
+
+__all__ = ["DefaultDtype", "shielded"]
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+class _Machine(Protocol):
+    device: torch.device
+    default_dtype: torch.dtype
+
+
+class _State(Protocol):
+    @property
+    def _machine(self) -> Any: ...
+
+
+S = TypeVar("S", bound=_State)
+
+
+class DefaultDtype:
+    """Another default dtype for a while."""
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        self._dtype = dtype
+
+    def __enter__(self) -> None:
+        self._before = torch.get_default_dtype()
+        torch.set_default_dtype(self._dtype)
+
+    def __exit__(self, *_: object) -> None:
+        torch.set_default_dtype(self._before)
+
+
+def _shield(machine: _Machine) -> ExitStack:
+    stack = ExitStack()
+    if torch.is_inference_mode_enabled():
+        stack.enter_context(torch.inference_mode(mode=False))
+    stack.enter_context(DefaultDtype(machine.default_dtype))
+    if torch.is_autocast_enabled(machine.device.type):
+        # The caller's autocast keeps its casts of the parameters until it ends. We change the parameters, so that
+        # neither we nor the caller may find the old ones there.
+        torch.clear_autocast_cache()
+        stack.callback(torch.clear_autocast_cache)
+        stack.enter_context(torch.autocast(machine.device.type, enabled=False))
+    return stack
+
+
+def shielded(function: Callable[Concatenate[S, P], R]) -> Callable[Concatenate[S, P], R]:
+    """A step function whose result does not depend on autocast, inference mode and default dtype around the call.
+
+    In the usual surroundings this costs half a microsecond.
+    """
+
+    @functools.wraps(function)
+    def call(state: S, /, *args: P.args, **kwargs: P.kwargs) -> R:
+        machine: _Machine = state._machine
+        if (
+            torch.get_default_dtype() is machine.default_dtype
+            and not torch.is_inference_mode_enabled()
+            and not torch.is_autocast_enabled(machine.device.type)
+        ):
+            return function(state, *args, **kwargs)
+        with _shield(machine):
+            return function(state, *args, **kwargs)
+
+    return call
