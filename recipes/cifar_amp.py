@@ -9,6 +9,7 @@ Measured: MEASURED
 """
 
 from collections.abc import Mapping
+from typing import Literal
 
 import attrs
 import torch
@@ -30,19 +31,18 @@ from steploop import (
     update_ema,
 )
 from steploop.data.augment import normalize, random_crop, random_flip
-from steploop.data.images import ImageSource, load_images
+from steploop.data.images import ImageSource, channel_statistics, load_images
 from steploop.data.loader import Loader
-from steploop.precision import PrecisionChoice, choose_precision
+from steploop.precision import best_precision
 from steploop.recipe import Recipe
 
-Batch = tuple[Tensor, Tensor]  # images (B, 3, 32, 32), uint8 until they are normalised; labels (B,) int64
-MEAN, STD = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)  # of CIFAR-10's training pixels in 0..1
+Batch = tuple[Tensor, Tensor]  # images (B, 3, H, W), labels (B,) int64
 
 
 @attrs.frozen(kw_only=True)
 class Config:
     data: ImageSource = "auto"  # auto, cifar10, folder (a tree with train/ and test/) or synthetic
-    root: str = "data"  # directory that holds the data, or will
+    root: str | None = None  # directory that holds the data; CIFAR-10 is put into ./data unless given
     widths: tuple[int, ...] = (32, 64, 128)  # channels of each block
     epochs: int = 5
     batch_size: int = 128  # images
@@ -52,40 +52,49 @@ class Config:
     label_smoothing: float = 0.05  # 0..1
     max_norm: float = 5.0  # bound on the gradient's L2 norm
     ema_decay: float = 0.0  # of the averaged weights, which are then the ones evaluated; 0: none
-    precision: PrecisionChoice = "auto"  # auto, fp32, bf16 or fp16
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"  # auto: what the device is best at
     patience: int = 3  # evaluations without improvement before stopping
     seed: int = 0
 
 
 class SimpleCNN(nn.Sequential):
-    """Blocks of convolution, BatchNorm, ReLU and pooling, then one linear layer: (B, 3, 32, 32) -> (B, 10)."""
+    """Blocks of convolution, BatchNorm, ReLU and pooling, then one linear layer: (B, 3, H, W) -> (B, classes)."""
 
-    def __init__(self, widths: tuple[int, ...], classes: int) -> None:
+    def __init__(self, widths: tuple[int, ...], size: int, classes: int) -> None:
         layers: list[nn.Module] = []
         for inner, outer in zip((3, *widths), widths, strict=False):
             convolution = nn.Conv2d(inner, outer, kernel_size=3, padding=1, bias=False)
             layers += [convolution, nn.BatchNorm2d(outer), nn.ReLU(inplace=True), nn.MaxPool2d(2)]
-        super().__init__(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(widths[-1], classes))
-
-
-def augment(batch: Batch, generator: torch.Generator) -> Batch:
-    images, labels = batch
-    images = random_flip(random_crop(images, padding=4, generator=generator), generator=generator)
-    return normalize(images, mean=MEAN, std=STD, channels_last=True), labels
-
-
-def prepare(batch: Batch, _: torch.Generator) -> Batch:
-    images, labels = batch
-    return normalize(images, mean=MEAN, std=STD, channels_last=True), labels
+        super().__init__(*layers, nn.Flatten(), nn.Linear(widths[-1] * (size >> len(widths)) ** 2, classes))
 
 
 def build(config: Config, device: torch.device) -> Recipe:
     images = load_images(config.data, root=config.root)
+    mean, std = channel_statistics(images.train_images)
+
+    def prepare(batch: Batch, _: torch.Generator) -> Batch:
+        pixels, labels = batch  # uint8
+        return normalize(pixels, mean=mean, std=std, channels_last=True), labels
+
+    def augment(batch: Batch, generator: torch.Generator) -> Batch:
+        pixels, labels = batch
+        pixels = random_flip(random_crop(pixels, padding=4, generator=generator), generator=generator)
+        return prepare((pixels, labels), generator)
+
     batches = Loader(
-        images.train, batch_size=config.batch_size, seed=config.seed, drop_last=True, augment=augment, device=device
+        images.train,
+        batch_size=config.batch_size,
+        seed=config.seed,
+        drop_last=True,
+        augment=augment,
+        device=device,
     )
-    test = Loader(images.test, batch_size=500, seed=config.seed, shuffle=False, augment=prepare, device=device)
-    precision, reason = choose_precision(config.precision, device)
+    test = Loader(
+        images.test, batch_size=500, seed=config.seed, shuffle=False, augment=prepare, device=device
+    )
+    precision, reason = (
+        best_precision(device) if config.precision == "auto" else (config.precision, "as asked")
+    )
 
     torch.manual_seed(config.seed)
     optimizer = Optimizer(
@@ -97,7 +106,7 @@ def build(config: Config, device: torch.device) -> Recipe:
 
     def objective(model: nn.Module, batch: Batch) -> tuple[Tensor, Mapping[str, Tensor]]:
         inputs, labels = batch
-        logits = model(inputs)  # (B, 10)
+        logits = model(inputs)  # (B, classes)
         return F.cross_entropy(logits, labels, label_smoothing=config.label_smoothing), {"logits": logits}
 
     def train_step(state: TrainState, batch: Batch) -> TrainState:
@@ -110,7 +119,7 @@ def build(config: Config, device: torch.device) -> Recipe:
         return schedule(state, learning_rate)
 
     state = TrainState.create(
-        SimpleCNN(config.widths, images.classes),
+        SimpleCNN(config.widths, images.train_images.shape[-1], len(images.classes)),
         optimizer,
         seed=config.seed, precision=precision, device=device, memory_format=torch.channels_last,
         ema=config.ema_decay > 0,
@@ -125,5 +134,6 @@ def build(config: Config, device: torch.device) -> Recipe:
         mode="max",
         early_stopping=EarlyStopping(patience=config.patience, mode="max", monitor="accuracy"),
         objective=objective,
-        data=f"{images.description}; {precision}: {reason}",
+        data=images.note,
+        notes=(f"precision: {precision} ({reason})",),
     )

@@ -49,6 +49,7 @@ class Recipe:
         objective: of the (first) train step, for tools that look at a single step: check, lr-find, replay.
         train_metrics: metrics computed from a training batch's outputs when a line is logged.
         data: one sentence that says what the data are; shown on the screen and recorded.
+        notes: further sentences to show when the run begins, such as which precision was chosen and why.
         then: what follows when this recipe has finished: ``state -> Recipe`` of the next phase (a fold of its own).
         finish: called at the very end with the state and the run directory, to draw or print a sample.
         compile: True, False or "auto": whether ``run`` compiles ``train_step`` unless told otherwise.
@@ -67,6 +68,7 @@ class Recipe:
     objective: Objective | None = None
     train_metrics: Mapping[str, Callable[[Any, Any], tuple[Any, Any]]] = attrs.field(factory=dict)
     data: str = ""
+    notes: tuple[str, ...] = ()
     then: "Callable[[Any], Recipe] | None" = None
     finish: Callable[[Any, Path], None] | None = None
     compile: bool | Literal["auto"] = False

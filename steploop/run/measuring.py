@@ -9,7 +9,7 @@ from steploop.evaluation import Metric
 from steploop.recipe import State
 from steploop.run.states import members
 from steploop.state import TrainState
-from steploop.steps import check_nonfinite
+from steploop.updating import check_nonfinite
 
 __all__ = ["MAX_NONFINITE_STEPS", "read_step"]
 

@@ -185,8 +185,8 @@ class _Session:
         screen, status = self._screen, outlets.status
         keeper = CheckpointKeeper(
             self._directory.checkpoints(phase),
-            on_saved=lambda path, number, best: status.update(
-                step=number, checkpoint=path.name, **({"best_checkpoint": path.name} if best else {})
+            on_saved=lambda path, best: status.update(
+                checkpoint=path.name, **({"best_checkpoint": path.name} if best else {})
             ),
         )
         journal = RunJournal(
@@ -215,7 +215,10 @@ class _Session:
             stop=self._stop,
             begun_s=self._zero_s,
         )
-        state, ending = loop.run(state, evaluation_due=due is not None and due == attempted_steps(state))
+        try:
+            state, ending = loop.run(state, evaluation_due=due is not None and due == attempted_steps(state))
+        finally:
+            keeper.close()
         if loop.evaluation_due is not None:
             status.update(evaluation_due=loop.evaluation_due)
         self._metrics = loop.metrics or self._metrics
@@ -263,8 +266,9 @@ class _Session:
         self._screen.note(
             f"{request.recipe.name}: {count:,} parameters, {first.precision} on {request.device}, {self._directory.path}"
         )
-        if recipe.data:
-            self._screen.note(f"data: {recipe.data}")
+        for note in (f"data: {recipe.data}" if recipe.data else "", *recipe.notes):
+            if note:
+                self._screen.note(note)
 
     def _forget(self) -> None:
         """Leave no directory behind for a run that never began."""
