@@ -94,5 +94,5 @@ def clip_adaptive(grads: list[Tensor], params: Sequence[Tensor], clipping: float
     for g, w in zip(grads, params, strict=True):
         bound = clipping * _unit_norm(w.detach()).clamp(min=_MIN_WEIGHT_NORM)
         norm = _unit_norm(g)
-        factor = torch.where(norm > bound, bound / norm.clamp(min=_EPS), torch.ones_like(norm))
+        factor = torch.where(norm > bound, bound / norm, torch.ones_like(norm))
         g.mul_(torch.where(torch.isfinite(norm), factor, torch.ones_like(norm)))

@@ -31,6 +31,17 @@ def _float32(x: float) -> float:
         return math.inf
 
 
+def _to_float32(value: Any) -> Any:
+    """A number as torch's scale holds it; anything else (a tensor, a mistake) as it came."""
+    return _float32(value) if isinstance(value, int | float) else value
+
+
+def _scale_is_legal(owner: "LossScale", attribute: Any, value: Any) -> None:
+    # without a floor a scale can underflow to 0, as torch's does, and stays there
+    if value != 0 or owner.floor != 0:
+        _positive(owner, attribute, value)
+
+
 def _positive(_: Any, attribute: Any, value: Any) -> None:
     if not isinstance(value, Tensor) and not (math.isfinite(value) and value > 0):
         raise ConfigError(f"LossScale: {attribute.name} must be a finite number > 0, but is {value!r}.")
@@ -60,7 +71,7 @@ class LossScale:
     Source: Micikevicius et al. 2018, https://arxiv.org/abs/1710.03740; ``torch.amp.GradScaler``.
     """
 
-    scale: float | Tensor = attrs.field(default=2.0**16, validator=_positive)
+    scale: float | Tensor = attrs.field(default=2.0**16, converter=_to_float32, validator=_scale_is_legal)
     growth_tracker: int | Tensor = 0
     growth_factor: float = attrs.field(default=2.0, validator=_positive)
     backoff_factor: float = attrs.field(default=0.5, validator=_positive)
@@ -73,14 +84,14 @@ class LossScale:
             raise ConfigError(f"LossScale: growth_factor must be > 1, but is {self.growth_factor!r}.")
         if not self.backoff_factor < 1.0:
             raise ConfigError(f"LossScale: backoff_factor must be < 1, but is {self.backoff_factor!r}.")
-        if not self.floor >= 0.0:
-            raise ConfigError(f"LossScale: floor must be >= 0, but is {self.floor!r}.")
+        if not 0.0 <= self.floor < math.inf:
+            raise ConfigError(f"LossScale: floor must be a finite number >= 0, but is {self.floor!r}.")
 
     def inverse(self) -> float | Tensor:
         """1 / S, divided in float64 and rounded to float32 as torch does."""
         if isinstance(self.scale, Tensor):
             return self.scale.double().reciprocal().float()
-        return _float32(1.0 / self.scale)
+        return _float32(1.0 / self.scale) if self.scale else math.inf
 
     def updated(self, finite: bool | Tensor) -> "LossScale":
         """The scale after a step whose gradients were all finite, or were not."""
