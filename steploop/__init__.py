@@ -25,8 +25,8 @@ if TYPE_CHECKING:
     from steploop.state import TrainState as TrainState
     from steploop.steps import backward_scaled as backward_scaled
     from steploop.steps import forward_loss as forward_loss
-    from steploop.steps import optimizer_step as optimizer_step
     from steploop.steps import unscale_and_clip as unscale_and_clip
+    from steploop.updating import optimizer_step as optimizer_step
 
 __version__ = "0.1.0"
 
@@ -54,7 +54,7 @@ _HOMES = {
     "TrainState": "state",
     "backward_scaled": "steps",
     "forward_loss": "steps",
-    "optimizer_step": "steps",
+    "optimizer_step": "updating",
     "unscale_and_clip": "steps",
 }
 __all__ = [*_HOMES, "__version__"]  # noqa: PLE0604  (they are strings)

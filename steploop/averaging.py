@@ -9,6 +9,7 @@ from torch import Tensor
 from steploop.errors import ConfigError, StepOrderError
 from steploop.shielding import shielded
 from steploop.state import TrainState
+from steploop.traced import TracedCount
 
 __all__ = ["update_ema"]
 
@@ -36,19 +37,28 @@ def update_ema(state: TrainState, *, decay: float | Callable[[int], float]) -> T
     state.check_alive("update_ema")
     averages = state._ema
     if averages is None:
-        raise ConfigError("update_ema: this state carries no average. Make it with TrainState.create(..., ema=True).")
+        raise ConfigError(
+            "update_ema: this state carries no average. Make it with TrainState.create(..., ema=True)."
+        )
     finite: Any = state.finite
     if finite is None or state._grads is not None:
         raise StepOrderError("update_ema: no optimizer step was taken before. Call it after optimizer_step.")
-    d = decay(state.step) if callable(decay) else decay
+    d: Any = decay
+    if callable(decay):
+        count: Any = state.attempted_steps
+        traced = isinstance(count, TracedCount)
+        d = count.trace.value_at_step(state, decay) if traced else decay(state.step)
     if not 0.0 <= d < 1.0:
         raise ConfigError(f"update_ema: decay must lie in [0, 1), but is {d!r}.")
     if finite is False:
         return state
     with torch.no_grad():
-        weight: float | Tensor = 1.0 - d
-        if isinstance(finite, Tensor):
-            weight = torch.where(finite, torch.full((), 1.0 - d, device=finite.device), torch.zeros((), device=finite.device))
         names = [name for name, average in averages.items() if average.is_floating_point()]
+        weight: Any = 1.0 - d
+        if isinstance(finite, Tensor):
+            # one tensor for each average: the host does not read it, as it would a single one
+            whole = torch.as_tensor(weight, device=finite.device)
+            chosen = torch.where(finite, whole, torch.zeros_like(whole))
+            weight = [chosen.to(averages[n].dtype) for n in names]
         torch._foreach_lerp_([averages[n] for n in names], [state._params[n].detach() for n in names], weight)
-    return state.donate(f"update_ema after attempted step {state.attempted_steps - 1}")
+    return state.donate("update_ema")

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from steploop.errors import ConfigError, ObjectiveError
 from steploop.forwarding import Objective, SeededGenerators, read_objective, surroundings, translated
+from steploop.interruption import check_interruption
 from steploop.shielding import shielded
 from steploop.state import TrainState
 from steploop.trees import count_samples, map_tensors
@@ -84,57 +85,87 @@ def evaluate(
     if "loss" in metrics:
         raise ConfigError('evaluate: "loss" is the mean of the objective; give the metric another name.')
     if use_ema and state._ema is None:
-        raise ConfigError("evaluate: use_ema=True, but this state carries no average. Make it with TrainState.create(..., ema=True).")
-    torch_metrics = {name: m for name, m in metrics.items() if isinstance(m, TorchMetric)}
-    totals: dict[str, tuple[Tensor, Tensor]] = {}
-    for metric in torch_metrics.values():
-        metric.reset()
+        raise ConfigError(
+            "evaluate: use_ema=True, but this state carries no average. Make it with TrainState.create(..., ema=True)."
+        )
+    totals = _Totals(state.device, metrics)
     with _EvalMode(state, use_ema=use_ema) as model:
         for index, batch in enumerate(batches):
-            try:
-                with surroundings(state._machine, state.precision, grad=False), SeededGenerators(state.device, state.seed, index):
-                    loss, outputs, weight = read_objective(objective(model, batch))
-            except (RuntimeError, MemoryError) as error:
-                raise translated(error, state._machine, batch) from error
+            check_interruption()
+            loss, outputs, weight = _forward(state, model, index, batch, objective)
             with torch.no_grad():
-                weight = count_samples(batch) if weight is None else weight
-                if weight is None:
-                    raise ObjectiveError(
-                        "evaluate: cannot count the samples of a batch without a tensor. Return (loss, outputs, weight) from the objective."
-                    )
-                _add(totals, "loss", loss.double() * weight, weight, state.device)
-                for name, metric in metrics.items():
-                    if name in torch_metrics:
-                        torch_metrics[name].update(outputs["logits"], batch[1])
-                    else:
-                        _add(totals, name, *_sum_and_weight(name, metric(outputs, batch)), state.device)  # type: ignore[operator]
-    results: dict[str, float | None] = {"loss": None, **dict.fromkeys(metrics)}
-    for name, (total, weight) in totals.items():
-        results[name] = float(total / weight) if float(weight) else None
-    if totals:
-        results.update({name: float(metric.compute()) for name, metric in torch_metrics.items()})
-    for metric in torch_metrics.values():
-        metric.reset()
-    return results
+                totals.add("loss", loss.double() * weight, weight)
+                totals.add_metrics(outputs, batch)
+    return totals.results()
 
 
-def _sum_and_weight(name: str, result: Any) -> tuple[Any, Any]:
-    if not isinstance(result, tuple) or len(result) != 2:
+def _forward(
+    state: TrainState, model: nn.Module, index: int, batch: Any, objective: Objective
+) -> tuple[Tensor, Any, Any]:
+    """Loss, outputs and weight of a batch, without a graph; what is random depends on (seed, index) alone."""
+    machine = state._machine
+    try:
+        with surroundings(machine, state.precision, grad=False), SeededGenerators(machine, state.seed, index):
+            loss, outputs, weight = read_objective(objective(model, batch))
+    except (RuntimeError, MemoryError) as error:
+        if (ours := translated(error, machine, batch)) is None:
+            raise
+        raise ours from error
+    weight = count_samples(batch) if weight is None else weight
+    if weight is None:
         raise ObjectiveError(
-            f"evaluate: the metric {name!r} must return (sum over the batch, weight), but returned {type(result).__name__}. "
-            "For an accuracy: ((logits.argmax(1) == labels).sum(), len(labels))."
+            "evaluate: cannot count the samples of a batch without a tensor. Return (loss, outputs, weight) from the "
+            "objective."
         )
-    return result
+    return loss, outputs, weight
 
 
-def _add(totals: dict[str, tuple[Tensor, Tensor]], name: str, value: Any, weight: Any, device: torch.device) -> None:
-    """Add to the running sums, in float64 on the device (float32 where it has none)."""
-    dtype = torch.float32 if device.type == "mps" else torch.float64
-    v, w = torch.as_tensor(value, device=device).to(dtype), torch.as_tensor(weight, device=device).to(dtype)
-    # a batch without weight has a mean of 0 / 0: it counts for nothing, rather than making all of it nan
-    v = torch.where(w == 0, torch.zeros_like(v), v)
-    before = totals.get(name)
-    totals[name] = (v, w) if before is None else (before[0] + v, before[1] + w)
+class _Totals:
+    """Running sums of values and weights, in float64 on the device (float32 where it has none)."""
+
+    def __init__(self, device: torch.device, metrics: Mapping[str, Metric | TorchMetric]) -> None:
+        self._device = device
+        self._dtype = torch.float32 if device.type == "mps" else torch.float64
+        self._sums: dict[str, tuple[Tensor, Tensor]] = {}
+        self._metrics = metrics
+        self._torch_metrics: dict[str, TorchMetric] = {}
+        for name, metric in metrics.items():
+            if isinstance(metric, TorchMetric):
+                self._torch_metrics[name] = metric
+                metric.reset()
+
+    def add(self, name: str, value: Any, weight: Any) -> None:
+        """Count a batch in."""
+        v = torch.as_tensor(value, device=self._device).to(self._dtype)
+        w = torch.as_tensor(weight, device=self._device).to(self._dtype)
+        # a batch without weight has a mean of 0 / 0: it counts for nothing, rather than making all of it nan
+        v = torch.where(w == 0, torch.zeros_like(v), v)
+        before = self._sums.get(name)
+        self._sums[name] = (v, w) if before is None else (before[0] + v, before[1] + w)
+
+    def add_metrics(self, outputs: Any, batch: Any) -> None:
+        """Count a batch in for every metric."""
+        for name, metric in self._metrics.items():
+            if isinstance(metric, TorchMetric):
+                metric.update(outputs["logits"], batch[1])
+                continue
+            result = metric(outputs, batch)
+            if not isinstance(result, tuple) or len(result) != 2:
+                raise ObjectiveError(
+                    f"evaluate: the metric {name!r} must return (sum over the batch, weight), but returned "
+                    f"{type(result).__name__}. For an accuracy: ((logits.argmax(1) == labels).sum(), len(labels))."
+                )
+            self.add(name, *result)
+
+    def results(self) -> dict[str, float | None]:
+        """Every value as a float, or None: the one time that the host waits."""
+        values: dict[str, float | None] = {"loss": None, **dict.fromkeys(self._metrics)}
+        for name, (total, weight) in self._sums.items():
+            values[name] = float(total / weight) if float(weight) else None
+        for name, metric in self._torch_metrics.items():
+            values[name] = float(metric.compute()) if self._sums else None
+            metric.reset()
+        return values
 
 
 class _EvalMode:

@@ -47,7 +47,9 @@ def accumulate(state: TrainState, micro_batches: Iterable[Any], objective: Objec
     state.check_alive("accumulate")
     parts = list(micro_batches)
     if not parts:
-        raise EmptyDataError("accumulate: expected at least one micro-batch, but got none. Look at how the batch is split.")
+        raise EmptyDataError(
+            "accumulate: expected at least one micro-batch, but got none. Look at how the batch is split."
+        )
     sizes = [count_samples(part) for part in parts]
     # Known beforehand, the weights go into the backward pass as w_i / Σ w; an objective that gives its own overrides.
     total = float(sum(size or 0 for size in sizes)) or 1.0
@@ -57,14 +59,18 @@ def accumulate(state: TrainState, micro_batches: Iterable[Any], objective: Objec
     for index, (part, size) in enumerate(zip(parts, sizes, strict=True)):
         loss, out, given, buffers = forward(current, part, objective, draw=index)
         if index and own_weights != (given is not None):
-            raise ObjectiveError("accumulate: the objective gave a weight for some micro-batches and none for others.")
+            raise ObjectiveError(
+                "accumulate: the objective gave a weight for some micro-batches and none for others."
+            )
         own_weights = given is not None
         if given is None and size is None:
             raise ObjectiveError(
                 "accumulate: cannot count the samples of a batch without a tensor. Return (loss, outputs, weight) from the objective."
             )
         weight = given if given is not None else (size or 0) / total
-        grads = gradients(state, loss, seed_of(state, loss, weight), keep=index > 0, take=index == len(parts) - 1)
+        grads = gradients(
+            state, loss, seed_of(state, loss, weight), keep=index > 0, take=index == len(parts) - 1
+        )
         losses.append(loss.detach())
         outputs.append(out)
         weights.append(weight)
@@ -73,7 +79,9 @@ def accumulate(state: TrainState, micro_batches: Iterable[Any], objective: Objec
     if own_weights:
         whole = sum(weights)
         if not isinstance(whole, Tensor) and whole <= 0:
-            raise EmptyDataError(f"accumulate: the weights of the micro-batches sum to {whole}; there is nothing to average over.")
+            raise EmptyDataError(
+                f"accumulate: the weights of the micro-batches sum to {whole}; there is nothing to average over."
+            )
         loss = loss / whole
         torch._foreach_div_([g for g in grads if g is not None], whole)
     return state.replace(
@@ -84,7 +92,11 @@ def accumulate(state: TrainState, micro_batches: Iterable[Any], objective: Objec
 
 def _weighted_sum(losses: list[Tensor], weights: list[Any]) -> Tensor:
     if not any(isinstance(weight, Tensor) for weight in weights):
-        return torch.stack(losses).mul_(torch.tensor(weights, dtype=losses[0].dtype, device=losses[0].device)).sum()
+        return (
+            torch.stack(losses)
+            .mul_(torch.tensor(weights, dtype=losses[0].dtype, device=losses[0].device))
+            .sum()
+        )
     total = torch.zeros_like(losses[0])
     for loss, weight in zip(losses, weights, strict=True):
         total = total + loss * weight

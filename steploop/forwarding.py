@@ -1,18 +1,18 @@
 """One call of an objective on a state's values, shielded from whatever the caller's surroundings are."""
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager, ExitStack
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from steploop.errors import ObjectiveError, OutOfMemoryError
+from steploop.errors import ObjectiveError, OutOfMemoryError, SteploopError
 from steploop.machine import Machine
 from steploop.precision import Precision, autocast
 from steploop.random_numbers import fold_in
-from steploop.shielding import DefaultDtype
 from steploop.state import TrainState
+from steploop.traced import TracedCount
 from steploop.trees import map_tensors, shapes
 
 __all__ = ["Objective", "SeededGenerators", "forward", "read_objective", "surroundings", "translated"]
@@ -20,25 +20,33 @@ __all__ = ["Objective", "SeededGenerators", "forward", "read_objective", "surrou
 # objective(model, batch) -> loss | (loss, outputs) | (loss, outputs, weight)
 Objective = Callable[[nn.Module, Any], Any]
 
+_NO_SEEDING: AbstractContextManager[None] = nullcontext()
 _OUT_OF_MEMORY = ("DefaultCPUAllocator", "out of memory", "can't allocate memory")
+
+
+def generators_of(device: torch.device) -> tuple[torch.Generator, ...]:
+    """The global generators that a computation on ``device`` may draw from."""
+    if device.type == "cuda":
+        index = torch.cuda.current_device() if device.index is None else device.index
+        return (torch.default_generator, torch.cuda.default_generators[index])
+    if device.type == "mps":
+        return (torch.default_generator, torch.mps._get_default_mps_generator())
+    return (torch.default_generator,)
 
 
 class SeededGenerators:
     """Seeds the generators that a forward pass draws from; afterwards they stand where the caller had them.
 
-    ``torch.manual_seed`` and ``fork_rng`` cost 100 us and more a call; these four calls cost 3.
+    ``torch.manual_seed`` and ``fork_rng`` cost 100 us and more a call; this costs 3.
     """
 
     __slots__ = ("_generators", "_seed", "_states")
 
-    def __init__(self, device: torch.device, *coordinates: int) -> None:
+    def __init__(self, machine: Machine, *coordinates: int) -> None:
+        if machine.generators is None:
+            machine.generators = generators_of(machine.device)
+        self._generators = machine.generators
         self._seed = fold_in(*coordinates)
-        self._generators = [torch.default_generator]
-        if device.type == "cuda":
-            index = torch.cuda.current_device() if device.index is None else device.index
-            self._generators.append(torch.cuda.default_generators[index])
-        elif device.type == "mps":
-            self._generators.append(torch.mps._get_default_mps_generator())
 
     def __enter__(self) -> None:
         self._states = [g.get_state() for g in self._generators]
@@ -51,24 +59,12 @@ class SeededGenerators:
 
 
 def surroundings(machine: Machine, precision: Precision, *, grad: bool = True) -> AbstractContextManager[Any]:
-    """The context a forward pass runs in: grad mode, default dtype and autocast as the state has them.
-
-    In the usual surroundings only autocast is entered; looking costs half a microsecond, entering all of it ten.
-    """
-    device_type = machine.device.type
-    if (
-        torch.is_grad_enabled() is grad
-        and not torch.is_inference_mode_enabled()
-        and torch.get_default_dtype() is machine.default_dtype
-        and not torch.is_autocast_enabled(device_type)
-    ):
-        return autocast(precision, device_type)
+    """The grad mode and the autocast that a forward pass runs under; its caller is shielded from all else."""
+    if torch.is_grad_enabled() is grad:
+        return autocast(precision, machine.device.type)
     stack = ExitStack()
-    stack.enter_context(torch.inference_mode(mode=False))
     stack.enter_context(torch.set_grad_enabled(grad))
-    stack.enter_context(DefaultDtype(machine.default_dtype))
-    stack.enter_context(torch.autocast(device_type, enabled=False))
-    stack.enter_context(autocast(precision, device_type))
+    stack.enter_context(autocast(precision, machine.device.type))
     return stack
 
 
@@ -89,7 +85,9 @@ def read_objective(result: Any) -> tuple[Tensor, Any, float | Tensor | None]:
     return loss, outputs, weight
 
 
-def forward(state: TrainState, batch: Any, objective: Objective, draw: int = 0) -> tuple[Tensor, Any, Any, dict[str, Tensor]]:
+def forward(
+    state: TrainState, batch: Any, objective: Objective, draw: int = 0
+) -> tuple[Tensor, Any, Any, dict[str, Tensor]]:
     """Run ``objective`` in training mode on the state's values.
 
     Args:
@@ -112,12 +110,20 @@ def forward(state: TrainState, batch: Any, objective: Objective, draw: int = 0) 
         module.place_buffers(buffers)
     module.set_training(training=True)
     try:
-        with surroundings(machine, state.precision), SeededGenerators(machine.device, state.seed, state.attempted_steps, draw):
+        with (
+            surroundings(machine, state.precision),
+            # while a step is traced nothing is drawn: whoever runs the graph seeds before
+            _NO_SEEDING
+            if isinstance(state.attempted_steps, TracedCount)
+            else SeededGenerators(machine, state.seed, state.attempted_steps, draw),
+        ):
             loss, outputs, weight = read_objective(objective(module.model, batch))
         if buffers:
             buffers = module.buffers()
     except (RuntimeError, MemoryError, ValueError) as error:
-        raise translated(error, machine, batch) from error
+        if (ours := translated(error, machine, batch)) is None:
+            raise
+        raise ours from error
     finally:
         if before is not None:
             module.place_params(before)
@@ -129,8 +135,8 @@ def forward(state: TrainState, batch: Any, objective: Objective, draw: int = 0) 
     return loss, map_tensors(Tensor.detach, outputs), weight, buffers
 
 
-def translated(error: Exception, machine: Machine, batch: Any) -> Exception:
-    """Our error for the two failures of a forward or backward pass that torch's text does not explain; else the same."""
+def translated(error: Exception, machine: Machine, batch: Any) -> SteploopError | None:
+    """Our error for the two failures of a forward or backward pass that torch's text does not explain; else None."""
     text = str(error)
     if isinstance(error, MemoryError) or any(sign in text for sign in _OUT_OF_MEMORY):
         return OutOfMemoryError(
@@ -142,7 +148,7 @@ def translated(error: Exception, machine: Machine, batch: Any) -> Exception:
             f"{_failing_layer(error, machine.model)} needs more than one value per channel in training, but the batch holds "
             f"{shapes(batch)}. Drop the short last batch (drop_last=True) or use larger batches."
         )
-    return error
+    return None
 
 
 def _failing_layer(error: Exception, model: nn.Module) -> str:

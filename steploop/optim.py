@@ -69,7 +69,9 @@ class Optimizer:
                 f"Optimizer: expected a subclass of torch.optim.Optimizer, but got {torch_class!r}. "
                 "Pass the class itself, as in Optimizer(torch.optim.SGD, lr=0.1)."
             )
-        self.__attrs_init__(torch_class, dict(hyperparameters), no_decay, tuple((s, dict(h)) for s, h in groups))
+        self.__attrs_init__(
+            torch_class, dict(hyperparameters), no_decay, tuple((s, dict(h)) for s, h in groups)
+        )
 
     def __repr__(self) -> str:
         """As it was written."""
@@ -104,10 +106,14 @@ class Optimizer:
             out.append((names, own | {"weight_decay": 0.0} if without else own))
         return out
 
-    def build(self, params: Mapping[str, nn.Parameter]) -> tuple[torch.optim.Optimizer, tuple[tuple[str, ...], ...]]:
+    def build(
+        self, params: Mapping[str, nn.Parameter]
+    ) -> tuple[torch.optim.Optimizer, tuple[tuple[str, ...], ...]]:
         """The live optimizer over ``params``, and the parameter names of each of its groups."""
         if not params:
-            raise ConfigError("Optimizer: the model has no parameter that requires a gradient, so there is nothing to train.")
+            raise ConfigError(
+                "Optimizer: the model has no parameter that requires a gradient, so there is nothing to train."
+            )
         groups = self._partition(params)
         described = [{"params": [params[name] for name in names], **own} for names, own in groups]
         try:
@@ -117,7 +123,9 @@ class Optimizer:
         unknown = {key for _, own in groups for key in own} - set(optimizer.defaults)
         if unknown:
             known = ", ".join(sorted(optimizer.defaults))
-            raise ConfigError(f"{self!r}: {sorted(unknown)} is no hyperparameter of {self.torch_class.__name__}, which has {known}.")
+            raise ConfigError(
+                f"{self!r}: {sorted(unknown)} is no hyperparameter of {self.torch_class.__name__}, which has {known}."
+            )
         return optimizer, tuple(tuple(names) for names, _ in groups)
 
 

@@ -98,7 +98,9 @@ class LossScale:
         if isinstance(finite, Tensor) or isinstance(self.scale, Tensor):
             return self._updated_on_device(torch.as_tensor(finite))
         if not finite:
-            return attrs.evolve(self, scale=max(_float32(self.scale * self.backoff_factor), self.floor), growth_tracker=0)
+            return attrs.evolve(
+                self, scale=max(_float32(self.scale * self.backoff_factor), self.floor), growth_tracker=0
+            )
         tracker = int(self.growth_tracker) + 1
         if tracker < self.growth_interval:
             return attrs.evolve(self, growth_tracker=tracker)

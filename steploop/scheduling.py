@@ -10,6 +10,7 @@ from torch import Tensor
 from steploop.errors import ConfigError
 from steploop.schedules import Rates, Schedule
 from steploop.state import TrainState
+from steploop.traced import TracedCount
 
 __all__ = ["schedule", "set_rates"]
 
@@ -31,24 +32,28 @@ def schedule(state: TrainState, learning_rate: Schedule) -> TrainState:
     state.check_alive("schedule")
     taken = state.applied_steps
     if isinstance(taken, Tensor):
+        if isinstance(state.attempted_steps, TracedCount):
+            return state.attempted_steps.trace.schedule(state, learning_rate)  # type: ignore[no-any-return]  # a state
         return _scheduled_on_device(state, learning_rate, taken)
     value = learning_rate(taken)
-    return set_rates(state, value.learning_rate, value.momentum) if isinstance(value, Rates) else set_rates(state, value)
+    return (
+        set_rates(state, value.learning_rate, value.momentum)
+        if isinstance(value, Rates)
+        else set_rates(state, value)
+    )
 
 
 def set_rates(state: TrainState, rate: float | Tensor, momentum: float | Tensor | None = None) -> TrainState:
     """Put a learning rate, and a momentum if one is given, into every parameter group."""
-    factors = state._machine.rate_factors
-    hyper = tuple(
-        {**group, "lr": rate if factor == 1.0 else rate * factor, **_momentum(group, momentum)}
-        for group, factor in zip(state.hyper, factors, strict=True)
-    )
-    return state.replace(hyper=hyper)
+    pairs = zip(state.hyper, state._machine.rate_factors, strict=True)
+    # a factor of 1 multiplies nothing, so that a rate keeps its bits and an int stays one
+    groups = [{**group, "lr": rate if factor == 1.0 else rate * factor} for group, factor in pairs]
+    if momentum is not None:
+        groups = [{**group, **_momentum(group, momentum)} for group in groups]
+    return state.replace(hyper=tuple(groups))
 
 
-def _momentum(group: Mapping[str, Any], momentum: float | Tensor | None) -> dict[str, Any]:
-    if momentum is None:
-        return {}
+def _momentum(group: Mapping[str, Any], momentum: float | Tensor) -> dict[str, Any]:
     if "betas" in group:
         return {"betas": (momentum, *group["betas"][1:])}
     if "momentum" in group:

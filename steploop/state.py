@@ -2,29 +2,23 @@
 
 from collections.abc import Mapping
 from types import MappingProxyType
-from typing import Any, Protocol, Self
+from typing import Any, Self
 
 import attrs
 import torch
 from torch import Tensor, nn
 
+from steploop.creation import OptimizerDescription, copy_leaf, initial_fields
 from steploop.early_stopping import Best, StoppingState
 from steploop.errors import ConfigError, SpentStateError
-from steploop.machine import Lease, Machine, module_machine
+from steploop.machine import Machine
+from steploop.ownership import Lease
 from steploop.plateau import PlateauState
 from steploop.precision import LossScale, Precision, check_precision
 from steploop.shielding import shielded
 from steploop.trees import map_tensors
 
-__all__ = ["Gradients", "OptimizerDescription", "TrainState", "read_host"]
-
-
-class OptimizerDescription(Protocol):
-    """What ``TrainState.create`` asks of an optimizer: ``steploop.Optimizer`` is one."""
-
-    def build(self, params: Mapping[str, nn.Parameter]) -> tuple[torch.optim.Optimizer, tuple[tuple[str, ...], ...]]:
-        """The live optimizer over ``params``, and the parameter names of each of its groups."""
-        ...
+__all__ = ["Gradients", "TrainState", "read_host"]
 
 
 @attrs.define(eq=False)
@@ -73,6 +67,7 @@ class TrainState:
     _slots: dict[str, dict[str, Any]]
     _machine: Machine
     _lease: Lease = attrs.field(factory=Lease)
+    _generation: int = 0
     hyper: tuple[Mapping[str, Any], ...]
     seed: int = 0
     epoch: int = 0
@@ -142,45 +137,17 @@ class TrainState:
             ConfigError: a lazy or meta parameter, parameters on several devices or none to train, fp16 or bf16
                 parameters under precision="fp16", or a loss scale without fp16.
         """
-        check_precision(precision)
-        if not isinstance(seed, int) or not 0 <= seed < 2**63:
-            raise ConfigError(f"TrainState.create: seed must be an int in 0 .. 2**63 - 1, but is {seed!r}.")
-        _refuse_unready(model)
-        module = module_machine(model)
-        shared = not module.holder.free()
-        if device is not None or memory_format is not None:
-            if shared:
-                raise ConfigError("TrainState.create: another state trains this model; clone or drop that one before moving it.")
-            model.to(device=device, memory_format=memory_format)  # type: ignore[call-overload]  # None is allowed
-            module = module_machine(model)
-        params = {n: _copy_leaf(p) if shared else p for n, p in model.named_parameters()}
-        buffers = {n: b.clone() if shared else b for n, b in model.named_buffers()}
-        where = _one_device([*params.values(), *buffers.values()])
-        if precision == "fp16" and (half := next((n for n, p in params.items() if p.dtype == torch.float16), None)):
-            raise ConfigError(
-                f"TrainState.create: {half} is float16. precision='fp16' computes in float16 under autocast and keeps "
-                "parameters in float32: call model.float() first."
-            )
-        scale = (loss_scale or LossScale()) if precision == "fp16" else loss_scale
-        trainable = {n: p for n, p in params.items() if p.requires_grad}
-        live, group_names = optimizer.build(trainable)  # type: ignore[arg-type]  # leaves are Parameters here
-        machine = Machine(module, live, group_names, where)
-        lease = Lease()
-        machine.holder.give_to(lease)
-        if not shared:
-            module.holder.give_to(lease)
         return cls(
-            params=params,
-            buffers=buffers,
-            slots={name: live.state[params[name]] for name in machine.trainable},
-            machine=machine,
-            lease=lease,
-            hyper=machine.initial_hyper(),
-            seed=seed,
-            precision=precision,
-            scale=scale,
-            ema={n: p.detach().clone() for n, p in params.items()} if ema else None,
-            leaves=tuple(params[name] for name in machine.trainable),
+            **initial_fields(
+                model,
+                optimizer,
+                seed=seed,
+                precision=precision,
+                device=device,
+                memory_format=memory_format,
+                loss_scale=loss_scale,
+                ema=ema,
+            )
         )
 
     # -- values ---------------------------------------------------------------------------------------------
@@ -256,16 +223,14 @@ class TrainState:
     def replace(self, **changes: Any) -> Self:
         """This state with some fields changed, unchecked: the step functions' way, a fifth of ``attrs.evolve``'s time."""
         new = object.__new__(type(self))
-        fields = new.__dict__
-        fields.update(self.__dict__)
-        fields.update(changes)
+        object.__setattr__(new, "__dict__", {**self.__dict__, **changes})
         return new
 
     @shielded
     def clone(self) -> Self:
         """A copy that shares no tensor with this state: what is done to one is never seen by the other."""
         self.check_alive("clone()")
-        params = {name: _copy_leaf(p) for name, p in self._params.items()}
+        params = {name: copy_leaf(p) for name, p in self._params.items()}
         grads = self._grads
         return self.replace(
             _params=params,
@@ -273,9 +238,12 @@ class TrainState:
             _slots={n: map_tensors(Tensor.clone, slot) for n, slot in self._slots.items()},
             _ema=None if self._ema is None else {n: t.clone() for n, t in self._ema.items()},
             _lease=Lease(),
+            _generation=0,
             _leaves=tuple(params[name] for name in self._machine.trainable),
             _graph=None,
-            _grads=None if grads is None else Gradients([None if g is None else g.clone() for g in grads.values], grads.taken_by),
+            _grads=None
+            if grads is None
+            else Gradients([None if g is None else g.clone() for g in grads.values], grads.taken_by),
         )
 
     def settle(self) -> Self:
@@ -287,60 +255,44 @@ class TrainState:
         }
         if self.scale is not None and isinstance(self.scale.scale, Tensor):
             tracker = read_host(self.scale.growth_tracker)
-            changes["scale"] = attrs.evolve(self.scale, scale=float(self.scale.scale.item()), growth_tracker=tracker)
+            changes["scale"] = attrs.evolve(
+                self.scale, scale=float(self.scale.scale.item()), growth_tracker=tracker
+            )
         if isinstance(self.finite, Tensor):
             changes["finite"] = bool(self.finite.item())
         return self.replace(**changes) if changes else self
 
     # -- ownership ------------------------------------------------------------------------------------------
 
+    @property
+    def alive(self) -> bool:
+        """Whether the tensors are still this state's: no step function has updated them in place."""
+        return self._generation == self._lease.generation
+
     def check_alive(self, use: str) -> None:
         """Raise SpentStateError if the tensors of this state were given away."""
-        spent_by = self._lease.spent_by
-        if spent_by is not None:
+        lease = self._lease
+        if self._generation != lease.generation:
+            # states in between are gone: only the last one to update the tensors is known by name
+            spender = lease.spender if self._generation + 1 == lease.generation else "optimizer_step"
             raise SpentStateError(
-                f"{use}: this state is spent: {spent_by} updated its tensors in place and gave them to the state it "
-                "returned. Go on with that one, keep a copy beforehand with state.clone(), or leave the old state "
-                "whole with optimizer_step(state, donate=False)."
+                f"{use}: this state is spent: {spender} at attempted step {self.attempted_steps} updated its tensors in "
+                "place and gave them to the state it returned. Go on with that one, keep a copy beforehand with "
+                "state.clone(), or leave the old state whole with optimizer_step(state, donate=False)."
             )
 
     def donate(self, by: str, **changes: Any) -> Self:
         """The next owner of this state's tensors; this state is spent."""
-        lease = Lease()
-        self._machine.pass_on(self._lease, lease)
-        self._lease.spent_by = by
-        return self.replace(_lease=lease, **changes)
+        lease = self._lease
+        lease.generation += 1
+        lease.spender = by
+        return self.replace(_generation=lease.generation, **changes)
 
     def __repr__(self) -> str:
         """What a log line needs: never the tensors."""
-        spent = " (spent)" if self._lease.spent_by is not None else ""
+        spent = "" if self.alive else " (spent)"
         count = sum(p.numel() for p in self._params.values())
         return (
             f"TrainState(step={self.applied_steps}, attempted={self.attempted_steps}, epoch={self.epoch}, batch={self.batch}, "
             f"precision={self.precision!r}, {count:,} parameters on {self.device}){spent}"
         )
-
-
-def _copy_leaf(param: Tensor) -> Tensor:
-    copy = param.detach().clone()
-    if isinstance(param, nn.Parameter):
-        return nn.Parameter(copy, requires_grad=param.requires_grad)
-    return copy.requires_grad_(param.requires_grad)
-
-
-def _refuse_unready(model: nn.Module) -> None:
-    for name, value in (*model.named_parameters(), *model.named_buffers()):
-        if isinstance(value, nn.parameter.UninitializedTensorMixin):
-            raise ConfigError(f"TrainState.create: {name} is lazy and has no shape yet. Run the model on one batch first.")
-        if value.is_meta:
-            raise ConfigError(f"TrainState.create: {name} is on the meta device. Call model.to_empty(device=...) and initialise it.")
-
-
-def _one_device(tensors: list[Tensor]) -> torch.device:
-    devices = {t.device for t in tensors}
-    if len(devices) > 1:
-        raise ConfigError(
-            f"TrainState.create: expected all parameters and buffers on one device, but found {sorted(map(str, devices))}. "
-            "Pass device=... to move them."
-        )
-    return devices.pop() if devices else torch.device("cpu")

@@ -12,14 +12,17 @@ __all__ = ["count_samples", "first_difference", "map_tensors", "named_leaves", "
 
 def map_tensors(function: Callable[[Tensor], Any], tree: Any) -> Any:
     """The same tree with ``function(leaf)`` in the place of every tensor; other leaves are kept."""
+    if tree is None:  # the usual case of an objective without outputs, and the quickest
+        return None
     if isinstance(tree, Tensor):
         return function(tree)
     if isinstance(tree, Mapping):
         return {key: map_tensors(function, value) for key, value in tree.items()}
-    if isinstance(tree, tuple) and hasattr(tree, "_fields"):  # a named tuple takes its fields one by one
-        return type(tree)(*(map_tensors(function, value) for value in tree))
     if isinstance(tree, (list, tuple)):
-        return type(tree)(map_tensors(function, value) for value in tree)
+        mapped = [map_tensors(function, value) for value in tree]
+        return (
+            type(tree)(*mapped) if hasattr(tree, "_fields") else type(tree)(mapped)
+        )  # a named tuple takes them one by one
     if attrs.has(type(tree)):
         fields = {f.name: (f.alias, getattr(tree, f.name)) for f in attrs.fields(type(tree)) if f.init}
         return attrs.evolve(tree, **{alias: map_tensors(function, value) for alias, value in fields.values()})
@@ -71,7 +74,9 @@ def _tensor_difference(name: str, a: Tensor, b: Tensor) -> str | None:
         return f"{name}: {int((x != y).sum())} of {x.numel()} elements differ"
     gap = (x.double() - y.double()).abs()
     unequal = int(((x != y) & ~(x.isnan() & y.isnan())).sum())
-    return f"{name}: {unequal} of {x.numel()} elements differ, the largest difference is {gap.max().item():.3e}"
+    return (
+        f"{name}: {unequal} of {x.numel()} elements differ, the largest difference is {gap.max().item():.3e}"
+    )
 
 
 def first_difference(a: Any, b: Any, name: str = "") -> str | None:

@@ -14,7 +14,7 @@ from steploop.checkpoint.migrating import Migrated, differences, migrated
 from steploop.checkpoint.values import decode
 from steploop.early_stopping import Best, StoppingState
 from steploop.errors import CheckpointDamagedError, CheckpointIncompatibleError, ConfigError
-from steploop.machine import Lease
+from steploop.ownership import Lease
 from steploop.plateau import PlateauState
 from steploop.precision import LossScale, Precision
 from steploop.state import TrainState
