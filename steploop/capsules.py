@@ -1,0 +1,272 @@
+"""Capsules: a step that was not finite, kept with its batch, so that it can be taken again and looked at.
+
+A capsule is a directory in ``capsules/`` of the run::
+
+    step-000000000017/
+        state/              the state before the step, as a checkpoint
+        batch.safetensors   the tensors of the batch
+        capsule.json        where it happened, what was seen, the batch's structure
+        recipe.py, config.json   copies of the run's
+
+On the way of a good step stands one comparison. A skipped step changes neither parameters nor slots nor buffers, so
+the state before it can be put together after it, out of the tensors of the new state and the plain values of the old.
+"""
+
+import json
+import math
+import os
+import shutil
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import attrs
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from steploop import checkpoint
+from steploop.batch_files import decode, encode
+from steploop.errors import CheckpointError, CheckpointUnsupportedError, ConfigError, DataError
+from steploop.precision import on_host
+from steploop.recipe import State
+from steploop.state import TrainState, read_host
+
+__all__ = ["Capsule", "CapsuleWriter", "read_capsule", "state_before"]
+
+_FORMAT = 1
+_IN_FLIGHT = {
+    "loss": None, "outputs": None, "grad_norm": None, "clipped_norm": None, "finite": None,
+    "_graph": None, "_grads": None, "_old_buffers": None,
+}  # fmt: skip
+_VALUES = ("_params", "_buffers", "_slots", "_ema", "_lease", "_generation", "_leaves")
+
+
+def state_before(before: TrainState, after: TrainState) -> TrainState | None:
+    """The state that a skipped step began with, alive again; None where it cannot be had.
+
+    Args:
+        before: what went into the train step; spent, unless the step copied.
+        after: what came out of it: with one attempted step more, which was not taken.
+    """
+    if before.alive:
+        return before.replace(**_IN_FLIGHT)
+    if after.attempted_steps != before.attempted_steps + 1 or read_host(after.applied_steps) != read_host(
+        before.applied_steps
+    ):
+        return None  # several optimizer steps, one of which was taken
+    return before.replace(**_IN_FLIGHT, **{name: getattr(after, name) for name in _VALUES})
+
+
+def _was_skipped(state: TrainState, *, wait: bool) -> bool:
+    finite = state.finite
+    if isinstance(finite, Tensor):
+        return (wait or on_host(finite)) and not bool(finite.item())
+    return finite is False
+
+
+def _members(state: State) -> dict[str, TrainState]:
+    return dict(state) if isinstance(state, Mapping) else {"": state}
+
+
+class CapsuleWriter:
+    """Writes capsules for a run: the first two, and the newest one.
+
+    Of several skipped steps in a row only the first leaves one: the others begin with the same parameters. An
+    overflow under a loss scale while the loss is finite is part of how the scale is found, and leaves one in all.
+
+    Args:
+        run_directory: of the run; its config.json and recipe.py are copied.
+        phase: which phase of the recipe is trained, from 0.
+        report: told in one sentence, once, if a capsule cannot be written: the run goes on.
+        most: capsules to keep, >= 1.
+    """
+
+    def __init__(
+        self,
+        run_directory: Path,
+        *,
+        phase: int = 0,
+        report: Callable[[str], None] = lambda _: None,
+        most: int = 3,
+    ) -> None:
+        if most < 1:
+            raise ConfigError(
+                f"CapsuleWriter: most must be >= 1, but is {most!r}. Leave the writer out to keep none."
+            )
+        self._run = run_directory
+        self._folder = run_directory / "capsules"
+        self._phase = phase
+        self._report = report
+        self._most = most
+        self._row: int | None = None  # attempted steps when the row of skipped ones began
+        self._overflow_kept = self._folder.is_dir()
+
+    def after_step(self, before: State, after: State, batch: Any, *, wait: bool = False) -> Path | None:
+        """Look at a step; keep it if it was skipped.
+
+        Costs one comparison where the host knows that the step was good, and nothing where only the device does.
+
+        Args:
+            before: what went into the train step.
+            after: what came out of it.
+            batch: what it was taken on.
+            wait: ask the device too: for the steps after which its numbers are read anyway. The steps in between are
+                gone by then, unless they were skipped too.
+
+        Returns:
+            The capsule that was written, or None.
+        """
+        if isinstance(after, TrainState):
+            if after.finite is True:  # the way of nearly every step
+                return None
+            after = {"": after}
+        skipped = [name for name, one in after.items() if _was_skipped(one, wait=wait)]
+        if not skipped:
+            return None
+        first = after[skipped[0]]
+        row = first.attempted_steps - read_host(first.nonfinite_steps)
+        if row == self._row:
+            return None
+        self._row = row
+        losses = [after[name].loss for name in skipped]
+        broken = any(loss is not None and not math.isfinite(loss.item()) for loss in losses)
+        if not broken and all(after[name].scale is not None for name in skipped):
+            if self._overflow_kept:
+                return None
+            self._overflow_kept = True
+        return self._write(_members(before), dict(after), skipped, batch)
+
+    def _write(
+        self, before: dict[str, TrainState], after: dict[str, TrainState], skipped: list[str], batch: Any
+    ) -> Path | None:
+        number = max(one.attempted_steps for one in after.values()) - 1
+        target = self._folder / f"step-{number:012d}"
+        temporary = self._folder / f".tmp-{target.name}-{os.getpid()}"
+        try:
+            self._folder.mkdir(exist_ok=True)
+            temporary.mkdir()
+            self._fill(temporary, before, after, skipped, batch)
+            if target.exists():  # a resumed run came by here again
+                shutil.rmtree(target)
+            temporary.rename(target)
+            for surplus in sorted(self._folder.glob("step-*"))[self._most - 1 : -1]:
+                shutil.rmtree(surplus)
+        except (OSError, CheckpointError) as error:
+            shutil.rmtree(temporary, ignore_errors=True)
+            self._report(f"The step that was not finite could not be kept for steploop replay: {error}")
+            self._report = lambda _: None
+            return None
+        return target
+
+    def _fill(
+        self,
+        folder: Path,
+        before: dict[str, TrainState],
+        after: dict[str, TrainState],
+        skipped: list[str],
+        batch: Any,
+    ) -> None:
+        states, seen = {}, {}
+        for name, one in after.items():
+            rebuilt = state_before(before[name], one) if name in skipped else None
+            states[name] = (rebuilt or one.replace(**_IN_FLIGHT)).settle()
+            seen[name] = {
+                "skipped": name in skipped,
+                "exact": rebuilt is not None,  # else this is the state after the step: its tensors are gone
+                "loss": _text(one.loss),
+                "grad_norm": _text(one.grad_norm),
+                "loss_scale": None if (scale := states[name].scale) is None else float(scale.scale),
+            }
+        single = states[""] if list(states) == [""] else None
+        checkpoint.save(states if single is None else single, folder / "state")
+        lead = next(iter(states.values()))
+        tensors: dict[str, Tensor] = {}
+        structure, why = None, None
+        try:
+            structure = encode(batch, tensors)
+            save_file(
+                {n: t.detach().cpu().contiguous() for n, t in tensors.items()},
+                str(folder / "batch.safetensors"),
+            )
+        except CheckpointUnsupportedError as error:
+            structure, why = None, str(error)
+        about = {
+            "format": _FORMAT,
+            "phase": self._phase,
+            "attempted": lead.attempted_steps,
+            "epoch": lead.epoch,
+            "batch": lead.batch,
+            "device": str(lead.device),
+            "torch": torch.__version__,
+            "states": seen,
+            "structure": structure,
+            "batch_missing": why,
+        }
+        (folder / "capsule.json").write_text(
+            json.dumps(about, indent=2, allow_nan=False) + "\n", encoding="utf-8"
+        )
+        for name in ("recipe.py", "config.json"):
+            if (self._run / name).is_file():
+                shutil.copyfile(self._run / name, folder / name)
+
+
+def _text(value: Tensor | None) -> str | None:
+    """A number as text: JSON has no inf and no nan."""
+    return None if value is None else repr(float(value))
+
+
+@attrs.frozen(kw_only=True, eq=False)
+class Capsule:
+    """A capsule that was read, without its state.
+
+    Attributes:
+        path: the directory.
+        about: ``capsule.json``.
+        config: ``config.json`` of the run; empty where there was none.
+        batch: what the step was taken on, on the CPU; None where only its place is known.
+    """
+
+    path: Path
+    about: Mapping[str, Any]
+    config: Mapping[str, Any]
+    batch: Any
+
+
+def read_capsule(path: Path) -> Capsule:
+    """Read a capsule.
+
+    Raises:
+        ConfigError: there is none at ``path``.
+        DataError: it is damaged, or of a format that this version does not read.
+    """
+    if not (path / "capsule.json").is_file():
+        inner = sorted((path / "capsules").glob("step-*")) or sorted(path.glob("step-*"))
+        hint = (
+            f"Give one of its capsules, such as {inner[-1]}."
+            if inner
+            else "Every step of a run without capsules/ was finite."
+        )
+        raise ConfigError(f"{path} is no capsule: it holds no capsule.json. {hint}")
+    try:
+        about = json.loads((path / "capsule.json").read_text(encoding="utf-8"))
+        if about.get("format") != _FORMAT:
+            raise DataError(
+                f"{path} is a capsule of format {about.get('format')!r}, but this version reads {_FORMAT}. "
+                "Use the steploop version of its config.json."
+            )
+        config = (
+            json.loads((path / "config.json").read_text(encoding="utf-8"))
+            if (path / "config.json").is_file()
+            else {}
+        )
+        structure = about.get("structure")
+        batch = None
+        if structure is not None:
+            file = path / "batch.safetensors"
+            batch = decode(structure, load_file(str(file)) if file.is_file() else {})
+    except (ValueError, KeyError, AttributeError, OSError) as error:
+        raise DataError(
+            f"{path} cannot be read: {type(error).__name__}: {error}. It was damaged or cut short."
+        ) from error
+    return Capsule(path=path, about=about, config=config, batch=batch)
