@@ -70,8 +70,11 @@ def clip_norm(grads: list[Tensor], norm: Tensor, max_norm: float) -> float | Ten
 
 def clip_value(grads: list[Tensor], max_value: float) -> None:
     """Clamp every entry to [-max_value, max_value] in place, as ``torch.nn.utils.clip_grad_value_``; nan stays."""
-    torch._foreach_clamp_min_(grads, -max_value)
-    torch._foreach_clamp_max_(grads, max_value)
+    # torch cannot convert a bound that the dtype does not hold: no finite entry exceeds it
+    grads = [g for g in grads if max_value == math.inf or max_value <= torch.finfo(g.dtype).max]
+    if grads:
+        torch._foreach_clamp_min_(grads, -max_value)
+        torch._foreach_clamp_max_(grads, max_value)
 
 
 def _unit_norm(x: Tensor) -> Tensor:
