@@ -9,7 +9,8 @@ from torch import Tensor
 from steploop.forwarding import Objective
 from steploop.optim import Optimizer
 from steploop.state import TrainState
-from steploop.steps import backward_scaled, forward_loss, optimizer_step, unscale_and_clip
+from steploop.steps import backward_scaled, forward_loss, unscale_and_clip
+from steploop.updating import optimizer_step
 from steploop.testing.comparing import State, Step, clone, members, require
 
 __all__ = ["check_every_parameter_is_reached", "check_one_batch_is_learned"]

@@ -15,7 +15,8 @@ from steploop.evaluation import evaluate
 from steploop.folding import accumulate
 from steploop.scheduling import schedule
 from steploop.state import TrainState
-from steploop.steps import backward_scaled, forward_loss, optimizer_step, unscale_and_clip
+from steploop.steps import backward_scaled, forward_loss, unscale_and_clip
+from steploop.updating import optimizer_step
 from steploop.testing.comparing import State, Step, clone, copied, fold, members, require, require_same, values
 
 __all__ = [

@@ -9,7 +9,8 @@ from torch import nn
 from steploop.forwarding import Objective, read_objective
 from steploop.optim import Optimizer
 from steploop.state import TrainState
-from steploop.steps import backward_scaled, forward_loss, optimizer_step, unscale_and_clip
+from steploop.steps import backward_scaled, forward_loss, unscale_and_clip
+from steploop.updating import optimizer_step
 from steploop.testing.comparing import require_same, values
 
 __all__ = ["check_optimizer_equals_its_loop"]

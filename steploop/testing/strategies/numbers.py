@@ -60,7 +60,8 @@ def gradient_trees(
 
 def bounds() -> st.SearchStrategy[float]:
     """What ``max_norm``, ``max_value`` and ``adaptive`` may be."""
-    return st.sampled_from([1e-6, 1e-3, 0.01, 1.0, 5.0, math.inf]) | st.floats(1e-8, 1e4)
+    extremes = [1e-40, 1e36, 1e39, math.inf]  # below and above what float32 holds, and where 1 / 1e-6 times it is
+    return st.sampled_from([1e-6, 1e-3, 0.01, 1.0, 5.0, *extremes]) | st.floats(1e-8, 1e4)
 
 
 def powers_of_two(low: int = -14, high: int = 24) -> st.SearchStrategy[float]:
@@ -72,7 +73,7 @@ def powers_of_two(low: int = -14, high: int = 24) -> st.SearchStrategy[float]:
 def loss_scales(draw: st.DrawFn, *, floor: float | None = None) -> LossScale:
     """Any legal loss scale; small intervals, so that short runs grow it."""
     return LossScale(
-        scale=draw(powers_of_two(-126, 127) | st.floats(2.0**-126, 2.0**127, width=32)),
+        scale=draw(powers_of_two(-126, 127) | st.floats(2.0**-126, 2.0**127)),
         growth_tracker=0,
         growth_factor=draw(st.sampled_from([2.0, 1.5, 1e30]) | st.floats(1.0, 16.0, exclude_min=True)),
         backoff_factor=draw(st.sampled_from([0.5, 0.25, 1e-30]) | st.floats(0.0, 1.0, exclude_min=True, exclude_max=True)),
