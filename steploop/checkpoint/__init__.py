@@ -48,7 +48,8 @@ being deleted, ``.corrupt-*`` was found damaged. No pickle is in it, and nothing
 
 **The safetensors files** are written here, in the canonical form: the length of the header (8 bytes, little-endian),
 the header without white space, padded by spaces to a multiple of 8, first ``__metadata__``, then the tensors ordered by
-decreasing size of an element and then by name, without gaps; then the values, row-major. complex128 is stored as float64
+dtype (U64, I64, F64, C64, F32, U32, I32, BF16, F16, U16, I16, F8_E5M2FNUZ, F8_E4M3FNUZ, F8_E4M3, F8_E5M2, I8, U8, BOOL) and then
+by name (code points), without gaps; then the values, row-major. complex128 is stored as float64
 with a last axis of 2 (real, imaginary). The header follows from the table in ``state.json``, and a reader compares.
 
 **Limits.** 16 MiB of header and 100,000 tensors a file, 16 axes; ``state.json`` 32 MiB, 32 levels deep, whole numbers

@@ -4,8 +4,8 @@
     rename to <name>    the one moment at which the checkpoint begins to exist
     flush the parent    from here on it survives a power loss
 
-Where ``<name>`` exists already it is first renamed to ``.old-<name>`` (and the parent flushed), and removed last: at
-every moment one of the two is there whole, and ``recover`` puts the old one back where the new one did not arrive.
+Where ``<name>`` exists already it is first renamed to ``.old-<name>``, and removed last: at every moment one of the two
+is there whole, and ``recover`` puts the old one back where the new one did not arrive.
 """
 
 import contextlib
@@ -131,7 +131,6 @@ def _set_aside(fs: Fs, target: Path) -> Path:
     if fs.is_directory(target):
         remove_tree(fs, old)
         fs.rename(target, old)
-        fs.sync_directory(target.parent)
     return old
 
 

@@ -23,26 +23,27 @@ MAX_TENSORS: Final = 100_000
 MAX_DIMENSIONS: Final = 16
 _MAX_SIZE: Final = 1 << 62  # of one dimension and of one tensor's bytes: int64 offsets stay exact
 
-# torch's name: (the name in a safetensors header, bytes of one element, torch's dtype)
+# torch's name: (the name in a safetensors header, bytes of one element), in the order of the library's own writer:
+# wide elements first, so that every tensor is aligned.
 _STORED: Final = {
-    "bool": ("BOOL", 1),
-    "uint8": ("U8", 1),
-    "int8": ("I8", 1),
-    "uint16": ("U16", 2),
-    "int16": ("I16", 2),
-    "uint32": ("U32", 4),
-    "int32": ("I32", 4),
     "uint64": ("U64", 8),
     "int64": ("I64", 8),
-    "float8_e4m3fn": ("F8_E4M3", 1),
-    "float8_e4m3fnuz": ("F8_E4M3FNUZ", 1),
-    "float8_e5m2": ("F8_E5M2", 1),
-    "float8_e5m2fnuz": ("F8_E5M2FNUZ", 1),
-    "float16": ("F16", 2),
-    "bfloat16": ("BF16", 2),
-    "float32": ("F32", 4),
     "float64": ("F64", 8),
     "complex64": ("C64", 8),
+    "float32": ("F32", 4),
+    "uint32": ("U32", 4),
+    "int32": ("I32", 4),
+    "bfloat16": ("BF16", 2),
+    "float16": ("F16", 2),
+    "uint16": ("U16", 2),
+    "int16": ("I16", 2),
+    "float8_e5m2fnuz": ("F8_E5M2FNUZ", 1),
+    "float8_e4m3fnuz": ("F8_E4M3FNUZ", 1),
+    "float8_e4m3fn": ("F8_E4M3", 1),
+    "float8_e5m2": ("F8_E5M2", 1),
+    "int8": ("I8", 1),
+    "uint8": ("U8", 1),
+    "bool": ("BOOL", 1),
 }
 # The format has no such dtypes: stored as (real, imaginary) in a last axis of two, as torch.view_as_real gives it.
 _AS_REAL: Final = {"complex128": "float64"}
@@ -92,6 +93,7 @@ class TensorSpec:
 
 
 _DTYPES: Final[dict[str, torch.dtype]] = {name: getattr(torch, name) for name in (*_STORED, *_AS_REAL)}
+_RANK: Final = {stored: rank for rank, (stored, _) in enumerate(_STORED.values())}
 _NAMES: Final = {dtype: name for name, dtype in _DTYPES.items()}
 
 
@@ -164,8 +166,8 @@ def _permuted(shape: Sequence[int], stride: Sequence[int]) -> bool:
 
 
 def file_order(specs: Mapping[str, TensorSpec]) -> list[str]:
-    """The order of the tensors in the file: wide elements first, so that all are aligned, then by name."""
-    return sorted(specs, key=lambda name: (-specs[name].stored[1], name))
+    """The order of the tensors in the file: by dtype, wide elements first, then by name."""
+    return sorted(specs, key=lambda name: (_RANK[specs[name].stored[0]], name))
 
 
 def header_bytes(specs: Mapping[str, TensorSpec], metadata: str) -> bytes:
@@ -178,6 +180,8 @@ def header_bytes(specs: Mapping[str, TensorSpec], metadata: str) -> bytes:
     Raises:
         CheckpointUnsupportedError: more tensors or longer names than a reader accepts.
     """
+    if len(specs) > MAX_TENSORS:
+        raise _too_much(f"{len(specs)} tensors")
     table: dict[str, Any] = {"__metadata__": {"steploop": metadata}}
     at = 0
     for name in file_order(specs):
@@ -186,12 +190,16 @@ def header_bytes(specs: Mapping[str, TensorSpec], metadata: str) -> bytes:
         at += specs[name].size
     text = json.dumps(table, ensure_ascii=False, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
-    if len(specs) > MAX_TENSORS or len(text) > MAX_HEADER_BYTES:
-        raise CheckpointUnsupportedError(
-            f"{len(specs)} tensors make a header of {len(text)} bytes, but a file holds at most {MAX_TENSORS} tensors "
-            f"and a header of {MAX_HEADER_BYTES} bytes. Stack tensors into larger ones, or shorten their names."
-        )
+    if len(text) > MAX_HEADER_BYTES:
+        raise _too_much(f"a header of {len(text)} bytes")
     return len(text).to_bytes(8, "little") + text
+
+
+def _too_much(found: str) -> CheckpointUnsupportedError:
+    return CheckpointUnsupportedError(
+        f"A file would have {found}, but it holds at most {MAX_TENSORS} tensors and a header of {MAX_HEADER_BYTES} bytes. "
+        "Stack tensors into larger ones, or shorten their names."
+    )
 
 
 def spec_from_json(name: str, entry: Any) -> TensorSpec:

@@ -99,14 +99,15 @@ def _blocks(
         data = _bytes_of(values)
         if len(small) + len(data) <= BLOCK:
             small += data
-            continue
-        if small:
-            yield bytes(small)
-            small.clear()
-        for start in range(0, len(data), BLOCK):
-            yield data[start : start + BLOCK]
-        if values.data_ptr() != tensors[name].data_ptr():
-            hasher.wait()
+        else:
+            if small:
+                yield bytes(small)
+                small.clear()
+            for start in range(0, len(data), BLOCK):
+                yield data[start : start + BLOCK]
+            if values.data_ptr() != tensors[name].data_ptr():
+                hasher.wait()
+        del values, data  # before the next copy is made
     if small:
         yield bytes(small)
 
@@ -133,6 +134,7 @@ def write_tensors(
         for block in _blocks(tensors, specs, hasher):
             hasher.add(block)
             file.write(block)
+            del block  # it may be all that holds a copy, and the next one is about to be made
         return hasher.record()
 
 

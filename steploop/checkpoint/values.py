@@ -48,6 +48,8 @@ def encode(value: Any, name: str, tensors: dict[str, Tensor]) -> Any:
     if isinstance(value, float):  # NumPy's float64 is one
         return float(value) if math.isfinite(value) else {"float": str(float(value))}
     if isinstance(value, Tensor):
+        while name in tensors:  # dots in keys can make two names one
+            name += "'"
         tensors[name] = value
         return {"tensor": name}
     if type(value) in {list, tuple}:
