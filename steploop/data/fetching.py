@@ -21,7 +21,7 @@ from steploop.errors import DataError
 from steploop.random_numbers import fold_in
 from steploop.trees import map_tensors
 
-__all__ = ["Failure", "Fetcher", "MapDataset", "Request", "Transform", "is_tensors"]
+__all__ = ["Failure", "Fetcher", "MapDataset", "Request", "Transform", "is_tensors", "listed"]
 
 Transform = Callable[[Any, torch.Generator], Any]
 """``(sample, generator) -> sample``; the generator (CPU) is seeded by (seed, epoch, sample index)."""
@@ -62,16 +62,23 @@ class Failure:
         Raises:
             DataError: always.
         """
-        samples = f"sample {self.indices[0]}" if len(self.indices) == 1 else f"samples {self.indices}"
         where = "" if self.worker is None else f" in worker {self.worker}"
         hint = "look at that sample, or catch the error in the dataset"
         if self.cause.startswith("IndexError"):
             hint = f"the dataset's __len__ says {num_samples}: it must not say more than there are"
-        message = f"making batch {batch} failed at {samples}{where}: {self.cause}; {hint}"
+        message = f"making batch {batch} failed at {listed(self.indices)}{where}: {self.cause}; {hint}"
         error = DataError(message)
         if self.error is None:  # otherwise the chained exception shows it
             error.add_note(f"In the worker:\n{self.stack}")
         raise error from self.error
+
+
+def listed(indices: list[int]) -> str:
+    """``sample 3``, or ``samples [3, 5]``, and of many the first ones, for messages."""
+    if len(indices) == 1:
+        return f"sample {indices[0]}"
+    shown = ", ".join(map(str, indices[:16]))
+    return f"samples [{shown}{f', ... {len(indices)} in all' if len(indices) > 16 else ''}]"
 
 
 @contextmanager

@@ -12,6 +12,7 @@ What is changed about it, and why:
 import atexit
 import ctypes
 import multiprocessing as mp
+import multiprocessing.connection
 import os
 import signal
 import sys
@@ -26,7 +27,7 @@ import torch
 from torch._C import _remove_worker_pids, _set_worker_pids
 from torch.utils.data import DataLoader, Sampler
 
-from steploop.data.fetching import Fetcher, Request
+from steploop.data.fetching import Fetcher, Request, listed
 from steploop.data.order import WORKERS
 from steploop.errors import DataError
 from steploop.random_numbers import fold_in
@@ -124,7 +125,9 @@ class WorkerPool:
 
     @property
     def _processes(self) -> list[Any]:
-        return [] if self._iterator is None else self._iterator._workers  # noqa: SLF001  (torch tells nobody who its workers are)
+        return (
+            [] if self._iterator is None else self._iterator._workers
+        )  # torch tells nobody who its workers are
 
     def begin(self, requests: Sequence[Request]) -> None:
         """Start on the batches of an epoch, in new workers or in those that are idle.
@@ -151,7 +154,7 @@ class WorkerPool:
             ) from error
         # torch's handler for SIGCHLD stays, but from here on knows none of our workers
         _remove_worker_pids(id(self._iterator))
-        self._iterator._worker_pids_set = False  # noqa: SLF001  (else torch takes them off a second time)
+        self._iterator._worker_pids_set = False  # else torch takes them off a second time
 
     def receive(self, poll: Callable[[], None] | None) -> Any:
         """The next batch; ``poll`` is called about twice a second while there is none.
@@ -165,8 +168,10 @@ class WorkerPool:
                 with self._watched():
                     batch = next(self._iterator)
             except (RuntimeError, OSError, EOFError) as error:
-                self._raise_if_a_worker_died(error)
-                if not str(error).startswith("DataLoader timed out"):
+                late = str(error).startswith("DataLoader timed out")
+                # a worker's sockets close a moment before the system says that it is dead
+                self._raise_if_a_worker_died(error, patience_s=0 if late else GRACE_S)
+                if not late:
                     raise DataError(f"the workers' batches could not be received: {error}") from error
             else:
                 self._received += 1
@@ -179,13 +184,13 @@ class WorkerPool:
         if self._iterator is None or os.getpid() != self._owner or sys.is_finalizing():
             return
         iterator, processes = self._iterator, self._processes
-        self._iterator = self._loader._iterator = None  # noqa: SLF001  (the DataLoader keeps a persistent one)
+        self._iterator = self._loader._iterator = None  # the DataLoader keeps a persistent one
         # torch joins each for five seconds, then sends a SIGTERM, which they ignore
         killer = threading.Timer(GRACE_S, _kill, [processes])
         killer.daemon = True
         killer.start()
         try:
-            iterator._shutdown_workers()  # noqa: SLF001  (its only way to end persistent workers before __del__)
+            iterator._shutdown_workers()  # its only way to end persistent workers before __del__
         finally:
             killer.cancel()
             _kill(processes)
@@ -207,24 +212,25 @@ class WorkerPool:
         finally:
             _remove_worker_pids(id(self))
 
-    def _raise_if_a_worker_died(self, error: BaseException | None) -> None:
+    def _raise_if_a_worker_died(self, error: BaseException | None, *, patience_s: float = 0) -> None:
+        if patience_s:
+            mp.connection.wait([process.sentinel for process in self._processes], timeout=patience_s)
         for worker, process in enumerate(self._processes):
             if process.is_alive():
                 continue
-            code = process.exitcode
-            pid = process.pid
+            code, pid = process.exitcode, process.pid
             how = (
                 f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
             )
-            samples = ""
-            # torch deals the requests out to the workers in turn: this is the first that it has not answered
-            lost = self._received + (worker - self._received) % self._loader.num_workers
-            if lost < len(self._requests):
-                request = self._requests[lost]
-                samples = f" while making batch {request.batch} of samples {request.indices}"
+            owed = ""
+            # torch deals the requests out to the workers in turn
+            first = self._received + (worker - self._received) % self._loader.num_workers
+            if first < len(self._requests):
+                request = self._requests[first]
+                owed = f"; the first batch that it owed is {request.batch}, {listed(request.indices)}"
             self.close()
             raise DataError(
-                f"data worker {worker} (pid {pid}) {how}{samples}; SIGKILL usually means that memory ran out, "
+                f"data worker {worker} (pid {pid}) {how}{owed}; SIGKILL usually means that memory ran out, "
                 "SIGBUS that /dev/shm is full: use fewer workers or smaller batches"
             ) from error
 
