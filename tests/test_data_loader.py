@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.utils.data import Dataset, IterableDataset, TensorDataset, default_collate
 
+from steploop.data.augment import random_crop
 from steploop.data.loader import Loader
 from steploop.data.order import epoch_order
 from steploop.errors import ConfigError, DataError, EmptyDataError
@@ -287,3 +288,19 @@ def test_a_position_that_does_not_exist_is_refused():
 def test_workers_cannot_read_what_lies_on_the_device():
     with pytest.raises(ConfigError, match="num_workers=1, but the data lie on the device"):
         Loader(torch.zeros(3, device="meta"), batch_size=1, seed=0, num_workers=1)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+@pytest.mark.parametrize("on_device", [False, True])
+def test_batches_on_cuda_are_those_of_the_cpu(on_device):
+    images = torch.randint(0, 256, (50, 3, 8, 8), dtype=torch.uint8)
+
+    def crop(batch, generator):
+        return random_crop(batch, padding=2, generator=generator)
+
+    how = {"batch_size": 8, "seed": 0, "augment": crop}
+    wanted = list(Loader(images, **how).epoch(1, 2))
+    data = images.cuda() if on_device else images
+    got = [batch.cpu() for batch in Loader(data, **how, device="cuda").epoch(1, 2)]
+    assert first_difference(got, wanted) is None
