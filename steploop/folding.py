@@ -55,7 +55,7 @@ def accumulate(state: TrainState, micro_batches: Iterable[Any], objective: Objec
     total = float(sum(size or 0 for size in sizes)) or 1.0
     current, losses, outputs, weights = state, [], [], []
     grads: list[Tensor | None] = []
-    own_weights = False
+    own_weights, unit = False, 1.0
     for index, (part, size) in enumerate(zip(parts, sizes, strict=True)):
         loss, out, given, buffers = forward(current, part, objective, draw=index)
         if index and own_weights != (given is not None):
@@ -67,7 +67,9 @@ def accumulate(state: TrainState, micro_batches: Iterable[Any], objective: Objec
             raise ObjectiveError(
                 "accumulate: cannot count the samples of a batch without a tensor. Return (loss, outputs, weight) from the objective."
             )
-        weight = given if given is not None else (size or 0) / total
+        if given is not None and index == 0:
+            unit = _unit(given, len(parts))
+        weight = (size or 0) / total if given is None else given / unit
         grads = gradients(
             state, loss, seed_of(state, loss, weight), keep=index > 0, take=index == len(parts) - 1
         )
@@ -90,14 +92,21 @@ def accumulate(state: TrainState, micro_batches: Iterable[Any], objective: Objec
     )  # fmt: skip
 
 
+def _unit(weight: float | Tensor, parts: int) -> Any:
+    """What an objective's own weights are counted in: about Σ w, before it is known.
+
+    A float16 gradient has room for S, not for S times a number of tokens.
+    """
+    if isinstance(weight, Tensor):
+        return torch.where(weight > 0, weight * parts, torch.ones_like(weight))
+    return weight * parts if weight > 0 else 1.0
+
+
 def _weighted_sum(losses: list[Tensor], weights: list[Any]) -> Tensor:
-    if not any(isinstance(weight, Tensor) for weight in weights):
-        return (
-            torch.stack(losses)
-            .mul_(torch.tensor(weights, dtype=losses[0].dtype, device=losses[0].device))
-            .sum()
-        )
-    total = torch.zeros_like(losses[0])
-    for loss, weight in zip(losses, weights, strict=True):
-        total = total + loss * weight
-    return total
+    loss = torch.stack(losses)
+    if any(isinstance(weight, Tensor) for weight in weights):
+        weight = torch.stack([torch.as_tensor(weight, dtype=loss.dtype, device=loss.device) for weight in weights])
+    else:
+        weight = torch.tensor(weights, dtype=loss.dtype, device=loss.device)
+    # the mean over nothing is nan: with a weight of 0 it counts for nothing
+    return torch.where(weight == 0, torch.zeros_like(loss), loss * weight).sum()
