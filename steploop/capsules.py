@@ -32,7 +32,7 @@ from steploop.precision import on_host
 from steploop.recipe import State
 from steploop.state import TrainState, read_host
 
-__all__ = ["Capsule", "CapsuleWriter", "read_capsule", "state_before"]
+__all__ = ["Capsule", "CapsuleWriter", "Skipped", "read_capsule", "state_before"]
 
 _FORMAT = 1
 _IN_FLIGHT = {
@@ -69,6 +69,19 @@ def _members(state: State) -> dict[str, TrainState]:
     return dict(state) if isinstance(state, Mapping) else {"": state}
 
 
+@attrs.frozen
+class Skipped:
+    """A step that was not taken.
+
+    Attributes:
+        states: the names of the states that skipped it; "" for the only one.
+        capsule: where it was kept, or None.
+    """
+
+    states: tuple[str, ...]
+    capsule: Path | None
+
+
 class CapsuleWriter:
     """Writes capsules for a run: the first two, and the newest one.
 
@@ -102,7 +115,7 @@ class CapsuleWriter:
         self._row: int | None = None  # attempted steps when the row of skipped ones began
         self._overflow_kept = self._folder.is_dir()
 
-    def after_step(self, before: State, after: State, batch: Any, *, wait: bool = False) -> Path | None:
+    def after_step(self, before: State, after: State, batch: Any, *, wait: bool = False) -> Skipped | None:
         """Look at a step; keep it if it was skipped.
 
         Costs one comparison where the host knows that the step was good, and nothing where only the device does.
@@ -115,7 +128,7 @@ class CapsuleWriter:
                 gone by then, unless they were skipped too.
 
         Returns:
-            The capsule that was written, or None.
+            None for a step that was taken; else who skipped it, and the capsule if one was written.
         """
         if isinstance(after, TrainState):
             if after.finite is True:  # the way of nearly every step
@@ -124,18 +137,23 @@ class CapsuleWriter:
         skipped = [name for name, one in after.items() if _was_skipped(one, wait=wait)]
         if not skipped:
             return None
-        first = after[skipped[0]]
-        row = first.attempted_steps - read_host(first.nonfinite_steps)
+        wanted = self._wanted([after[name] for name in skipped])
+        path = self._write(_members(before), dict(after), skipped, batch) if wanted else None
+        return Skipped(tuple(skipped), path)
+
+    def _wanted(self, skipped: list[TrainState]) -> bool:
+        """Whether this skipped step is one to keep; remembers that it came by."""
+        row = skipped[0].attempted_steps - read_host(skipped[0].nonfinite_steps)
         if row == self._row:
-            return None
+            return False
         self._row = row
-        losses = [after[name].loss for name in skipped]
-        broken = any(loss is not None and not math.isfinite(loss.item()) for loss in losses)
-        if not broken and all(after[name].scale is not None for name in skipped):
-            if self._overflow_kept:
-                return None
-            self._overflow_kept = True
-        return self._write(_members(before), dict(after), skipped, batch)
+        if any(
+            one.scale is None or (one.loss is not None and not math.isfinite(one.loss.item()))
+            for one in skipped
+        ):
+            return True
+        first, self._overflow_kept = not self._overflow_kept, True
+        return first
 
     def _write(
         self, before: dict[str, TrainState], after: dict[str, TrainState], skipped: list[str], batch: Any

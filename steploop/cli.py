@@ -6,8 +6,14 @@ from typing import Annotated
 
 import typer
 
+from steploop.commands.lr_find import lr_find
+from steploop.commands.plot import plot
 from steploop.commands.recipes import recipes
+from steploop.commands.replay import replay
+from steploop.commands.report import report
 from steploop.commands.run import resume, run
+from steploop.commands.runs import runs
+from steploop.commands.schedules import schedules
 from steploop.errors import SteploopError
 from steploop.interruption import Interrupted
 
@@ -17,7 +23,7 @@ app = typer.Typer(
     add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},
 )  # fmt: skip
-for command in (run, resume, recipes):
+for command in (run, resume, recipes, runs, report, plot, schedules, lr_find, replay):
     app.command()(command)
 
 

@@ -50,8 +50,8 @@ def explode(run: Path, *, keep_every_state=False, **fields):
             if keep_every_state:
                 states.append(state.clone())
             after = recipe.train_step(state, batch)
-            if (path := writer.after_step(state, after, batch)) is not None:
-                found.append(path)
+            if (skipped := writer.after_step(state, after, batch)) is not None:
+                found += [] if skipped.capsule is None else [skipped.capsule]
             state = after
         state = state.replace(epoch=epoch + 1, batch=0)
     return found, states
@@ -135,7 +135,7 @@ def test_the_loss_scale_of_a_capsule_is_the_one_before_the_step(tmp_path):
     state = forward_loss(state, torch.full((1, 2), math.inf), lambda m, x: m(x).float().mean())
     state = optimizer_step(unscale_and_clip(backward_scaled(state), max_norm=1.0))
     assert state.scale.scale == 512.0
-    path = CapsuleWriter(tmp_path).after_step(before, state, torch.zeros(1))
+    path = CapsuleWriter(tmp_path).after_step(before, state, torch.zeros(1)).capsule
     seen = json.loads((path / "capsule.json").read_text())["states"][""]
     assert seen["loss_scale"] == 1024.0
     assert seen["exact"] is True
@@ -171,7 +171,8 @@ def skipping_run(tmp_path, skips, *, loss=math.nan, scale=None, steps=12):
         after = optimizer_step(unscale_and_clip(backward_scaled(after), max_norm=1.0))
         found.append(writer.after_step(state, after, x))
         state = after
-    return [step for step, path in enumerate(found) if path is not None], sorted(
+    assert [step for step, look in enumerate(found) if look is not None] == sorted(skips)
+    return [step for step, look in enumerate(found) if look is not None and look.capsule is not None], sorted(
         p.name for p in (tmp_path / "capsules").iterdir()
     )
 
@@ -200,7 +201,8 @@ def test_an_overflow_of_the_loss_scale_is_kept_once_and_recognised(tmp_path):
         x = torch.ones(1, 1)
         after = forward_loss(state, x, lambda m, x: m(x).float().mean())
         after = optimizer_step(unscale_and_clip(backward_scaled(after), max_norm=1.0))
-        paths.append(writer.after_step(state, after, x))
+        look = writer.after_step(state, after, x)
+        paths.append(None if look is None else look.capsule)
         state = after
     assert sum(path is not None for path in paths) == 1
 
@@ -227,7 +229,8 @@ def test_a_capsule_that_cannot_be_written_is_reported_once_and_the_run_goes_on(t
         x = torch.full((1, 2), value)
         after = forward_loss(state, x, lambda m, x: m(x).mean())
         after = optimizer_step(unscale_and_clip(backward_scaled(after), max_norm=1.0))
-        assert writer.after_step(state, after, x) is None
+        look = writer.after_step(state, after, x)
+        assert look is None if value == 1.0 else look.capsule is None
         state = after
     assert len(told) == 1
     assert told[0].startswith("The step that was not finite could not be kept for steploop replay: ")
@@ -245,7 +248,7 @@ def test_a_batch_comes_back_as_it_was(tmp_path, batch):
     state = TrainState.create(nn.Linear(2, 1), Optimizer(torch.optim.SGD, lr=0.1))
     after = forward_loss(state, None, lambda m, _: m(torch.full((1, 2), math.nan)).mean())
     after = optimizer_step(unscale_and_clip(backward_scaled(after), max_norm=1.0))
-    path = CapsuleWriter(tmp_path).after_step(state, after, batch)
+    path = CapsuleWriter(tmp_path).after_step(state, after, batch).capsule
     read = read_capsule(path).batch
     assert first_difference(read, batch) is None
     if isinstance(batch, torch.Tensor):
@@ -260,7 +263,7 @@ def test_a_batch_of_the_users_own_type_is_read_from_the_data_again(tmp_path):
     state = TrainState.create(nn.Linear(2, 1), Optimizer(torch.optim.SGD, lr=0.1))
     after = forward_loss(state, None, lambda m, _: m(torch.full((1, 2), math.nan)).mean())
     after = optimizer_step(unscale_and_clip(backward_scaled(after), max_norm=1.0))
-    path = CapsuleWriter(tmp_path).after_step(state, after, Pair(torch.ones(1)))
+    path = CapsuleWriter(tmp_path).after_step(state, after, Pair(torch.ones(1))).capsule
     capsule = read_capsule(path)
     assert capsule.batch is None
     assert (

@@ -25,8 +25,9 @@ OUT = typer.Option(
 )
 
 
-def lr_find(  # noqa: PLR0917  (each is an option of the command line)
+def lr_find(
     recipe: Annotated[str, RECIPE],
+    *,
     overrides: Annotated[list[str] | None, SET] = None,
     low: Annotated[float, LOW] = 1e-6,
     high: Annotated[float, HIGH] = 10.0,

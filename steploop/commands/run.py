@@ -33,6 +33,16 @@ LIMIT = typer.Option(
 QUIET = typer.Option("--quiet", help="Show nothing but the last line.")
 TENSORBOARD = typer.Option("--tensorboard", help="Write TensorBoard event files into the run directory.")
 CSV = typer.Option("--csv", help="Write metrics.csv into the run directory.")
+MLFLOW = typer.Option(
+    "--mlflow", help="Log to MLflow: to $MLFLOW_TRACKING_URI, or to mlflow.db beside the run directory."
+)
+WANDB = typer.Option("--wandb", help="Log to Weights & Biases; offline where WANDB_MODE=offline.")
+LAYERS = typer.Option(
+    min=1,
+    metavar="N",
+    help="Log the gradient norm of each layer group: N parts of a name make a group.",
+    show_default=False,
+)
 TUNE = typer.Option("--no-tune", help="Leave the memory allocator's thresholds as they are.")
 CHECKPOINT = typer.Option(
     min=1, metavar="N", help="Checkpoint every N steps, besides each epoch.", show_default=False
@@ -61,6 +71,9 @@ def run(
     quiet: Annotated[bool, QUIET] = False,
     tensorboard: Annotated[bool, TENSORBOARD] = False,
     csv: Annotated[bool, CSV] = False,
+    mlflow: Annotated[bool, MLFLOW] = False,
+    wandb: Annotated[bool, WANDB] = False,
+    layer_norms: Annotated[int | None, LAYERS] = None,
     no_tune: Annotated[bool, TUNE] = False,
     require_exact: Annotated[bool, EXACT] = False,
 ) -> None:
@@ -76,7 +89,8 @@ def run(
             values[name] = value
     options: dict[str, Any] = {
         "device": device, "limit_steps": limit_steps, "checkpoint_every": checkpoint_every, "log_every": log_every,
-        "tensorboard": tensorboard, "csv": csv, "tune": not no_tune, "require_exact": require_exact,
+        "tensorboard": tensorboard, "csv": csv, "mlflow": mlflow, "wandb": wandb, "layer_norms": layer_norms,
+        "tune": not no_tune, "require_exact": require_exact,
     }  # fmt: skip
     if resume_from is not None:
         if out is not None:

@@ -22,7 +22,6 @@ def runs(root: Annotated[Path, ROOT] = Path("runs"), as_json: Annotated[bool, JS
     from steploop.reporting.reading import find_runs, read_run
 
     records = [read_run(path) for path in find_runs(root)]
-    different = differences([r for r in records if r.fields])
     if as_json:
         sys.stdout.write(json.dumps([_entry(record) for record in records], indent=2, allow_nan=False) + "\n")
         return
@@ -46,6 +45,8 @@ def runs(root: Annotated[Path, ROOT] = Path("runs"), as_json: Annotated[bool, JS
         )
     for record in records:
         entry = _entry(record)
+        # what tells it from the other runs of its recipe
+        different = differences([other for other in records if other.recipe == record.recipe and other.fields])
         settings = " ".join(f"{k}={short(record.fields[k])}" for k in different if k in record.fields)
         metric = (
             ""

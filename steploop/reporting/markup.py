@@ -47,9 +47,12 @@ def table(
 def definitions(pairs: Mapping[str, object]) -> Markup:
     """A list of names and values; names without a value are left out."""
     shown = ((k, v) for k, v in pairs.items() if v not in (None, ""))
-    return Markup(
-        "<dl>" + "".join(f"<div><dt>{text(k)}</dt><dd>{text(v)}</dd></div>" for k, v in shown) + "</dl>"
+    # a digest or a list of versions gets a line of its own
+    rows = (
+        f"<div{' class=wide' if len(str(v)) > 32 else ''}><dt>{text(k)}</dt><dd>{text(v)}</dd></div>"
+        for k, v in shown
     )
+    return Markup(f"<dl>{''.join(rows)}</dl>")
 
 
 def section(title: str, *parts: str, identity: str = "") -> Markup:

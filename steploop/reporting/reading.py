@@ -206,8 +206,8 @@ def find_runs(root: Path) -> list[Path]:
 def read_run(path: Path) -> RunRecord:
     """Read a run directory, as far as it goes.
 
-    After a crash and a resume, the lines past the checkpoint stand twice in the file: the later ones count. The steps
-    of a second phase, which are counted from 0 again, are put behind those of the first.
+    Where lines of the same steps stand twice, the later ones count. The steps of a second phase, which are counted
+    from 0 again, are put behind those of the first.
 
     Raises:
         ConfigError: there is no run at ``path``.
@@ -243,28 +243,25 @@ class _Journal:
         self.train: list[Line] = []
         self.evals: list[Line] = []
         self.events: list[Line] = []
-        self._newest = 0  # attempted steps of the last line, as it is written
-        self._applied = 0
-        self._before = (0, 0)  # attempted and applied steps of the phases before
-        self._resumed = False
+        self._phase = 0
+        self._newest = (0, 0)  # attempted and applied steps of this phase, by the last line
+        self._before = (0, 0)  # the same of the phases before
 
     def add(self, line: Line) -> None:
-        kind, at = line.get("kind"), _attempted(line)
+        kind, at, phase = line.get("kind"), _attempted(line), int(line.get("phase") or 0)
+        if phase > self._phase:  # it counts its steps from 0 again
+            self._before = (self._before[0] + self._newest[0], self._before[1] + self._newest[1])
+            self._phase, self._newest = phase, (0, 0)
         if kind not in {"train", "eval"}:
-            self._resumed |= line.get("event") == "resumed"
             self._place(self.events, line)
             return
-        if at < self._newest and not self._resumed:  # another phase counts its steps from 0 again
-            self._before = (self._before[0] + self._newest, self._before[1] + self._applied)
-        elif at < self._newest:  # what was done after the checkpoint is done again: the later lines count
+        if (
+            at < self._newest[0]
+        ):  # what was done after the last checkpoint was done again: the later lines count
+            start = at + self._before[0]
             for lines in (self.train, self.evals, self.events):
-                lines[:] = [
-                    old
-                    for old in lines
-                    if _attempted(old) < at + self._before[0] or old.get("event") == "resumed"
-                ]
-        self._resumed = False
-        self._newest, self._applied = at, int(line.get("step") or 0)
+                lines[:] = [old for old in lines if _attempted(old) < start or old.get("event") == "resumed"]
+        self._newest = (at, int(line.get("step") or 0))
         self._place(self.train if kind == "train" else self.evals, line)
 
     def _place(self, lines: list[Line], line: Line) -> None:

@@ -6,62 +6,22 @@ evaluation's metrics, and the cursor, write to it.
 
 import time
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import nullcontext
 from functools import reduce
-from typing import Any, Literal, Protocol
+from typing import Any
 
-import attrs
-
-from steploop.checks import integer
 from steploop.errors import EmptyDataError
 from steploop.interruption import Interrupted
+from steploop.layer_norms import LayerNorms
 from steploop.recipe import Recipe, State
 from steploop.run.measuring import read_step
 from steploop.run.monitoring import fold_metrics, stopped
+from steploop.run.plan import Ending, Journal, Keeper, Plan, Witness, lines_every
 from steploop.run.signals import StopFlag
 from steploop.run.states import at_position, attempted_steps, lead, next_epoch
 from steploop.trees import count_samples
 
-__all__ = ["Ending", "Journal", "Keeper", "Loop", "Plan"]
-
-Ending = Literal["finished", "early_stop", "limit", "interrupted"]
-_MOST_STEPS_BETWEEN_LINES = 50
-_LINES_PER_EPOCH = 10
-_STEPS = attrs.validators.optional(integer(at_least=1, hint="It counts steps; leave it out for the default."))
-
-
-class Journal(Protocol):
-    """Who is told what happens."""
-
-    def train(self, line: Mapping[str, Any]) -> None:
-        """A log point: the numbers of one step."""
-
-    def evaluation(self, line: Mapping[str, Any]) -> None:
-        """An evaluation: its metrics."""
-
-    def event(self, line: Mapping[str, Any]) -> None:
-        """Anything else that a reader of the run will ask about."""
-
-
-class Keeper(Protocol):
-    """Who keeps checkpoints."""
-
-    def save(self, state: State, *, best: bool) -> None:
-        """Keep the state; ``best`` where its monitored metric is the best so far."""
-
-
-@attrs.frozen(kw_only=True)
-class Plan:
-    """How a run is to be watched and cut off; none of it changes a step.
-
-    Attributes:
-        log_every: steps between two lines; None: ten lines an epoch, and at least one in 50 steps.
-        checkpoint_every: steps between two checkpoints besides those after each epoch; None: no others.
-        limit_steps: attempted steps after which to stop, for a quick look; None: train to the end.
-    """
-
-    log_every: int | None = attrs.field(default=None, validator=_STEPS)
-    checkpoint_every: int | None = attrs.field(default=None, validator=_STEPS)
-    limit_steps: int | None = attrs.field(default=None, validator=_STEPS)
+__all__ = ["Loop"]
 
 
 def _crossed(every: int | None, before: int, now: int) -> bool:
@@ -79,10 +39,19 @@ class Loop:
         keeper: given the states to keep.
         stop: looked at between two steps.
         begun_s: ``time.perf_counter()`` at the start of the run, for the times in the journal.
+        witness: shown each step; None: steps that are skipped are only counted.
     """
 
     def __init__(
-        self, recipe: Recipe, *, plan: Plan, journal: Journal, keeper: Keeper, stop: StopFlag, begun_s: float
+        self,
+        recipe: Recipe,
+        *,
+        plan: Plan,
+        journal: Journal,
+        keeper: Keeper,
+        stop: StopFlag,
+        begun_s: float,
+        witness: Witness | None = None,
     ) -> None:
         self._recipe = recipe
         self._plan = plan
@@ -90,14 +59,14 @@ class Loop:
         self._keeper = keeper
         self._stop = stop
         self._begun_s = begun_s
+        self._witness = witness
+        self._norms: LayerNorms | None = None
         self._steps_per_epoch = len(recipe.batches)
         if self._steps_per_epoch == 0:
             raise EmptyDataError(
                 "The recipe's batches are empty: there is nothing to train on. Look at the size of the data and at drop_last."
             )
-        self._log_every = plan.log_every or max(
-            1, min(_MOST_STEPS_BETWEEN_LINES, self._steps_per_epoch // _LINES_PER_EPOCH)
-        )
+        self._log_every = lines_every(plan, self._steps_per_epoch)
         self._ending: Ending | None = None
         self._position = 0
         self._attempted = 0
@@ -121,16 +90,18 @@ class Loop:
         self._attempted = attempted_steps(state)
         if evaluation_due:
             state = self._evaluated(state)
-        while self._ending is None:
-            if stopped(state):
-                self._ending = "early_stop"
-            elif lead(state).epoch >= self._recipe.epochs:
-                self._ending = "finished"
-            elif self._reached_limit(self._attempted):
-                self._ending = "limit"
-            else:
-                self._taken = True
-                state = self._epoch(state)
+        depth = self._plan.layer_norms
+        with nullcontext() if depth is None else LayerNorms(state, depth=depth) as self._norms:
+            while self._ending is None:
+                if stopped(state):
+                    self._ending = "early_stop"
+                elif lead(state).epoch >= self._recipe.epochs:
+                    self._ending = "finished"
+                elif self._reached_limit(self._attempted):
+                    self._ending = "limit"
+                else:
+                    self._taken = True
+                    state = self._epoch(state)
         return self._closed(state), self._ending
 
     def _epoch(self, state: State) -> State:
@@ -182,13 +153,18 @@ class Loop:
 
     def _step(self, state: State, batch: Any) -> State:
         """A train step, and what is due after it."""
+        if self._norms is not None and self._logs(self._attempted, self._attempted + 1):
+            self._norms.request()
+        given = state
         state = self._recipe.train_step(state, batch)
         self._position += 1
         state = at_position(state, self._position)
         self._samples += count_samples(batch) or 0
         before, self._attempted = self._attempted, attempted_steps(state)
         now = self._attempted
-        if now == 1 or _crossed(self._log_every, before, now):
+        due = self._logs(before, now)
+        self._see(given, state, batch, wait=due)
+        if due:
             self._log(state, batch)
         improved = False
         if self._recipe.eval_every_steps is not None and _crossed(self._recipe.eval_every_steps, before, now):
@@ -211,6 +187,20 @@ class Loop:
     def _is_over(self) -> bool:
         return self._ending is not None
 
+    def _logs(self, before: int, now: int) -> bool:
+        """Whether a line is due after the steps in (before, now]."""
+        return now == 1 or _crossed(self._log_every, before, now)
+
+    def _see(self, given: State, state: State, batch: Any, *, wait: bool) -> None:
+        """Note a step that was skipped; on a device, only where its numbers are read anyway."""
+        if self._witness is None:
+            return
+        skipped = self._witness.after_step(given, state, batch, wait=wait)
+        if skipped is not None:
+            path = skipped.capsule
+            capsule = None if path is None else f"{path.parent.name}/{path.name}"
+            self._journal.event({"event": "skipped", **self._where(state), "capsule": capsule})
+
     def _reached_limit(self, attempted: int) -> bool:
         return self._plan.limit_steps is not None and attempted >= self._plan.limit_steps
 
@@ -225,9 +215,9 @@ class Loop:
         return self._where(next_epoch(state) if first.batch == self._steps_per_epoch else state)
 
     def _log(self, state: State, batch: Any) -> None:
-        values = read_step(
-            state, batch, self._recipe.train_metrics
-        )  # waits for the device: the times are honest
+        values = read_step(state, batch, self._recipe.train_metrics)  # waits for the device: times are honest
+        if self._norms is not None:
+            values |= {f"layer_norm/{group}": norm for group, norm in self._norms.read().items()}
         now = time.perf_counter()
         elapsed = max(now - self._line_s, 1e-9)
         self._journal.train({
@@ -248,7 +238,9 @@ class Loop:
                 metrics = dict(self._recipe.evaluate(state))
         except Interrupted:
             self._ending = "interrupted"
-            self.evaluation_due = self._attempted if fold else None
+            # after an epoch the cursor says it: it stays behind the last batch
+            within_epoch = fold and self._recipe.eval_every_steps is not None
+            self.evaluation_due = self._attempted if within_epoch else None
             return state
         taken = time.perf_counter() - begun
         self._line_s += taken  # the samples per second are those of training

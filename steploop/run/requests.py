@@ -9,14 +9,14 @@ from steploop.overrides import configure, fields_of
 from steploop.recipe_files import RecipeFile, find_recipe, load_recipe_file
 from steploop.run.directory import make_directory, open_directory, read_json
 from steploop.run.environment import find_device
-from steploop.run.loop import Plan
+from steploop.run.plan import Plan
 from steploop.run.session import Request
 
 __all__ = ["make_request", "resume_request"]
 
 
 def _plan(options: dict[str, Any]) -> Plan:
-    names = ("log_every", "checkpoint_every", "limit_steps")
+    names = ("log_every", "checkpoint_every", "limit_steps", "layer_norms")
     return Plan(**{name: options.pop(name, None) for name in names})
 
 

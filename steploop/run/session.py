@@ -10,6 +10,7 @@ import attrs
 import torch
 
 from steploop import __version__
+from steploop.capsules import CapsuleWriter
 from steploop.errors import SteploopError
 from steploop.logs import CsvTable, JsonLines, Logger, Loggers, TensorBoard, read_json_lines
 from steploop.logs.screens import Screen
@@ -20,8 +21,9 @@ from steploop.run.directory import RunDirectory, Status, not_written, read_json,
 from steploop.run.environment import git_commit, versions
 from steploop.run.journal import RunJournal
 from steploop.run.keeping import CheckpointKeeper
-from steploop.run.loop import Ending, Loop, Plan
+from steploop.run.loop import Loop
 from steploop.run.monitoring import prepared
+from steploop.run.plan import Ending, Plan
 from steploop.run.signals import StopFlag, exit_code_of, signals_as
 from steploop.run.states import attempted_steps, lead, members
 from steploop.run.tuning import tune_allocator
@@ -43,6 +45,8 @@ class Request:
         resume: whether the directory holds the run already, to go on with.
         tensorboard: write TensorBoard event files.
         csv: write metrics.csv.
+        mlflow: log to MLflow.
+        wandb: log to Weights & Biases.
         tune: set the allocator's thresholds.
         require_exact: refuse to go on where the bits may come out differently.
         command: the words of the command line, for the record.
@@ -56,6 +60,8 @@ class Request:
     resume: bool = False
     tensorboard: bool = False
     csv: bool = False
+    mlflow: bool = False
+    wandb: bool = False
     tune: bool = True
     require_exact: bool = False
     command: Sequence[str] = ()
@@ -214,6 +220,7 @@ class _Session:
             keeper=keeper,
             stop=self._stop,
             begun_s=self._zero_s,
+            witness=CapsuleWriter(self._directory.path, phase=phase, report=screen.note),
         )
         try:
             state, ending = loop.run(state, evaluation_due=due is not None and due == attempted_steps(state))
@@ -236,6 +243,14 @@ class _Session:
         loggers: list[Logger] = []
         if self._request.tensorboard:
             loggers.append(TensorBoard(self._directory.path / "tensorboard"))
+        if self._request.mlflow:
+            from steploop.logs.mlflow_logger import MLflow
+
+            loggers.append(MLflow(self._directory.path, to_json(self._request.config)))
+        if self._request.wandb:
+            from steploop.logs.wandb_logger import WandB
+
+            loggers.append(WandB(self._directory.path, to_json(self._request.config)))
         if self._request.csv:
             loggers.append(CsvTable(self._directory.path / "metrics.csv"))
         return loggers
