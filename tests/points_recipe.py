@@ -121,7 +121,7 @@ def build(config, device):
         evaluate=measure,
         monitor="loss",
         early_stopping=EarlyStopping(patience=config.patience),
-        plateau=ReduceLROnPlateau(config.learning_rate, patience=0) if config.plateau else None,
+        plateau=ReduceLROnPlateau(lr=config.learning_rate, patience=0) if config.plateau else None,
         eval_every_steps=config.eval_every,
         data=f"{config.samples} random points",
     )

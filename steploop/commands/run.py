@@ -10,7 +10,7 @@ import typer
 from steploop.errors import ConfigError
 
 if TYPE_CHECKING:
-    from steploop.run.session import Summary
+    from steploop.run.summary import Summary
 
 __all__ = ["resume", "run"]
 
@@ -41,6 +41,11 @@ LAYERS = typer.Option(
     min=1,
     metavar="N",
     help="Log the gradient norm of each layer group: N parts of a name make a group.",
+    show_default=False,
+)
+COMPILE = typer.Option(
+    "--compile/--no-compile",
+    help="Compile the step into one graph; default: as the recipe says.",
     show_default=False,
 )
 TUNE = typer.Option("--no-tune", help="Leave the memory allocator's thresholds as they are.")
@@ -74,6 +79,7 @@ def run(
     mlflow: Annotated[bool, MLFLOW] = False,
     wandb: Annotated[bool, WANDB] = False,
     layer_norms: Annotated[int | None, LAYERS] = None,
+    compile: Annotated[bool | None, COMPILE] = None,  # noqa: A002  (the option's name)
     no_tune: Annotated[bool, TUNE] = False,
     require_exact: Annotated[bool, EXACT] = False,
 ) -> None:
@@ -90,7 +96,7 @@ def run(
     options: dict[str, Any] = {
         "device": device, "limit_steps": limit_steps, "checkpoint_every": checkpoint_every, "log_every": log_every,
         "tensorboard": tensorboard, "csv": csv, "mlflow": mlflow, "wandb": wandb, "layer_norms": layer_norms,
-        "tune": not no_tune, "require_exact": require_exact,
+        "compile": compile, "tune": not no_tune, "require_exact": require_exact,
     }  # fmt: skip
     if resume_from is not None:
         if out is not None:

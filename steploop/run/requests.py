@@ -1,18 +1,59 @@
 """From what a command line says to a request: everything that can be refused is refused here, before anything runs."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
+
+import attrs
+import torch
 
 from steploop.errors import CheckpointIncompatibleError
 from steploop.overrides import configure, fields_of
 from steploop.recipe_files import RecipeFile, find_recipe, load_recipe_file
-from steploop.run.directory import make_directory, open_directory, read_json
+from steploop.run.directory import RunDirectory, make_directory, open_directory, read_json
 from steploop.run.environment import find_device
 from steploop.run.plan import Plan
-from steploop.run.session import Request
 
-__all__ = ["make_request", "resume_request"]
+__all__ = ["Request", "make_request", "resume_request"]
+
+
+@attrs.frozen(kw_only=True)
+class Request:
+    """What is to be run, and how.
+
+    Attributes:
+        recipe: the recipe file.
+        config: its Config.
+        directory: where the run's files go.
+        device: where to train.
+        plan: how it is watched and cut off.
+        resume: whether the directory holds the run already, to go on with.
+        tensorboard: write TensorBoard event files.
+        csv: write metrics.csv.
+        mlflow: log to MLflow.
+        wandb: log to Weights & Biases.
+        compile: whether the step is compiled; None: as the recipe says.
+        tune: set the allocator's thresholds.
+        require_exact: refuse to go on where the bits may come out differently.
+        fresh: whether the directory was made for this run, and goes with it if it never begins.
+        command: the words of the command line, for the record.
+    """
+
+    recipe: RecipeFile
+    config: Any
+    directory: RunDirectory
+    device: torch.device
+    plan: Plan = attrs.field(factory=Plan)
+    resume: bool = False
+    tensorboard: bool = False
+    csv: bool = False
+    mlflow: bool = False
+    wandb: bool = False
+    compile: bool | Literal["auto"] | None = None
+    tune: bool = True
+    require_exact: bool = False
+    fresh: bool = False
+    command: Sequence[str] = ()
 
 
 def _plan(options: dict[str, Any]) -> Plan:
@@ -80,6 +121,8 @@ def resume_request(
     before = {key: value for key, value in recorded["config"].items() if key in known}
     config = configure(file.config_class, {**before, **values}, where=name)
     plan = _plan(options)
+    if options.get("compile") is None:
+        options["compile"] = recorded.get("compile")
     where = find_device(recorded["device"] if device == "auto" else device)
     file = RecipeFile(origin, name, file.source, file.sha256, file.module)
     return Request(

@@ -1,90 +1,33 @@
 """A run from its beginning to its end: builds the recipe, owns the directory, folds phase after phase, says how it went."""
 
-import sys
+import shutil
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
-from typing import Any
 
 import attrs
-import torch
 
-from steploop import __version__
 from steploop.capsules import CapsuleWriter
 from steploop.errors import SteploopError
 from steploop.logs import CsvTable, JsonLines, Logger, Loggers, TensorBoard, read_json_lines
 from steploop.logs.screens import Screen
 from steploop.overrides import to_json
 from steploop.recipe import Recipe, State
-from steploop.recipe_files import RecipeFile
-from steploop.run.directory import RunDirectory, Status, not_written, read_json, refuse_taken, write_json
-from steploop.run.environment import git_commit, versions
+from steploop.run.directory import Status, read_json, refuse_taken
 from steploop.run.journal import RunJournal
 from steploop.run.keeping import CheckpointKeeper
 from steploop.run.loop import Loop
 from steploop.run.monitoring import prepared
-from steploop.run.plan import Ending, Plan
-from steploop.run.signals import StopFlag, exit_code_of, signals_as
-from steploop.run.states import attempted_steps, lead, members
+from steploop.run.plan import Ending
+from steploop.run.recording import announce, record
+from steploop.run.requests import Request
+from steploop.run.signals import StopFlag, signals_as
+from steploop.run.states import attempted_steps, lead
+from steploop.run.summary import Summary, plain_metrics, summarize
 from steploop.run.tuning import tune_allocator
 from steploop.run_lock import run_lock
 
-__all__ = ["Request", "Summary", "carry_out"]
-
-
-@attrs.frozen(kw_only=True)
-class Request:
-    """What is to be run, and how.
-
-    Attributes:
-        recipe: the recipe file.
-        config: its Config.
-        directory: where the run's files go.
-        device: where to train.
-        plan: how it is watched and cut off.
-        resume: whether the directory holds the run already, to go on with.
-        tensorboard: write TensorBoard event files.
-        csv: write metrics.csv.
-        mlflow: log to MLflow.
-        wandb: log to Weights & Biases.
-        tune: set the allocator's thresholds.
-        require_exact: refuse to go on where the bits may come out differently.
-        command: the words of the command line, for the record.
-    """
-
-    recipe: RecipeFile
-    config: Any
-    directory: RunDirectory
-    device: torch.device
-    plan: Plan = attrs.field(factory=Plan)
-    resume: bool = False
-    tensorboard: bool = False
-    csv: bool = False
-    mlflow: bool = False
-    wandb: bool = False
-    tune: bool = True
-    require_exact: bool = False
-    command: Sequence[str] = ()
-
-
-@attrs.frozen(kw_only=True)
-class Summary:
-    """How a run ended: the last line on stdout."""
-
-    state: str
-    exit_code: int
-    run: str
-    recipe: str
-    data: str
-    device: str
-    precision: str
-    epoch: int
-    steps_attempted: int
-    steps_applied: int
-    steps_skipped: int
-    metrics: Mapping[str, float | None]
-    best: Mapping[str, Any] | None
-    seconds: float
+__all__ = ["carry_out"]
 
 
 def carry_out(request: Request, screen: Screen, stop: StopFlag | None = None) -> Summary:
@@ -143,7 +86,8 @@ class _Session:
         try:
             with self._nothing_to_save():
                 recipe = self._request.recipe.build(self._request.config, self._request.device)
-                self._record(recipe, tuning)
+                record(self._request, recipe, tuning)
+                announce(self._request, recipe, self._screen)
             status = Status(self._directory)
         except BaseException:
             if not self._request.resume:
@@ -161,7 +105,20 @@ class _Session:
         finally:
             loggers.close()
             lines.close()
-        return self._ended(state, recipe, ending, status)
+        summary = summarize(
+            self._request,
+            recipe,
+            state,
+            ending=ending,
+            stop=self._stop,
+            metrics=self._metrics,
+            since_s=self._zero_s,
+        )
+        status.update(
+            state=summary.state, exit_code=summary.exit_code, ending=ending, step=summary.steps_applied,
+            epoch=summary.epoch, metrics=summary.metrics, best=summary.best, seconds=summary.seconds,
+        )  # fmt: skip
+        return summary
 
     @contextmanager
     def _nothing_to_save(self) -> Iterator[None]:
@@ -203,7 +160,7 @@ class _Session:
             epochs=recipe.epochs,
             phase=phase,
             on_evaluation=lambda line: status.update(
-                step=line["step"], epoch=line["epoch"], metrics=_json_metrics(line["metrics"])
+                step=line["step"], epoch=line["epoch"], metrics=plain_metrics(line["metrics"])
             ),
         )
         state = prepared(recipe, recipe.state)
@@ -214,7 +171,7 @@ class _Session:
         elif phase:
             keeper.save(state, best=False)  # so that a resume finds this phase begun
         loop = Loop(
-            recipe,
+            self._compiled(recipe),
             plan=self._request.plan,
             journal=journal,
             keeper=keeper,
@@ -230,6 +187,17 @@ class _Session:
             status.update(evaluation_due=loop.evaluation_due)
         self._metrics = loop.metrics or self._metrics
         return state, ending
+
+    def _compiled(self, recipe: Recipe) -> Recipe:
+        """The recipe with its step as one graph, where that is wanted."""
+        mode = recipe.compile if self._request.compile is None else self._request.compile
+        if mode is False:
+            return recipe
+        from steploop.compilation import compile as compile_step
+
+        return attrs.evolve(
+            recipe, train_step=compile_step(recipe.train_step, mode=mode, report=self._screen.note)
+        )
 
     def _continue_from(self, state: State, phase: int, journal: RunJournal, lines: JsonLines) -> None:
         """Drop the lines of steps that will be taken again, and say where the run goes on."""
@@ -255,38 +223,11 @@ class _Session:
             loggers.append(CsvTable(self._directory.path / "metrics.csv"))
         return loggers
 
-    def _record(self, recipe: Recipe, tuning: Mapping[str, int]) -> None:
-        """Write config.json and the copy of the recipe; on a resume, compare."""
-        request = self._request
-        if not request.resume:
-            try:
-                self._directory.recipe.write_bytes(request.recipe.source)
-            except OSError as error:
-                raise not_written(self._directory.recipe, error) from error
-        first = lead(recipe.state)
-        path = request.recipe.path.resolve()
-        write_json(self._directory.config, {
-            "steploop": __version__,
-            "recipe": {"path": str(path), "name": request.recipe.name, "sha256": request.recipe.sha256},
-            "config": to_json(request.config),
-            "device": str(request.device),
-            "precision": first.precision,
-            "data": recipe.data,
-            "versions": versions(),
-            "git_commit": git_commit(path.parent),
-            "command": list(request.command or sys.argv),
-            "tuning": dict(tuning),
-        })  # fmt: skip
-        count = sum(p.numel() for one in members(recipe.state).values() for p in one.params.values())
-        self._screen.note(
-            f"{request.recipe.name}: {count:,} parameters, {first.precision} on {request.device}, {self._directory.path}"
-        )
-        for note in (f"data: {recipe.data}" if recipe.data else "", *recipe.notes):
-            if note:
-                self._screen.note(note)
-
     def _forget(self) -> None:
         """Leave no directory behind for a run that never began."""
+        if self._request.fresh:
+            shutil.rmtree(self._directory.path)
+            return
         for path in (self._directory.config, self._directory.recipe, self._directory.status):
             path.unlink(missing_ok=True)
 
@@ -294,41 +235,3 @@ class _Session:
         code = error.exit_code if isinstance(error, SteploopError) else 1
         with suppress(SteploopError):  # the error itself matters more
             status.update(state="failed", exit_code=code, error=f"{type(error).__name__}: {error}")
-
-    def _ended(self, state: State, recipe: Recipe, ending: Ending, status: Status) -> Summary:
-        first = lead(state)
-        code = (
-            exit_code_of(self._stop.signum)
-            if ending == "interrupted" and self._stop.signum is not None
-            else 0
-        )
-        best = None if first.best is None else {"metric": recipe.monitor, **attrs.asdict(first.best)}
-        summary = Summary(
-            state="interrupted" if ending == "interrupted" else "finished",
-            exit_code=code,
-            run=str(self._directory.path),
-            recipe=self._request.recipe.name,
-            data=recipe.data,
-            device=str(self._request.device),
-            precision=first.precision,
-            epoch=first.epoch,
-            steps_attempted=attempted_steps(state),
-            steps_applied=first.step,
-            steps_skipped=first.attempted_steps - first.step,
-            metrics=_json_metrics(self._metrics),
-            best=best,
-            seconds=round(time.perf_counter() - self._zero_s, 3),
-        )
-        status.update(
-            state=summary.state, exit_code=code, ending=ending, step=summary.steps_applied, epoch=summary.epoch,
-            metrics=summary.metrics, best=best, seconds=summary.seconds,
-        )  # fmt: skip
-        return summary
-
-
-def _json_metrics(metrics: Mapping[str, float | None]) -> dict[str, float | None]:
-    """The metrics with None for what JSON cannot hold."""
-    return {
-        name: value if value is not None and abs(value) < float("inf") else None
-        for name, value in metrics.items()
-    }

@@ -1,0 +1,56 @@
+"""What a run records when it begins: config.json, the copy of its recipe, and a few lines on the screen."""
+
+import sys
+from collections.abc import Mapping
+
+from steploop import __version__
+from steploop.logs.screens import Screen
+from steploop.overrides import to_json
+from steploop.recipe import Recipe
+from steploop.run.directory import not_written, write_json
+from steploop.run.environment import git_commit, versions
+from steploop.run.requests import Request
+from steploop.run.states import lead, members
+
+__all__ = ["announce", "record"]
+
+
+def record(request: Request, recipe: Recipe, tuning: Mapping[str, int]) -> None:
+    """Write config.json and, for a new run, the copy of the recipe.
+
+    Raises:
+        CheckpointWriteError: they cannot be written.
+    """
+    directory = request.directory
+    if not request.resume:
+        try:
+            directory.recipe.write_bytes(request.recipe.source)
+        except OSError as error:
+            raise not_written(directory.recipe, error) from error
+    path = request.recipe.path.resolve()
+    write_json(directory.config, {
+        "steploop": __version__,
+        "recipe": {"path": str(path), "name": request.recipe.name, "sha256": request.recipe.sha256},
+        "config": to_json(request.config),
+        "device": str(request.device),
+        "precision": lead(recipe.state).precision,
+        "data": recipe.data,
+        "versions": versions(),
+        "git_commit": git_commit(path.parent),
+        "command": list(request.command or sys.argv),
+        "tuning": dict(tuning),
+        "compile": request.compile,
+    })  # fmt: skip
+
+
+def announce(request: Request, recipe: Recipe, screen: Screen) -> None:
+    """Say what is about to be trained, on what, and where."""
+    states = members(recipe.state).values()
+    count = sum(p.numel() for one in states for p in one.params.values())
+    precision = lead(recipe.state).precision
+    screen.note(
+        f"{request.recipe.name}: {count:,} parameters, {precision} on {request.device}, {request.directory.path}"
+    )
+    for note in (f"data: {recipe.data}" if recipe.data else "", *recipe.notes):
+        if note:
+            screen.note(note)

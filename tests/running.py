@@ -1,0 +1,122 @@
+"""Runs for the tests: in this process, stopped at a chosen moment, or in a forked one that can be sent signals."""
+
+import json
+import os
+import signal
+import sys
+import time
+import traceback
+import warnings
+from contextlib import suppress
+from pathlib import Path
+
+from steploop.cli import call
+from steploop.logs.screens import QuietScreen
+from steploop.run.requests import make_request, resume_request
+from steploop.run.session import carry_out
+from steploop.run.signals import StopFlag
+
+POINTS = str(Path(__file__).with_name("points_recipe.py"))
+
+
+class StopAt(QuietScreen):
+    """Sets a flag at the log point of an attempted step, as a signal during that step does."""
+
+    def __init__(self, attempted, flag):
+        self.attempted, self.flag = attempted, flag
+
+    def train(self, line, *, done, left_s):
+        if line["attempted"] == self.attempted:
+            self.flag.handle(signal.SIGTERM)
+
+
+class StopAtCheck(StopFlag):
+    """Set by the n-th question whether to stop: in the middle of an evaluation."""
+
+    def __init__(self, n):
+        super().__init__()
+        object.__setattr__(self, "left", n)
+
+    __slots__ = ("left",)
+
+    def check(self):
+        if self.interruptible:
+            self.left -= 1
+            if self.left == 0:
+                self.handle(signal.SIGTERM)
+        super().check()
+
+
+def train(out, values=None, *, resume=False, stop_at=None, flag=None, recipe=POINTS, screen=None, **options):
+    """Train or go on in this process; the summary. Logs every step unless told otherwise."""
+    options = {"log_every": 1, "tune": False, "device": "cpu", **options}
+    if resume:
+        request = resume_request(out, None, values or {}, **options)
+    else:
+        request = make_request(recipe, values or {}, out=out, **options)
+    flag = flag or StopFlag()
+    screen = screen or (QuietScreen() if stop_at is None else StopAt(stop_at, flag))
+    return carry_out(request, screen, flag)
+
+
+def digest(out, phase=""):
+    """The digests of the newest checkpoint: (of the whole state, of the model)."""
+    newest = max((Path(out) / f"checkpoints{phase}").glob("step-*"))
+    manifest = json.loads((newest / "state.json").read_bytes())
+    return (newest / "state.json").read_bytes(), manifest["files"]["model.safetensors"]
+
+
+def lines(out):
+    """What metrics.jsonl holds."""
+    return [json.loads(line) for line in (Path(out) / "metrics.jsonl").read_bytes().splitlines()]
+
+
+class Forked:
+    """``steploop ...`` in a child of this interpreter, which spares it the import of torch; its own process group."""
+
+    def __init__(self, folder, *arguments):
+        self.out, self.err = Path(folder) / "stdout", Path(folder) / "stderr"
+        with warnings.catch_warnings():
+            warnings.simplefilter(
+                "ignore", DeprecationWarning
+            )  # newer Pythons: fork in a process with threads
+            self.pid = os.fork()
+        if self.pid:
+            return
+        code = 1
+        try:
+            os.setpgid(0, 0)
+            for number, path in ((1, self.out), (2, self.err)):
+                os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
+            sys.stdout, sys.stderr = (os.fdopen(n, "w", buffering=1) for n in (1, 2))
+            code = call(list(arguments))
+        except BaseException:  # noqa: BLE001  (a child must not go on as another pytest)
+            traceback.print_exc()
+        finally:
+            sys.stdout.flush()
+            os._exit(code)
+
+    def wait_for(self, happened, timeout_s=60):
+        """Wait until ``happened()`` is true; the child must not end before."""
+        end = time.monotonic() + timeout_s
+        while not happened():
+            ended, status = os.waitpid(self.pid, os.WNOHANG)
+            assert ended == 0, f"it ended with {os.waitstatus_to_exitcode(status)}: {self.err.read_text()}"
+            assert time.monotonic() < end, "it did not happen"
+            time.sleep(0.01)
+
+    def said(self):
+        """Its output so far."""
+        return self.out.read_text() if self.out.exists() else ""
+
+    def kill(self):
+        """End it and its workers, whatever they do."""
+        with suppress(ProcessLookupError):
+            os.killpg(self.pid, signal.SIGKILL)
+        with suppress(ChildProcessError):
+            os.waitpid(self.pid, 0)
+
+    def end(self):
+        """(exit code, stdout, stderr) once it has ended; of one that a signal killed, minus its number."""
+        _, status = os.waitpid(self.pid, 0)
+        return os.waitstatus_to_exitcode(status), self.out.read_text(), self.err.read_text()

@@ -1,0 +1,152 @@
+"""Signals: the step in hand is finished, a checkpoint written, the way on said, and nobody left behind."""
+
+import json
+import os
+import signal
+import time
+
+import pytest
+from running import POINTS, Forked, digest, lines, train
+
+SLOW = ["--no-tune", "--device", "cpu", "--log-every", "1"]
+
+
+@pytest.fixture(scope="module")
+def golden(tmp_path_factory):
+    out = tmp_path_factory.mktemp("golden") / "run"
+    train(out)
+    return out
+
+
+@pytest.fixture
+def fork():
+    """Start ``steploop ...`` with its output in a folder; nothing of it outlives the test."""
+    children = []
+
+    def forked(folder, *arguments):
+        children.append(Forked(folder, *arguments))
+        return children[-1]
+
+    yield forked
+    for child in children:
+        child.kill()
+
+
+@pytest.fixture
+def start(fork, tmp_path):
+    """Start a run of the points in ``tmp_path / "run"``."""
+    return lambda *arguments: fork(tmp_path, "run", POINTS, "--out", str(tmp_path / "run"), *SLOW, *arguments)
+
+
+def logged(tmp_path, kind="train", count=2):
+    def happened():
+        path = tmp_path / "run" / "metrics.jsonl"
+        return path.exists() and path.read_bytes().count(f'"kind": "{kind}"'.encode()) >= count
+
+    return happened
+
+
+def check_end(tmp_path, child, code, golden):
+    ended, out, err = child.end()
+    assert ended == code, err
+    last = json.loads(out.splitlines()[-1])
+    assert (last["state"], last["exit_code"]) == ("interrupted", code)
+    assert last["resume"] == f"steploop resume {tmp_path / 'run'}"
+    assert f"Go on with: {last['resume']}" in err
+    assert "Traceback" not in err
+    assert json.loads((tmp_path / "run" / "status.json").read_bytes())["state"] == "interrupted"
+    train(tmp_path / "run", {"step_s": 0.0, "eval_s": 0.0, "data_s": 0.0, "workers": 0}, resume=True)
+    assert digest(tmp_path / "run") == digest(golden)
+
+
+@pytest.mark.parametrize(
+    ("signum", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 75), (signal.SIGUSR1, 75)]
+)
+def test_a_signal_in_a_step_saves_and_says_how_to_go_on(start, signum, code, golden, tmp_path):
+    child = start("--set", "step_s=0.05")
+    child.wait_for(logged(tmp_path))
+    os.kill(child.pid, signum)
+    check_end(tmp_path, child, code, golden)
+
+
+def test_a_signal_in_an_evaluation_does_not_wait_for_its_end(start, golden, tmp_path):
+    child = start("--set", "eval_s=0.5")
+    child.wait_for(logged(tmp_path, count=7))
+    time.sleep(0.2)
+    os.kill(child.pid, signal.SIGTERM)
+    check_end(tmp_path, child, 75, golden)
+
+
+def test_a_signal_while_waiting_for_data_is_seen_and_no_worker_complains(start, golden, tmp_path):
+    """The signal goes to the whole process group, as Ctrl-C in a terminal does; the data never come."""
+    child = start("--set", "workers=2", "--set", "data_s=1000")
+    child.wait_for((tmp_path / "run" / "checkpoints").is_dir)
+    time.sleep(0.5)
+    begun = time.monotonic()
+    os.killpg(child.pid, signal.SIGINT)
+    check_end(tmp_path, child, 130, golden)
+    assert time.monotonic() - begun < 30  # and not 1000
+    with pytest.raises(ProcessLookupError):
+        os.killpg(child.pid, 0)
+
+
+def test_twenty_signals_are_as_good_as_one(start, golden, tmp_path):
+    child = start("--set", "step_s=0.05", "--checkpoint-every", "1")
+    child.wait_for(logged(tmp_path))
+    for _ in range(20):
+        os.kill(child.pid, signal.SIGTERM)
+    check_end(tmp_path, child, 75, golden)
+
+
+def test_a_second_ctrl_c_stops_at_once_and_leaves_the_last_checkpoint(start, tmp_path):
+    child = start("--set", "step_s=0.3", "--checkpoint-every", "1")
+    child.wait_for(logged(tmp_path, count=3))
+    steps = len(list((tmp_path / "run" / "checkpoints").glob("step-*")))
+    os.kill(child.pid, signal.SIGINT)
+    time.sleep(0.02)
+    os.kill(child.pid, signal.SIGINT)
+    code, out, _ = child.end()
+    assert (code, steps > 0) == (130, True)
+    assert '"state"' not in out  # it had no time for that
+    assert train(tmp_path / "run", {"step_s": 0.0}, resume=True).state == "finished"
+
+
+def test_a_signal_before_the_first_step_leaves_nothing(fork, tmp_path):
+    recipe = tmp_path / "slow.py"
+    recipe.write_text(
+        "import time, attrs\n@attrs.frozen\nclass Config:\n    pass\n"
+        "def build(config, device):\n    print('building', flush=True)\n    time.sleep(1000)\n"
+    )
+    child = fork(tmp_path, "run", str(recipe), "--out", str(tmp_path / "run"), *SLOW)
+    child.wait_for(lambda: "building" in child.said())
+    os.kill(child.pid, signal.SIGTERM)
+    code, _, err = child.end()
+    assert (code, err) == (75, "steploop: interrupted before the first step; there was nothing to save.\n")
+    assert not (tmp_path / "run" / "config.json").exists()
+
+
+def test_a_run_directory_belongs_to_one_process(start, fork, tmp_path):
+    child = start("--set", "step_s=5")
+    child.wait_for(logged(tmp_path))
+    before = len(lines(tmp_path / "run"))
+    (tmp_path / "second").mkdir()
+    code, _, err = fork(tmp_path / "second", "resume", str(tmp_path / "run")).end()
+    assert code == 6
+    assert f"process {child.pid} on " in err
+    assert "resumed" not in [line.get("event") for line in lines(tmp_path / "run")]
+    assert len(lines(tmp_path / "run")) >= before
+    code, _, err = fork(tmp_path / "second", "run", POINTS, "--out", str(tmp_path / "run")).end()
+    assert code == 6, err
+    os.kill(child.pid, signal.SIGKILL)
+    child.end()
+    assert train(tmp_path / "run", {"step_s": 0.0}, resume=True).state == "finished"  # the lock went with it
+
+
+def test_of_many_that_start_in_one_directory_one_trains(fork, tmp_path):
+    folders = [tmp_path / str(n) for n in range(6)]
+    for folder in folders:
+        folder.mkdir()
+    arguments = ("run", POINTS, "--out", str(tmp_path / "run"), *SLOW, "--set", "step_s=0.05")
+    children = [fork(folder, *arguments) for folder in folders]
+    codes = sorted(child.end()[0] for child in children)
+    assert codes == [0, 6, 6, 6, 6, 6]
