@@ -9,8 +9,24 @@ _SLOW = [HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.filter_to
 # Explaining a failure runs many examples more; the smallest one says enough.
 _PHASES = [Phase.explicit, Phase.reuse, Phase.generate, Phase.target, Phase.shrink]
 
-settings.register_profile("ci", phases=_PHASES, max_examples=60, derandomize=True, deadline=None, database=None, print_blob=True, suppress_health_check=_SLOW)
-settings.register_profile("thorough", phases=_PHASES, max_examples=10_000, deadline=None, print_blob=True, suppress_health_check=_SLOW)
+settings.register_profile(
+    "ci",
+    phases=_PHASES,
+    max_examples=60,
+    derandomize=True,
+    deadline=None,
+    database=None,
+    print_blob=True,
+    suppress_health_check=_SLOW,
+)
+settings.register_profile(
+    "thorough",
+    phases=_PHASES,
+    max_examples=10_000,
+    deadline=None,
+    print_blob=True,
+    suppress_health_check=_SLOW,
+)
 settings.load_profile("ci")
 
 # The tensors here have a handful of entries: threads would only wait for each other.

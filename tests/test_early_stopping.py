@@ -1,9 +1,7 @@
 """Early stopping: a pure fold over a metric, which stops at the patience-th check in a row without improvement."""
 
-import json
 import math
 from functools import reduce
-from itertools import accumulate
 
 import attrs
 import pytest
@@ -12,11 +10,21 @@ from hypothesis import strategies as st
 
 from steploop.early_stopping import Best, EarlyStopping, StoppingState, is_better, keep_best
 from steploop.errors import ConfigError
+from steploop.testing import (
+    check_best_is_the_running_best,
+    check_max_is_min_of_the_negative,
+    check_metric_fold_splits,
+    check_more_min_delta_never_stops_later,
+    check_more_patience_never_stops_earlier,
+    check_stops_at_the_patience_th_bad_check,
+    stop_check,
+    strategies,
+)
 
 metrics = st.floats(-3, 3) | st.integers(-3, 3).map(float) | st.sampled_from([math.nan, math.inf, -math.inf])
-histories = st.lists(metrics, max_size=30)
+histories = strategies.histories()
+early_stoppings = strategies.early_stoppings()
 patiences = st.integers(1, 6)
-deltas = st.sampled_from([0.0, 1e-4, 0.1, 0.5, 1.0]) | st.floats(0, 5)
 modes = st.sampled_from(["min", "max"])
 
 
@@ -24,71 +32,66 @@ def run(early, history):
     return reduce(early.update, history, early.init())
 
 
-def stop_check(early, history):
-    """The 1-based check at which the run stops, or infinity."""
-    states = accumulate(history, early.update, initial=early.init())
-    return next((check for check, state in enumerate(states) if state.stopped), math.inf)
+# --- law 10 ---------------------------------------------------------------------------------------------------------
 
 
-@given(history=histories, patience=patiences, min_delta=deltas, mode=modes)
-def test_it_stops_at_the_patience_th_bad_check_in_a_row_and_never_before(history, patience, min_delta, mode):
-    """Against the definition, written without a fold: a check is bad unless it beats all the ones before it."""
-    sign = 1 if mode == "min" else -1
-    bad = []
-    for check, value in enumerate(history):
-        before = [sign * old for old in history[:check] if not math.isnan(old)]
-        good = not math.isnan(value) and (not before or sign * value < min(before) - min_delta)
-        bad.append(not good)
-    expected = next(
-        (end for end in range(patience, len(bad) + 1) if all(bad[end - patience : end])),
-        math.inf,
-    )
-    early = EarlyStopping(patience=patience, min_delta=min_delta, mode=mode)
-    assert stop_check(early, history) == expected
-    assert run(early, history).stopped == (expected <= len(history))
+@given(early=early_stoppings, history=histories)
+def test_it_stops_at_the_patience_th_bad_check_in_a_row_and_never_before(early, history):
+    check_stops_at_the_patience_th_bad_check(early, history)
 
 
-@given(history=histories, patience=patiences, min_delta=deltas, mode=modes)
-def test_best_is_the_running_best_and_never_nan(history, patience, min_delta, mode):
-    numbers = [value for value in history if not math.isnan(value)]
-    best = (min if mode == "min" else max)(numbers, default=None)
-    assert run(EarlyStopping(patience=patience, min_delta=min_delta, mode=mode), history).best == best
+@given(early=early_stoppings, history=histories)
+def test_best_is_the_running_best_and_never_nan(early, history):
+    check_best_is_the_running_best(early, history)
 
 
-@given(history=histories, patience=patiences, more=st.integers(0, 5), min_delta=deltas, mode=modes)
-def test_more_patience_never_stops_earlier(history, patience, more, min_delta, mode):
-    less = EarlyStopping(patience=patience, min_delta=min_delta, mode=mode)
-    assert stop_check(attrs.evolve(less, patience=patience + more), history) >= stop_check(less, history)
+@given(early=early_stoppings, history=histories, more=st.integers(0, 5))
+def test_more_patience_never_stops_earlier(early, history, more):
+    check_more_patience_never_stops_earlier(early, history, more)
 
 
-@given(history=histories, patience=patiences, min_delta=deltas, more=deltas, mode=modes)
-@example(history=[10.0, 9.3, 8.9, 8.9, 8.9], patience=2, min_delta=0.5, more=0.5, mode="min")
-def test_more_min_delta_never_stops_later(history, patience, min_delta, more, mode):
+@given(early=early_stoppings, history=histories, more=st.sampled_from([0.0, 0.1, 0.5]) | st.floats(0, 5))
+@example(early=EarlyStopping(patience=2, min_delta=0.5), history=[10.0, 9.3, 8.9, 8.9, 8.9], more=0.5)
+def test_more_min_delta_never_stops_later(early, history, more):
     """The example breaks it where the value to beat is the last one that counted, as in Lightning and Keras."""
-    less = EarlyStopping(patience=patience, min_delta=min_delta, mode=mode)
-    assert stop_check(attrs.evolve(less, min_delta=min_delta + more), history) <= stop_check(less, history)
+    check_more_min_delta_never_stops_later(early, history, more)
 
 
-@given(history=histories, patience=patiences, min_delta=deltas)
-def test_max_of_a_metric_is_min_of_its_negative(history, patience, min_delta):
-    least = EarlyStopping(patience=patience, min_delta=min_delta, mode="min")
-    most = attrs.evolve(least, mode="max")
-    for low, high in zip(
-        accumulate([-value for value in history], least.update, initial=least.init()),
-        accumulate(history, most.update, initial=most.init()),
-        strict=True,
-    ):
-        assert low == (high if high.best is None else attrs.evolve(high, best=-high.best))
+@given(early=early_stoppings, history=histories)
+def test_max_of_a_metric_is_min_of_its_negative(early, history):
+    check_max_is_min_of_the_negative(early, history)
 
 
-@given(history=histories, patience=patiences, min_delta=deltas, mode=modes, data=st.data())
-def test_splitting_the_history_and_resuming_changes_nothing(history, patience, min_delta, mode, data):
-    """With the state written as JSON in between."""
-    early = EarlyStopping(patience=patience, min_delta=min_delta, mode=mode)
-    cut = data.draw(st.integers(0, len(history)))
-    saved = json.dumps(attrs.asdict(run(early, history[:cut])))
-    resumed = reduce(early.update, history[cut:], StoppingState(**json.loads(saved)))
-    assert resumed == run(early, history)
+@given(early=early_stoppings, history=histories, data=st.data())
+def test_splitting_the_history_and_resuming_changes_nothing(early, history, data):
+    check_metric_fold_splits(early, history, data.draw(strategies.cuts(len(history))))
+
+
+@attrs.frozen(kw_only=True)
+class Wrong(EarlyStopping):
+    """A nan counts as an improvement, the first value stays the best, and patience is exceeded rather than reached."""
+
+    def update(self, state, metric):
+        bad = 0 if math.isnan(metric) or state.best is None else state.bad_checks + 1
+        best = metric if state.best is None else state.best
+        return StoppingState(best=best, bad_checks=bad, stopped=bad > self.patience)
+
+
+@pytest.mark.parametrize(
+    ("law", "history", "message"),
+    [
+        (check_stops_at_the_patience_th_bad_check, [1.0] * 5, "stops at check 3, but at 4"),
+        (check_best_is_the_running_best, [2.0, math.nan, 1.0], "is 1.0, but 2.0"),
+        (
+            lambda e, h: check_more_patience_never_stops_earlier(e, h, -1),
+            [1.0] * 5,
+            "more patience never stops earlier",
+        ),
+    ],
+)
+def test_a_wrong_early_stopping_fails_its_law(law, history, message):
+    with pytest.raises(AssertionError, match=message):
+        law(Wrong(patience=2), history)
 
 
 @given(history=histories, patience=patiences, mode=modes)

@@ -7,7 +7,16 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from steploop import Optimizer, accumulate, accuracy, backward_scaled, evaluate, forward_loss, optimizer_step, unscale_and_clip
+from steploop import (
+    Optimizer,
+    accumulate,
+    accuracy,
+    backward_scaled,
+    evaluate,
+    forward_loss,
+    optimizer_step,
+    unscale_and_clip,
+)
 from steploop.data import Loader
 from steploop.testing import (
     check_batches_do_not_depend_on_workers,
@@ -18,7 +27,6 @@ from steploop.testing import (
     check_evaluation_ignores_partition,
     check_partition_gives_the_whole_gradient,
     check_ranks_partition_the_epoch,
-    require_same,
     split,
     strategies,
 )
@@ -49,7 +57,12 @@ def evaluation(state, batches, *, objective=classification, metrics=None):
     return evaluate(state, batches, objective, metrics or {"accuracy": counted})
 
 
-@given(task=plain(), size=st.integers(1, 9), data=st.data(), objective=st.sampled_from([mean_loss, classification]))
+@given(
+    task=plain(),
+    size=st.integers(1, 9),
+    data=st.data(),
+    objective=st.sampled_from([mean_loss, classification]),
+)
 def test_any_partition_gives_the_gradient_of_the_whole_batch(task, size, data, objective):
     sizes = data.draw(strategies.partitions(size), label="sizes")
     precision = data.draw(st.sampled_from(["fp32", "fp16"]))
@@ -158,8 +171,15 @@ def test_ranks_share_an_epoch_without_overlap_or_loss(n, seed, epoch, batch_size
 
 @given(n=st.integers(1, 40), seed=seeds, batch_size=st.integers(1, 9), data=st.data())
 def test_any_cursor_continues_its_epoch(n, seed, batch_size, data):
-    loader = Loader(torch.arange(n), batch_size=batch_size, seed=seed, augment=lambda x, g: x + torch.rand((), generator=g))
-    check_cursor_continues_the_epoch(loader, data.draw(st.integers(0, 5)), data.draw(strategies.cuts(len(loader))))
+    loader = Loader(
+        torch.arange(n),
+        batch_size=batch_size,
+        seed=seed,
+        augment=lambda x, g: x + torch.rand((), generator=g),
+    )
+    check_cursor_continues_the_epoch(
+        loader, data.draw(st.integers(0, 5)), data.draw(strategies.cuts(len(loader)))
+    )
 
 
 class Noisy(torch.utils.data.Dataset):
@@ -174,7 +194,13 @@ class Noisy(torch.utils.data.Dataset):
 
 def test_batches_are_the_same_for_0_1_and_2_workers():
     def make(workers):
-        return Loader(Noisy(), batch_size=3, seed=5, num_workers=workers, transform=lambda x, g: x * torch.rand((), generator=g))
+        return Loader(
+            Noisy(),
+            batch_size=3,
+            seed=5,
+            num_workers=workers,
+            transform=lambda x, g: x * torch.rand((), generator=g),
+        )
 
     check_batches_do_not_depend_on_workers(make, epochs=(0,))
 
@@ -187,7 +213,9 @@ def test_an_evaluation_by_the_mean_of_batch_means_fails_the_law():
         losses = [evaluate(state, [batch], mean_loss)["loss"] for batch in batches]
         return {"loss": sum(losses) / len(losses)}
 
-    with pytest.raises(AssertionError, match=r"of 5 samples does not depend on the partition \[4, 1\]: loss is"):
+    with pytest.raises(
+        AssertionError, match=r"of 5 samples does not depend on the partition \[4, 1\]: loss is"
+    ):
         check_evaluation_ignores_partition(wrong, Task().state(), Task().batch(0, 5), [4, 1])
 
 
@@ -202,10 +230,16 @@ def test_an_evaluation_that_depends_on_what_it_saw_before_fails_the_law_of_order
 @pytest.mark.parametrize(
     ("disturb", "message"),
     [
-        (lambda state: state.model.train(False), "surroundings as they were: .*training modes"),
+        (lambda state: state.model.eval(), "surroundings as they were: .*training modes"),
         (lambda state: torch.rand(1), "surroundings as they were: torch's generator"),
-        (lambda state: state.model.norm.running_mean.add_(1.0), "leaves the state as it was: buffers.norm.running_mean"),
-        (lambda state: next(iter(state.params.values())).data.mul_(2.0), "leaves the state as it was: params.first.weight"),
+        (
+            lambda state: state.model.norm.running_mean.add_(1.0),
+            "leaves the state as it was: buffers.norm.running_mean",
+        ),
+        (
+            lambda state: next(iter(state.params.values())).data.mul_(2.0),
+            "leaves the state as it was: params.first.weight",
+        ),
     ],
 )
 def test_an_evaluation_that_disturbs_something_fails_the_law(disturb, message):
@@ -219,7 +253,10 @@ def test_a_loss_that_is_a_sum_fails_the_law_of_partitions():
     def total(model, batch):
         return torch.nn.functional.cross_entropy(model(batch[0]), batch[1], reduction="sum")
 
-    with pytest.raises(AssertionError, match=r"the partition \[2, 2\] gives what the whole batch gives: first.weight is off by"):
+    with pytest.raises(
+        AssertionError,
+        match=r"the partition \[2, 2\] gives what the whole batch gives: first.weight is off by",
+    ):
         check_partition_gives_the_whole_gradient(Task().state(), Task().batch(0, 4), [2, 2], total)
 
 
@@ -231,7 +268,10 @@ def test_batches_that_know_their_worker_fail_the_law_of_workers():
         def epoch(self, epoch, start=0):
             return iter([torch.tensor(float(self.workers))] * 3)
 
-    with pytest.raises(AssertionError, match="the batches of epoch 0 with 1 workers are those with 0: 0: 1 of 1 elements differ"):
+    with pytest.raises(
+        AssertionError,
+        match="the batches of epoch 0 with 1 workers are those with 0: 0: 1 of 1 elements differ",
+    ):
         check_batches_do_not_depend_on_workers(Loaded)
 
 
@@ -247,5 +287,3 @@ def test_a_cursor_that_replays_fails_its_law():
 def test_a_split_must_be_of_the_whole_batch():
     with pytest.raises(AssertionError, match=r"the parts \[1, 1\] make up the 4 samples"):
         split(Task().batch(0, 4), [1, 1])
-
-

@@ -19,7 +19,9 @@ class Matrices(torch.nn.Module):
         super().__init__()
         self.first = torch.nn.Linear(task.features, task.width, bias=False)
         self.head = torch.nn.Linear(task.width, task.classes, bias=False)
-        self.load_state_dict({f"{n}.weight": getattr(task.model(), n).weight.detach() for n in ("first", "head")})
+        self.load_state_dict(
+            {f"{n}.weight": getattr(task.model(), n).weight.detach() for n in ("first", "head")}
+        )
 
     def forward(self, x):
         return self.head(torch.tanh(self.first(x)))
@@ -32,11 +34,18 @@ def models_of(task, torch_class):
 
 @pytest.mark.parametrize("torch_class", OPTIMIZERS, ids=lambda c: c.__name__)
 @settings(max_examples=settings.default.max_examples // 3)
-@given(data=st.data(), task=strategies.tasks(dropout=0.0), donate=st.booleans(), max_norm=st.sampled_from([0.1, 1e9]))
+@given(
+    data=st.data(),
+    task=strategies.tasks(dropout=0.0),
+    donate=st.booleans(),
+    max_norm=st.sampled_from([0.1, 1e9]),
+)
 def test_every_optimizer_is_itself_in_a_loop_written_by_hand(torch_class, data, task, donate, max_norm):
     model, twin = models_of(task, torch_class)
     optimizer = data.draw(strategies.optimizers(model, kind=torch_class))
-    check_optimizer_equals_its_loop(optimizer, model, twin, task.batches(3), classification, max_norm=max_norm, donate=donate)
+    check_optimizer_equals_its_loop(
+        optimizer, model, twin, task.batches(3), classification, max_norm=max_norm, donate=donate
+    )
 
 
 FUSED = [c for c in OPTIMIZERS if "fused" in inspect.signature(c.__init__).parameters]
@@ -58,7 +67,9 @@ def test_groups_and_no_decay_rules_are_torchs_too(torch_class, options, donate):
         torch_class, no_decay=True, groups=[("head.*", {"lr": 0.01}), ("first.weight", {"weight_decay": 0.5})],
         **({"lr": 0.1, "weight_decay": 0.1} | options),
     )  # fmt: skip
-    check_optimizer_equals_its_loop(optimizer, task.model(), task.model(), task.batches(4), classification, donate=donate)
+    check_optimizer_equals_its_loop(
+        optimizer, task.model(), task.model(), task.batches(4), classification, donate=donate
+    )
 
 
 def test_all_of_torchs_optimizers_are_known():
@@ -82,7 +93,9 @@ def test_a_step_that_decays_what_it_should_not_fails_the_law():
             return built
 
     task = Task()
-    with pytest.raises(AssertionError, match=r"after step 0 .*SGD.* is what it is in a loop written by hand: params\.first"):
+    with pytest.raises(
+        AssertionError, match=r"after step 0 .*SGD.* is what it is in a loop written by hand: params\.first"
+    ):
         check_optimizer_equals_its_loop(
             Forgetful(torch.optim.SGD, lr=0.1), task.model(), task.model(), task.batches(1), classification
         )

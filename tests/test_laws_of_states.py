@@ -1,15 +1,13 @@
 """Laws 1, 2, 3 and 5: a step is a pure function of (state, batch), and a run is a fold of it."""
 
 from functools import partial
-from typing import Any
 
-import attrs
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from loops import loops
 
-from steploop import accumulate, backward_scaled, forward_loss, optimizer_step, schedule, unscale_and_clip, update_ema
 from steploop.testing import (
     SURROUNDINGS,
     check_donation_equals_copy,
@@ -20,61 +18,9 @@ from steploop.testing import (
     check_spent_state_refuses_use,
     check_surroundings,
     require_same,
-    split,
     strategies,
 )
-from steploop.testing.strategies import Task, classification
-
-
-@attrs.frozen
-class Loop:
-    """A short run of any kind, described by what can be printed: every step function in its place, as in a recipe."""
-
-    task: Task
-    optimizer: Any
-    options: dict[str, Any]
-    batches_of: list[tuple[int, int]]
-    rate: Any
-    bound: tuple[str, float]
-    accumulated: bool
-
-    @property
-    def state(self):
-        return self.task.state(self.optimizer, **self.options)
-
-    @property
-    def batches(self):
-        return [self.task.batch(index, size) for index, size in self.batches_of]
-
-    def step(self, state, batch, *, donate=True):
-        if self.accumulated:
-            size = len(batch[0])
-            state = accumulate(state, split(batch, [2, size - 2] if size > 3 else [size]), classification)
-        else:
-            state = backward_scaled(forward_loss(state, batch, classification))
-        state = unscale_and_clip(state, **dict([self.bound]))
-        state = optimizer_step(state, donate=donate)
-        if state.ema is not None:
-            state = update_ema(state, decay=0.9)
-        return schedule(state, self.rate)
-
-
-@st.composite
-def loops(draw, **parts):
-    task = draw(strategies.tasks(**parts))
-    return Loop(
-        task=task,
-        optimizer=draw(strategies.optimizers(task.model())),
-        options={
-            "seed": draw(st.integers(0, 2**63 - 1)),
-            "precision": draw(st.sampled_from(["fp32", "bf16", "fp16"])),
-            "ema": draw(st.booleans()),
-        },
-        batches_of=draw(st.lists(st.tuples(st.integers(0, 99), st.integers(2, 6)), min_size=1, max_size=3)),
-        rate=draw(strategies.schedules(momentum=False)),
-        bound=draw(st.sampled_from([("max_norm", 1.0), ("max_norm", 1e9), ("max_value", 0.01), ("adaptive", 0.1)])),
-        accumulated=draw(st.booleans()),
-    )
+from steploop.testing.strategies import Task
 
 
 @given(loop=loops())
@@ -88,13 +34,17 @@ def test_after_a_donation_every_use_of_the_spent_state_raises(loop):
 
 
 def test_a_state_that_is_alive_fails_the_law_of_spent_ones():
-    with pytest.raises(AssertionError, match="params of a spent state raises SpentStateError, but it gave a result"):
+    with pytest.raises(
+        AssertionError, match="params of a spent state raises SpentStateError, but it gave a result"
+    ):
         check_spent_state_refuses_use(Task().state(), Task().batch(0))
 
 
 @given(loop=loops(), data=st.data())
 def test_a_fold_can_be_cut_anywhere(loop, data):
-    check_fold_splits(loop.step, loop.state, loop.batches, data.draw(strategies.cuts(len(loop.batches)), label="cut"))
+    check_fold_splits(
+        loop.step, loop.state, loop.batches, data.draw(strategies.cuts(len(loop.batches)), label="cut")
+    )
 
 
 @given(loop=loops(), donate=st.booleans())

@@ -1,37 +1,21 @@
 """The plateau is torch's ReduceLROnPlateau as a fold: bit-equal for every history."""
 
-import json
 import math
 from functools import reduce
 
 import attrs
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from steploop.errors import ConfigError
 from steploop.plateau import PlateauState, ReduceLROnPlateau
+from steploop.testing import check_metric_fold_splits, check_plateau_equals_torch, strategies
+from steploop.testing.strategies import plateaus
 
 metrics = st.floats() | st.floats(-3, 3) | st.integers(-3, 3).map(float)
 histories = st.lists(metrics, max_size=40)
-
-
-@st.composite
-def plateaus(draw):
-    """Any legal description; small patience, so that short histories lower the rate."""
-    lr = draw(st.floats(0.0, 10.0))
-    return ReduceLROnPlateau(
-        lr=lr,
-        mode=draw(st.sampled_from(["min", "max"])),
-        factor=draw(st.floats(0.0, 1.0, exclude_max=True)),
-        patience=draw(st.integers(0, 4)),
-        threshold=draw(st.sampled_from([0.0, 1e-4, 0.1]) | st.floats(0.0, 1.0, exclude_max=True)),
-        threshold_mode=draw(st.sampled_from(["rel", "abs"])),
-        cooldown=draw(st.integers(0, 4)),
-        min_lr=draw(st.just(0.0) | st.floats(0.0, lr)),
-        eps=draw(st.sampled_from([0.0, 1e-8, 1e-2]) | st.floats(0.0, 1.0)),
-    )
 
 
 def torchs(plateau):
@@ -40,30 +24,26 @@ def torchs(plateau):
     return optimizer, torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, **options)
 
 
-@settings(deadline=None, max_examples=400)
 @given(plateau=plateaus(), history=histories)
 def test_plateau_equals_torch_after_every_check(plateau, history):
-    """Rate, best, bad checks and cooldown, to the bit, with NaN and infinities; no best is torch's infinity."""
-    optimizer, scheduler = torchs(plateau)
-    worst = math.inf if plateau.mode == "min" else -math.inf
-    state = plateau.init()
-    for metric in history:
-        scheduler.step(metric)
-        state = plateau.update(state, metric)
-        assert state.learning_rate == optimizer.param_groups[0]["lr"]
-        assert (worst if state.best is None else state.best) == scheduler.best
-        assert state.bad_checks == scheduler.num_bad_epochs
-        assert state.cooldown_left == scheduler.cooldown_counter
+    check_plateau_equals_torch(plateau, history)
 
 
-@settings(deadline=None)
 @given(plateau=plateaus(), history=histories, data=st.data())
 def test_splitting_the_history_and_resuming_changes_nothing(plateau, history, data):
-    """With the state written as JSON in between."""
-    cut = data.draw(st.integers(0, len(history)))
-    saved = json.dumps(attrs.asdict(reduce(plateau.update, history[:cut], plateau.init())))
-    resumed = reduce(plateau.update, history[cut:], PlateauState(**json.loads(saved)))
-    assert resumed == reduce(plateau.update, history, plateau.init())
+    check_metric_fold_splits(plateau, history, data.draw(strategies.cuts(len(history))))
+
+
+def test_a_plateau_that_acts_one_check_early_fails_the_law():
+    @attrs.frozen(kw_only=True)
+    class Hasty(ReduceLROnPlateau):
+        def update(self, state, metric):
+            return attrs.evolve(
+                ReduceLROnPlateau.update(self, state, metric), learning_rate=state.learning_rate / 2
+            )
+
+    with pytest.raises(AssertionError, match=r"after check 0 .* are torch's \(1\.0, .*, but \(0\.5"):
+        check_plateau_equals_torch(Hasty(lr=1.0), [1.0])
 
 
 @given(plateau=plateaus(), history=histories)

@@ -1,7 +1,6 @@
 """Schedules are torch's: every step, every legal hyperparameter; illegal ones are refused by name."""
 
 import math
-import warnings
 
 import attrs
 import pytest
@@ -10,6 +9,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch.optim import lr_scheduler
 
+from steploop import schedule as set_schedule
 from steploop.errors import ConfigError
 from steploop.schedules import (
     Rates,
@@ -21,6 +21,14 @@ from steploop.schedules import (
     warmup_cosine,
     warmup_stable_decay,
 )
+from steploop.testing import (
+    check_schedule_equals_torch,
+    check_schedule_is_a_function,
+    check_scheduling_is_idempotent,
+    strategies,
+)
+from steploop.testing.rates import torch_rates
+from steploop.testing.strategies import Task
 
 EPS = 2.0**-52
 
@@ -31,49 +39,41 @@ lengths = st.integers(1, 120)
 
 def by_hand(make_scheduler, steps, *, lr=0.1, momentum=0.9):
     """The (rate, momentum) of every step as a training loop with torch's scheduler sees them."""
-    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=lr, momentum=momentum)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        scheduler = make_scheduler(optimizer)
-        seen = []
-        for _ in range(steps):
-            seen.append((optimizer.param_groups[0]["lr"], optimizer.param_groups[0]["momentum"]))
-            optimizer.step()
-            if len(seen) < steps:
-                scheduler.step()
-    return seen
-
-
-def rates_by_hand(make_scheduler, steps, *, lr=0.1):
-    return [rate for rate, _ in by_hand(make_scheduler, steps, lr=lr)]
+    return [
+        (r.learning_rate, r.momentum) for r in torch_rates(make_scheduler, steps, lr=lr, momentum=momentum)
+    ]
 
 
 # --- law 12: equal to torch, step for step --------------------------------------------------------------------------
 
 
-@settings(deadline=None)
 @given(lr=rates, step_size=st.integers(1, 20), gamma=st.floats(0.0, 2.0), steps=lengths)
 def test_step_lr_equals_torch_at_every_step(lr, step_size, gamma, steps):
     """Torch multiplies once a drop: one rounding (half an EPS) for each, and one more for the power."""
     schedule = step_lr(lr, step_size=step_size, gamma=gamma)
-    torchs = rates_by_hand(lambda o: lr_scheduler.StepLR(o, step_size=step_size, gamma=gamma), steps, lr=lr)
-    for step, expected in enumerate(torchs):
-        drops = step // step_size
+
+    def tolerance(step):
         # the absolute part is for numbers so small that they have lost bits
-        assert schedule(step) == pytest.approx(expected, rel=EPS * (drops + 2), abs=1e-300)
+        return max(schedule(step) * EPS * (step // step_size + 2), 1e-300)
+
+    check_schedule_equals_torch(
+        schedule,
+        lambda o: lr_scheduler.StepLR(o, step_size=step_size, gamma=gamma),
+        steps,
+        lr=lr,
+        tolerance=tolerance,
+    )
 
 
-@settings(deadline=None)
 @given(lr=rates, part=fractions, total=lengths)
 def test_cosine_annealing_equals_torch_until_its_end(lr, part, total):
     """Torch's recursion is off by about one rounding of ``lr`` a step; its own closed form agrees to the bit."""
     min_lr = part * lr
     schedule = cosine_annealing(lr, total_steps=total, min_lr=min_lr)
-    torchs = rates_by_hand(
-        lambda o: lr_scheduler.CosineAnnealingLR(o, T_max=total, eta_min=min_lr), total + 1, lr=lr
-    )
-    for step, expected in enumerate(torchs):
-        assert abs(schedule(step) - expected) <= 4 * EPS * lr * (step + 1)
+    check_schedule_equals_torch(
+        schedule, lambda o: lr_scheduler.CosineAnnealingLR(o, T_max=total, eta_min=min_lr), total + 1, lr=lr,
+        tolerance=lambda step: 4 * EPS * lr * (step + 1),
+    )  # fmt: skip
     optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=lr)
     scheduler = lr_scheduler.CosineAnnealingLR(optimizer, T_max=total, eta_min=min_lr)
     for step in range(total):
@@ -87,7 +87,7 @@ def test_cosine_annealing_holds_min_lr_from_its_end_on(lr, part, total, beyond):
     assert cosine_annealing(lr, total_steps=total, min_lr=part * lr)(total + beyond) == part * lr
 
 
-@settings(deadline=None, max_examples=300)
+@settings(max_examples=max(300, settings.default.max_examples))
 @given(
     max_lr=st.floats(0.0, 10.0),
     total=lengths,
@@ -131,11 +131,8 @@ def test_one_cycle_is_torchs_to_the_bit(
             three_phase=three_phase,
         )
 
-    expected = by_hand(torchs, total)
-    if momentum is None:
-        assert [schedule(step) for step in range(total)] == [rate for rate, _ in expected]
-    else:
-        assert [schedule(step) for step in range(total)] == [Rates(*pair) for pair in expected]
+    check_schedule_equals_torch(schedule, torchs, total)
+    assert isinstance(schedule(0), float) == (momentum is None)
     assert schedule(total) == schedule(total + 57) == schedule(total - 1)  # torch rises again, then raises
 
 
@@ -183,7 +180,6 @@ def test_a_straight_line_can_take_the_place_of_the_rise_alone():
     assert other(64) == pytest.approx(0.2 - (0.2 - 8e-7) * 35 / 70, rel=1e-12)
 
 
-@settings(deadline=None)
 @given(lr=rates, part=fractions, warmup=st.integers(2, 60), cosine=st.integers(1, 60))
 def test_warmup_cosine_equals_torchs_linear_then_cosine(lr, part, warmup, cosine):
     """LinearLR from 1/W, then CosineAnnealingLR over T - W, in SequentialLR."""
@@ -196,8 +192,9 @@ def test_warmup_cosine_equals_torchs_linear_then_cosine(lr, part, warmup, cosine
         fall = lr_scheduler.CosineAnnealingLR(optimizer, T_max=cosine, eta_min=part * lr)
         return lr_scheduler.SequentialLR(optimizer, [rise, fall], milestones=[warmup])
 
-    for step, expected in enumerate(rates_by_hand(torchs, warmup + cosine, lr=lr)):
-        assert abs(schedule(step) - expected) <= 8 * EPS * lr * (step + 1)
+    check_schedule_equals_torch(
+        schedule, torchs, warmup + cosine, lr=lr, tolerance=lambda step: 8 * EPS * lr * (step + 1)
+    )
 
 
 @given(lr=rates, warmup=st.integers(1, 1000), rest=st.integers(0, 1000))
@@ -232,7 +229,6 @@ def test_no_warmup_is_cosine_annealing(lr, part, total):
         assert schedule(step) == pytest.approx(cosine(step), abs=4 * EPS * lr)
 
 
-@settings(deadline=None)
 @given(lr=rates, warmup=st.integers(2, 30), stable=st.integers(1, 30), decay=st.integers(1, 30))
 def test_warmup_stable_decay_equals_torchs_three_in_a_row(lr, warmup, stable, decay):
     """LinearLR, ConstantLR, LinearLR in SequentialLR, until the decay is over."""
@@ -250,8 +246,9 @@ def test_warmup_stable_decay_equals_torchs_three_in_a_row(lr, warmup, stable, de
             milestones=[warmup, warmup + stable],
         )
 
-    for step, expected in enumerate(rates_by_hand(torchs, schedule.total_steps, lr=lr)):
-        assert abs(schedule(step) - expected) <= 8 * EPS * lr * (step + 1)
+    check_schedule_equals_torch(
+        schedule, torchs, schedule.total_steps, lr=lr, tolerance=lambda step: 8 * EPS * lr * (step + 1)
+    )
     assert schedule(schedule.total_steps) == schedule(schedule.total_steps + 5) == 0.0
 
 
@@ -269,6 +266,34 @@ def test_the_forms_of_the_decay_are_those_of_their_equations():
     plateau = warmup_stable_decay(1.0, warmup_steps=2, stable_steps=3, decay_steps=8)
     assert [plateau(step) for step in range(2, 6)] == [1.0, 1.0, 1.0, 1.0]
     assert plateau(6) == 1 - 1 / 8
+
+
+@given(schedule=strategies.schedules(), steps=st.integers(1, 80))
+def test_every_schedule_is_a_function_of_the_step(schedule, steps):
+    check_schedule_is_a_function(schedule, steps)
+
+
+@given(schedule=strategies.schedules())
+def test_scheduling_a_state_twice_is_scheduling_it_once(schedule):
+    state = Task().state()
+    check_scheduling_is_idempotent(state, schedule)
+    after = set_schedule(state.replace(applied_steps=5), schedule)
+    value = schedule(5)
+    assert after.learning_rate == (value.learning_rate if isinstance(value, Rates) else value)
+    if isinstance(value, Rates):
+        assert after.hyper[0]["momentum"] == value.momentum
+
+
+def test_a_schedule_that_remembers_its_calls_fails_the_law():
+    calls = iter(range(100))
+    with pytest.raises(AssertionError, match="gives the same rates backwards as forwards: 0: 5 against 0"):
+        check_schedule_is_a_function(lambda step: next(calls), 3)
+
+
+def test_a_schedule_one_step_late_fails_the_law_of_torch():
+    late = step_lr(0.1, step_size=3, gamma=0.5)
+    with pytest.raises(AssertionError, match=r"at step 2 is torch's 0\.05, but 0\.1"):
+        check_schedule_equals_torch(late, lambda o: lr_scheduler.StepLR(o, step_size=2, gamma=0.5), 9)
 
 
 @given(lr=st.floats(0.0, 10.0), step=st.integers(0, 10**9))

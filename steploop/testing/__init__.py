@@ -41,7 +41,11 @@ from steploop.testing.clipping import (
     steploop_clip,
 )
 from steploop.testing.comparing import clone, copied, fold, require_same, values
-from steploop.testing.folds import check_fold_splits, check_resume_is_exact, check_runs_do_not_disturb_each_other
+from steploop.testing.folds import (
+    check_fold_splits,
+    check_resume_is_exact,
+    check_runs_do_not_disturb_each_other,
+)
 from steploop.testing.learning import check_every_parameter_is_reached, check_one_batch_is_learned
 from steploop.testing.orders import (
     check_batches_do_not_depend_on_workers,

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from steploop.optim import Optimizer
 from steploop.state import Gradients, TrainState
 from steploop.steps import unscale_and_clip
-from steploop.updating import optimizer_step
 from steploop.testing.comparing import copied, norm64, require, require_same, values
+from steploop.updating import optimizer_step
 
 __all__ = [
     "Clip",
@@ -35,7 +35,9 @@ Clip = Callable[[Mapping[str, Tensor], float], Mapping[str, Tensor]]
 _EPS = torch.finfo(torch.float32).eps
 
 
-def holding(grads: Mapping[str, Tensor], params: Mapping[str, Tensor] | None = None, **options: Any) -> TrainState:
+def holding(
+    grads: Mapping[str, Tensor], params: Mapping[str, Tensor] | None = None, **options: Any
+) -> TrainState:
     """A state that stands just after ``backward_scaled`` with these gradients.
 
     Args:
@@ -81,17 +83,26 @@ def check_clip_keeps_direction(clip: Clip, grads: Mapping[str, Tensor], max_norm
     require(0 <= k <= 1, f"clipping multiplies by a number in [0, 1], but by {k!r}")
     # below float32's normal numbers an entry keeps fewer bits: the smallest subnormal is the unit there
     error = (after - k * flat).abs() - (4 * _EPS * (k * flat).abs() + 2**-148)
-    require((error <= 0).all(), f"clipping keeps the direction, but entry {int(error.argmax())} is off by {float(error.max()):.3e}")
+    require(
+        (error <= 0).all(),
+        f"clipping keeps the direction, but entry {int(error.argmax())} is off by {float(error.max()):.3e}",
+    )
 
 
 def check_clip_leaves_small_gradients(clip: Clip, grads: Mapping[str, Tensor], max_norm: float) -> None:
     """Law 6. clip(g, c) = g bit for bit where c / (||g|| + 1e-6) >= 1 in float32, which is where torch multiplies by 1."""
     norm = torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(g) for g in grads.values()]))
     if (max_norm / (norm + 1e-6)).item() >= 1.0:
-        require_same(dict(clip(grads, max_norm)), dict(grads), f"gradients of norm {norm.item():g} stay as they are under {max_norm:g}")
+        require_same(
+            dict(clip(grads, max_norm)),
+            dict(grads),
+            f"gradients of norm {norm.item():g} stay as they are under {max_norm:g}",
+        )
 
 
-def check_clipping_twice_is_clipping_once(clip: Clip, grads: Mapping[str, Tensor], bound: float, lower: float) -> None:
+def check_clipping_twice_is_clipping_once(
+    clip: Clip, grads: Mapping[str, Tensor], bound: float, lower: float
+) -> None:
     """Law 6. clip(clip(g, c), d) = clip(g, d) for d <= c, up to the roundings of two clips and torch's 1e-6.
 
     With u = c / (c + 1e-6) the factor by which torch's formula stays below the bound c, a relative 2 (1 - u) is allowed.
@@ -101,7 +112,10 @@ def check_clipping_twice_is_clipping_once(clip: Clip, grads: Mapping[str, Tensor
     slack = 64 * _EPS + 2e-6 / lower
     for name, g in once.items():
         gap = (g.double() - twice[name].double()).abs() - (slack * g.double().abs() + 2**-140)
-        require((gap <= 0).all(), f"clipping at {bound!r} and then at {lower!r} is clipping at {lower!r}: {name} is off by {float(gap.max()):.3e}")
+        require(
+            (gap <= 0).all(),
+            f"clipping at {bound!r} and then at {lower!r} is clipping at {lower!r}: {name} is off by {float(gap.max()):.3e}",
+        )
 
 
 def check_clip_norm_equals_torch(clip: Clip, grads: Mapping[str, Tensor], max_norm: float) -> None:
@@ -114,7 +128,7 @@ def check_clip_norm_equals_torch(clip: Clip, grads: Mapping[str, Tensor], max_no
     for leaf, g in zip(leaves, grads.values(), strict=True):
         leaf.grad = g.clone()
     norm = torch.nn.utils.clip_grad_norm_(leaves, max_norm)
-    expected = dict(grads)
+    expected: Any = dict(grads)
     if math.isfinite(norm):
         expected = {name: leaf.grad for name, leaf in zip(grads, leaves, strict=True)}
     require_same(dict(clip(grads, max_norm)), expected, f"clipping at {max_norm!r} equals torch's")
@@ -127,12 +141,14 @@ def check_clip_value_equals_torch(clip: Clip, grads: Mapping[str, Tensor], max_v
         leaf.grad = g.clone()
     if max_value <= torch.finfo(torch.float32).max or max_value == math.inf:  # torch cannot convert others
         torch.nn.utils.clip_grad_value_(leaves, max_value)
-    expected = {name: leaf.grad for name, leaf in zip(grads, leaves, strict=True)}
+    expected: Any = {name: leaf.grad for name, leaf in zip(grads, leaves, strict=True)}
     require_same(dict(clip(grads, max_value)), expected, f"clipping values at {max_value!r} equals torch's")
 
 
-def check_adaptive_clip_bounds_each_unit(clip: Clip, grads: Mapping[str, Tensor], params: Mapping[str, Tensor], clipping: float) -> None:
-    """Law 6. For each output unit with gradient g and weight w, in float64 and up to the roundings of float32:
+def check_adaptive_clip_bounds_each_unit(
+    clip: Clip, grads: Mapping[str, Tensor], params: Mapping[str, Tensor], clipping: float
+) -> None:
+    """Law 6. For each output unit with gradient g and weight w, in float64 and up to the roundings of float32.
 
         clip(g) = g min(1, clipping max(||w||, 1e-3) / ||g||)
 
@@ -148,7 +164,10 @@ def check_adaptive_clip_bounds_each_unit(clip: Clip, grads: Mapping[str, Tensor]
                 continue
             factor = min(1.0, clipping * max(w.norm().item(), 1e-3) / norm) if norm else 1.0
             gap = (after - factor * g).abs() - ((16 + rows.shape[1]) * _EPS * factor * g.abs() + 2**-140)
-            require((gap <= 0).all(), f"unit {unit} of {name} follows the definition of adaptive clipping, but is off by {float(gap.max()):.3e}")
+            require(
+                (gap <= 0).all(),
+                f"unit {unit} of {name} follows the definition of adaptive clipping, but is off by {float(gap.max()):.3e}",
+            )
 
 
 def check_only_finite_gradients_are_stepped_on(state: TrainState, **bound: float) -> None:
@@ -165,7 +184,11 @@ def check_only_finite_gradients_are_stepped_on(state: TrainState, **bound: float
     grads = list((state.grads or {}).values())
     inverse = 1.0 if state.scale is None else float(state.scale.inverse())
     scaled = [g * inverse for g in grads]
-    norm = torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(g) for g in scaled])) if grads else torch.zeros(())
+    norm = (
+        torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(g) for g in scaled]))
+        if grads
+        else torch.zeros(())
+    )
     finite = math.isfinite(norm)
     after = values(optimizer_step(unscale_and_clip(state.clone(), **bound), max_nonfinite_steps=10**9))
     counts = {
@@ -174,9 +197,14 @@ def check_only_finite_gradients_are_stepped_on(state: TrainState, **bound: float
         "nonfinite_steps": 0 if finite else before["nonfinite_steps"] + 1,
     }
     for name, expected in counts.items():
-        require(after[name] == expected, f"{name} is {expected} after a step with a norm of {norm.item()}, but {after[name]}")
+        require(
+            after[name] == expected,
+            f"{name} is {expected} after a step with a norm of {norm.item()}, but {after[name]}",
+        )
     if not finite:
         for name in ("params", "slots", "buffers", "ema"):
             require_same(after[name], before[name], f"a step that is not finite changes none of the {name}")
         if state.scale is not None:
-            require_same(after["scale"], attrs.evolve(state.scale.updated(finite=False)), "it backs the loss scale off")
+            require_same(
+                after["scale"], attrs.evolve(state.scale.updated(finite=False)), "it backs the loss scale off"
+            )

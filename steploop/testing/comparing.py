@@ -1,5 +1,6 @@
 """What laws are made of: a state as a tree of values, copies of it, folds, and comparison bit for bit."""
 
+import math
 from collections.abc import Callable, Iterable, Mapping
 from functools import reduce
 from typing import Any
@@ -9,7 +10,18 @@ from torch import Tensor
 from steploop.state import TrainState
 from steploop.trees import first_difference, map_tensors
 
-__all__ = ["State", "Step", "clone", "copied", "fold", "members", "norm64", "require", "require_same", "values"]
+__all__ = [
+    "State",
+    "Step",
+    "clone",
+    "copied",
+    "fold",
+    "members",
+    "norm64",
+    "require",
+    "require_same",
+    "values",
+]
 
 # One state, or several by name, as a step of a GAN takes them.
 State = TrainState | Mapping[str, TrainState]
@@ -28,7 +40,9 @@ def members(state: State) -> dict[str, TrainState]:
 
 def values(state: State) -> dict[str, Any]:
     """All that the next step depends on, as one tree of tensors and plain values; what is in flight is left out."""
-    trees = {name: {field: getattr(s.settle(), field) for field in _SAVED} for name, s in members(state).items()}
+    trees = {
+        name: {field: getattr(s.settle(), field) for field in _SAVED} for name, s in members(state).items()
+    }
     return trees if isinstance(state, Mapping) else trees[""]
 
 
@@ -73,4 +87,4 @@ def _tree(value: Any) -> Any:
 
 def norm64(grads: Iterable[Tensor]) -> float:
     """The L2 norm of all entries together, in float64."""
-    return sum(float(g.double().square().sum()) for g in grads) ** 0.5
+    return math.sqrt(sum(float(g.double().square().sum()) for g in grads))

@@ -24,12 +24,18 @@ def check_fold_splits(step: Step, state: State, batches: Sequence[Any], cut: int
     whole = copied(values(fold(step, batches, clone(state))))
     half = fold(step, batches[:cut], clone(state))
     kept, half_values = clone(half), copied(values(half))
-    require_same(fold(step, batches[cut:], half), whole, f"a run cut after {cut} batches goes on as it would have")
+    require_same(
+        fold(step, batches[cut:], half), whole, f"a run cut after {cut} batches goes on as it would have"
+    )
     require_same(kept, half_values, "a clone stays as it was when the state it was made from goes on")
-    require_same(fold(step, batches[cut:], kept), whole, f"a clone made after {cut} batches goes on as the original")
+    require_same(
+        fold(step, batches[cut:], kept), whole, f"a clone made after {cut} batches goes on as the original"
+    )
 
 
-def check_runs_do_not_disturb_each_other(step: Step, one: State, other: State, batches: Sequence[Any]) -> None:
+def check_runs_do_not_disturb_each_other(
+    step: Step, one: State, other: State, batches: Sequence[Any]
+) -> None:
     """Two runs that take turns, over the same model or not, are two runs.
 
     With s and t the two states, stepped in turn:      s_n = fold(s, xs),   t_n = fold(t, xs)

@@ -10,8 +10,8 @@ from steploop.forwarding import Objective
 from steploop.optim import Optimizer
 from steploop.state import TrainState
 from steploop.steps import backward_scaled, forward_loss, unscale_and_clip
-from steploop.updating import optimizer_step
 from steploop.testing.comparing import State, Step, clone, members, require
+from steploop.updating import optimizer_step
 
 __all__ = ["check_every_parameter_is_reached", "check_one_batch_is_learned"]
 
@@ -30,7 +30,7 @@ def check_every_parameter_is_reached(step: Step, state: State, batches: Sequence
     unreached = {(part, name) for part, s in members(current).items() for name in s._machine.trainable}
     for batch in batches:
         watched = [
-            leaf.register_hook(_Watch(unreached, (part, name)))
+            leaf.register_hook(_Watch(unreached, (part, name)))  # type: ignore[no-untyped-call]  # torch has no types
             for part, s in members(current).items()
             for name, leaf in s.params.items()
             if (part, name) in unreached
@@ -61,7 +61,13 @@ class _Watch:
 
 
 def check_one_batch_is_learned(
-    objective: Objective, state: TrainState, batch: Any, *, max_steps: int = 300, part: float = 0.5, rates: Sequence[float] = (1e-3, 1e-2, 1e-1)
+    objective: Objective,
+    state: TrainState,
+    batch: Any,
+    *,
+    max_steps: int = 300,
+    part: float = 0.5,
+    rates: Sequence[float] = (1e-3, 1e-2, 1e-1),
 ) -> None:
     """The loss of one small batch, repeated, falls below ``part`` of what it was (of its size, if it is negative).
 
@@ -88,7 +94,9 @@ def check_one_batch_is_learned(
             lowest = min(lowest, loss)
             if lowest <= first - (1 - part) * abs(first):
                 return
-            current = optimizer_step(unscale_and_clip(backward_scaled(current), max_norm=torch.inf), max_nonfinite_steps=10**9)
+            current = optimizer_step(
+                unscale_and_clip(backward_scaled(current), max_norm=torch.inf), max_nonfinite_steps=10**9
+            )
     raise AssertionError(
         f"one batch can be learned by heart, but its loss of {first:.4g} came down to {lowest:.4g} at best within {max_steps} steps of Adam "
         f"(rates {', '.join(f'{r:g}' for r in rates)}). Look at the sign of the loss, at a softmax before cross entropy, and at what the "
@@ -101,4 +109,6 @@ def _adams(state: TrainState, rate: float) -> TrainState:
     import copy
 
     model = copy.deepcopy(state.clone().model)
-    return TrainState.create(model, Optimizer(torch.optim.Adam, lr=rate), seed=state.seed, precision=state.precision)
+    return TrainState.create(
+        model, Optimizer(torch.optim.Adam, lr=rate), seed=state.seed, precision=state.precision
+    )

@@ -26,12 +26,17 @@ class EpochBatches(Protocol):
 def check_epoch_is_a_permutation(n: int, *, seed: int, epoch: int, shuffle: bool = True) -> None:
     """Law 15. The order of an epoch is a permutation of 0 .. n - 1, and the same whenever it is asked for."""
     order = epoch_order(n, seed=seed, epoch=epoch, shuffle=shuffle)
-    require(sorted(order.tolist()) == list(range(n)), f"epoch {epoch} visits each of {n} samples once, but in {order.tolist()}")
+    require(
+        sorted(order.tolist()) == list(range(n)),
+        f"epoch {epoch} visits each of {n} samples once, but in {order.tolist()}",
+    )
     again = epoch_order(n, seed=seed, epoch=epoch, shuffle=shuffle)
     require_same(again, order, f"the order of epoch {epoch} is a function of (seed, epoch)")
 
 
-def check_ranks_partition_the_epoch(n: int, *, seed: int, epoch: int, batch_size: int, world_size: int, drop_last: bool) -> None:
+def check_ranks_partition_the_epoch(
+    n: int, *, seed: int, epoch: int, batch_size: int, world_size: int, drop_last: bool
+) -> None:
     """Law 15. The ranks' shares are disjoint, of the same number of batches, and together the whole epoch.
 
     With drop_last the samples of the incomplete global batch are missing, fewer than batch_size * world_size; an epoch
@@ -50,7 +55,9 @@ def check_ranks_partition_the_epoch(n: int, *, seed: int, epoch: int, batch_size
         for rank in range(world_size)
     ]
     seen = [index for share in shares for index in share]
-    require(len(set(seen)) == len(seen), f"no sample is seen by two ranks or twice, but the shares are {shares}")
+    require(
+        len(set(seen)) == len(seen), f"no sample is seen by two ranks or twice, but the shares are {shares}"
+    )
     group = batch_size * world_size
     expected = n - n % group if drop_last else (n if count else 0)
     require(len(seen) == expected, f"the ranks see {expected} of {n} samples, but {len(seen)}")
@@ -66,7 +73,11 @@ def check_cursor_continues_the_epoch(batches: EpochBatches, epoch: int, cut: int
 
 
 def check_batches_do_not_depend_on_workers(
-    make_batches: Callable[[int], EpochBatches], *, workers: Sequence[int] = (0, 1, 2), epochs: Sequence[int] = (0, 1), limit: int | None = None
+    make_batches: Callable[[int], EpochBatches],
+    *,
+    workers: Sequence[int] = (0, 1, 2),
+    epochs: Sequence[int] = (0, 1),
+    limit: int | None = None,
 ) -> None:
     """Law 15. The batches are the same, bit for bit, for any number of worker processes.
 
@@ -78,7 +89,7 @@ def check_batches_do_not_depend_on_workers(
     """
 
     def first(number: int, epoch: int) -> list[Any]:
-        found = []
+        found: list[Any] = []
         iterator = iter(make_batches(number).epoch(epoch))
         while limit is None or len(found) < limit:
             try:

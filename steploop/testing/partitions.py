@@ -1,5 +1,6 @@
 """Laws of accumulation and evaluation: how the samples are cut into batches does not matter, and looking changes nothing."""
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
@@ -10,7 +11,17 @@ from steploop.folding import accumulate
 from steploop.forwarding import Objective
 from steploop.state import TrainState
 from steploop.steps import backward_scaled, forward_loss
-from steploop.testing.comparing import State, Step, clone, copied, fold, members, require, require_same, values
+from steploop.testing.comparing import (
+    State,
+    Step,
+    clone,
+    copied,
+    fold,
+    members,
+    require,
+    require_same,
+    values,
+)
 from steploop.trees import count_samples, map_tensors, named_leaves
 
 __all__ = [
@@ -60,7 +71,10 @@ def check_partition_gives_the_whole_gradient(
     whole = backward_scaled(forward_loss(state.clone(), batch, objective))
     parts = accumulate(state.clone(), split(batch, sizes), objective)
     found, expected = (dict(s.grads or {}) for s in (parts, whole))
-    require(list(found) == list(expected), f"a partition reaches the same parameters, but {list(found)} are not {list(expected)}")
+    require(
+        list(found) == list(expected),
+        f"a partition reaches the same parameters, but {list(found)} are not {list(expected)}",
+    )
     require_near = partial(_require_near, law=f"the partition {list(sizes)} gives what the whole batch gives")
     largest = max((float(g.abs().max()) for g in expected.values() if g.numel()), default=0.0)
     for name, g in expected.items():
@@ -73,12 +87,16 @@ def _require_near(name: str, found: Any, expected: Any, allowed: float, *, law: 
     require(error <= allowed, f"{law}: {name} is off by {error:.3e} (allowed {allowed:.1e})")
 
 
-def _near(found: Mapping[str, float | None], expected: Mapping[str, float | None], law: str, tolerance: float) -> None:
+def _near(
+    found: Mapping[str, float | None], expected: Mapping[str, float | None], law: str, tolerance: float
+) -> None:
     require(list(found) == list(expected), f"{law}: the metrics are {list(expected)}, but {list(found)}")
     for name, value in expected.items():
         other = found[name]
-        missing = value is None or other is None
-        same = value is other if missing else abs(other - value) <= tolerance * max(abs(value), 1.0)  # type: ignore[operator]  # numbers here
+        if value is None or other is None or math.isnan(value):
+            same = value is other or (value is not None and other is not None and math.isnan(other))
+        else:
+            same = abs(other - value) <= tolerance * max(abs(value), 1.0)
         require(same, f"{law}: {name} is {value!r}, but {other!r}")
 
 
@@ -95,16 +113,25 @@ def check_evaluation_ignores_partition(
         tolerance: relative, and absolute below 1.
     """
     whole, parts = evaluation(state, [batch]), evaluation(state, split(batch, sizes))
-    _near(parts, whole, f"the evaluation of {sum(sizes)} samples does not depend on the partition {list(sizes)}", tolerance)
+    _near(
+        parts,
+        whole,
+        f"the evaluation of {sum(sizes)} samples does not depend on the partition {list(sizes)}",
+        tolerance,
+    )
 
 
-def check_evaluation_ignores_order(evaluation: Evaluation, state: State, batches: Sequence[Any], *, tolerance: float = TOLERANCE) -> None:
+def check_evaluation_ignores_order(
+    evaluation: Evaluation, state: State, batches: Sequence[Any], *, tolerance: float = TOLERANCE
+) -> None:
     """Law 14. evaluation(s, xs) = evaluation(s, reversed xs)."""
     forth, back = evaluation(state, batches), evaluation(state, list(batches)[::-1])
     _near(back, forth, f"the evaluation of {len(batches)} batches does not depend on their order", tolerance)
 
 
-def check_evaluation_changes_nothing(evaluate: Callable[[Any], Any], state: State, step: Step, batches: Sequence[Any]) -> None:
+def check_evaluation_changes_nothing(
+    evaluate: Callable[[Any], Any], state: State, step: Step, batches: Sequence[Any]
+) -> None:
     """Law 14. Evaluating leaves values, buffers, ``.grad``, random numbers and modes as they were, and training too.
 
         fold(s, xs) with an evaluation before each step = fold(s, xs)
@@ -121,17 +148,24 @@ def check_evaluation_changes_nothing(evaluate: Callable[[Any], Any], state: Stat
         before, surroundings = copied(values(current)), _surroundings(current)
         evaluate(current)
         require_same(values(current), before, "an evaluation leaves the state as it was")
-        require_same(_surroundings(current), surroundings, "an evaluation leaves its surroundings as they were")
+        require_same(
+            _surroundings(current), surroundings, "an evaluation leaves its surroundings as they were"
+        )
         current = step(current, batch)
     require_same(current, expected, "training goes on as if there had been no evaluation")
 
 
 def _surroundings(state: State) -> dict[str, Any]:
     """What an evaluation may disturb without touching a value of the state."""
-    found: dict[str, Any] = {"torch's generator": torch.default_generator.get_state(), "grad mode": torch.is_grad_enabled()}
+    found: dict[str, Any] = {
+        "torch's generator": torch.default_generator.get_state(),
+        "grad mode": torch.is_grad_enabled(),
+    }
     for name, member in members(state).items():
         model = member.model
         found[f"{name} training modes"] = {path: module.training for path, module in model.named_modules()}
         found[f"{name} .grad"] = {path: p.grad is None for path, p in model.named_parameters()}
-        found[f"{name} values in the model"] = dict(copied(dict(named_leaves({**dict(model.named_parameters()), **dict(model.named_buffers())}))))
+        found[f"{name} values in the model"] = dict(
+            copied(dict(named_leaves({**dict(model.named_parameters()), **dict(model.named_buffers())})))
+        )
     return found

@@ -16,8 +16,18 @@ from steploop.folding import accumulate
 from steploop.scheduling import schedule
 from steploop.state import TrainState
 from steploop.steps import backward_scaled, forward_loss, unscale_and_clip
+from steploop.testing.comparing import (
+    State,
+    Step,
+    clone,
+    copied,
+    fold,
+    members,
+    require,
+    require_same,
+    values,
+)
 from steploop.updating import optimizer_step
-from steploop.testing.comparing import State, Step, clone, copied, fold, members, require, require_same, values
 
 __all__ = [
     "SURROUNDINGS",
@@ -82,7 +92,10 @@ def check_spent_state_refuses_use(spent: TrainState, batch: Any) -> None:
         return next(model.parameters()).sum()
 
     uses: dict[str, Callable[[], Any]] = {
-        **{name: partial(getattr, spent, name) for name in ("params", "buffers", "slots", "ema", "grads", "model")},
+        **{
+            name: partial(getattr, spent, name)
+            for name in ("params", "buffers", "slots", "ema", "grads", "model")
+        },
         "clone()": spent.clone,
         "forward_loss": lambda: forward_loss(spent, batch, objective),
         "backward_scaled": lambda: backward_scaled(spent),

@@ -11,11 +11,20 @@ from steploop.scheduling import schedule
 from steploop.state import TrainState
 from steploop.testing.comparing import require, require_same
 
-__all__ = ["check_schedule_equals_torch", "check_schedule_is_a_function", "check_scheduling_is_idempotent", "torch_rates"]
+__all__ = [
+    "check_schedule_equals_torch",
+    "check_schedule_is_a_function",
+    "check_scheduling_is_idempotent",
+    "torch_rates",
+]
 
 
 def torch_rates(
-    make_scheduler: Callable[[torch.optim.Optimizer], LRScheduler], steps: int, *, lr: float = 0.1, momentum: float = 0.9
+    make_scheduler: Callable[[torch.optim.Optimizer], LRScheduler],
+    steps: int,
+    *,
+    lr: float = 0.1,
+    momentum: float = 0.9,
 ) -> list[Rates]:
     """Rate and momentum of every step as a training loop with a torch scheduler sees them."""
     optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=lr, momentum=momentum)
@@ -58,7 +67,10 @@ def check_schedule_equals_torch(
         require(near, f"{learning_rate} at step {step} is torch's {expected.learning_rate!r}, but {rate!r}")
         if isinstance(found, Rates):
             same = found.momentum == expected.momentum
-            require(same, f"the momentum of {learning_rate} at step {step} is torch's {expected.momentum!r}, but {found.momentum!r}")
+            require(
+                same,
+                f"the momentum of {learning_rate} at step {step} is torch's {expected.momentum!r}, but {found.momentum!r}",
+            )
 
 
 def check_schedule_is_a_function(learning_rate: Schedule, steps: int) -> None:

@@ -13,11 +13,16 @@ from steploop.optim import Optimizer
 from steploop.precision import LossScale
 from steploop.state import Gradients, TrainState
 from steploop.steps import unscale_and_clip
-from steploop.updating import optimizer_step
 from steploop.testing.clipping import holding
 from steploop.testing.comparing import Step, copied, fold, require, require_same, values
+from steploop.updating import optimizer_step
 
-__all__ = ["check_scale_changes_no_bit", "check_scale_follows_torch", "check_scaled_steps_follow_torch", "in_float32"]
+__all__ = [
+    "check_scale_changes_no_bit",
+    "check_scale_follows_torch",
+    "check_scaled_steps_follow_torch",
+    "in_float32",
+]
 
 
 def in_float32(objective: Callable[[nn.Module, Any], Any]) -> Callable[[nn.Module, Any], Any]:
@@ -48,7 +53,11 @@ def check_scale_changes_no_bit(step: Step, state: TrainState, batches: Sequence[
     scaled = fold(step, batches, attrs.evolve(state.clone(), scale=attrs.evolve(fixed, scale=scale)))
     require(scaled.nonfinite_steps == 0, f"nothing overflows under a scale of {scale!r}")
     for name in ("params", "buffers", "slots", "applied_steps"):
-        require_same(values(scaled)[name], values(plain)[name], f"a loss scale of {scale!r} changes no bit of the {name}")
+        require_same(
+            values(scaled)[name],
+            values(plain)[name],
+            f"a loss scale of {scale!r} changes no bit of the {name}",
+        )
 
 
 def check_scale_follows_torch(scale: LossScale, finite: Sequence[bool]) -> None:
@@ -67,7 +76,9 @@ def check_scale_follows_torch(scale: LossScale, finite: Sequence[bool]) -> None:
             expected_scale = max(expected_scale, scale.floor)
         found = (float(scale.scale), int(scale.growth_tracker))
         expected = (expected_scale, expected_tracker)
-        require(found == expected, f"after step {index} scale and tracker are torch's {expected}, but {found}")
+        require(
+            found == expected, f"after step {index} scale and tracker are torch's {expected}, but {found}"
+        )
 
 
 def _torch_update(scale: LossScale, *, good: bool) -> tuple[float, int]:
@@ -75,12 +86,17 @@ def _torch_update(scale: LossScale, *, good: bool) -> tuple[float, int]:
     current = torch.tensor(float(scale.scale))
     tracker = torch.tensor(int(scale.growth_tracker), dtype=torch.int32)
     found_inf = torch.tensor(0.0 if good else 1.0)
-    torch._amp_update_scale_(current, tracker, found_inf, scale.growth_factor, scale.backoff_factor, scale.growth_interval)
+    torch._amp_update_scale_(
+        current, tracker, found_inf, scale.growth_factor, scale.backoff_factor, scale.growth_interval
+    )
     return current.item(), int(tracker.item())
 
 
 def check_scaled_steps_follow_torch(
-    optimizer: Optimizer, params: Mapping[str, Tensor], grads: Sequence[Mapping[str, Tensor]], scale: LossScale
+    optimizer: Optimizer,
+    params: Mapping[str, Tensor],
+    grads: Sequence[Mapping[str, Tensor]],
+    scale: LossScale,
 ) -> None:
     """Law 9. Parameters, slots, scale and tracker follow a loop written with ``torch.amp.GradScaler``, step by step.
 
@@ -106,18 +122,28 @@ def check_scaled_steps_follow_torch(
     for index, tree in enumerate(grads):
         inverse = 1.0 / scaler.get_scale() if scaler.get_scale() else math.inf
         unscaled = [g * inverse for g in tree.values()]
-        if all(g.isfinite().all() for g in tree.values()) and not math.isfinite(torch.nn.utils.get_total_norm(unscaled)):
+        if all(g.isfinite().all() for g in tree.values()) and not math.isfinite(
+            torch.nn.utils.get_total_norm(unscaled)
+        ):
             return
         for name, p in module.named_parameters():
             p.grad = tree[name].clone()
         _torch_step(scaler, theirs)
-        state = state.replace(_grads=Gradients([g.clone() for g in tree.values()]), grad_norm=None, loss=torch.zeros(()))
+        state = state.replace(
+            _grads=Gradients([g.clone() for g in tree.values()]), grad_norm=None, loss=torch.zeros(())
+        )
         state = optimizer_step(unscale_and_clip(state, max_norm=math.inf), max_nonfinite_steps=10**9)
         after = values(state)
         expected = {name: p.detach() for name, p in module.named_parameters()}
         slots = {name: dict(theirs.state[p]) for name, p in module.named_parameters()}
-        require_same(copied(after["params"]), expected, f"after step {index} the parameters are those of GradScaler's loop")
-        require_same(after["slots"], slots, f"after step {index} the optimizer's slots are those of GradScaler's loop")
+        require_same(
+            copied(after["params"]),
+            expected,
+            f"after step {index} the parameters are those of GradScaler's loop",
+        )
+        require_same(
+            after["slots"], slots, f"after step {index} the optimizer's slots are those of GradScaler's loop"
+        )
         found = float(after["scale"].scale), int(after["scale"].growth_tracker)
         torchs = max(scaler.get_scale(), scale.floor), scaler._get_growth_tracker()
         require(found == torchs, f"after step {index} scale and tracker are {torchs}, but {found}")

@@ -73,18 +73,28 @@ def check_best_is_the_running_best(early: EarlyStopping, history: Sequence[float
     require(found == best, f"{early}: the best of {list(history)} is {best}, but {found}")
 
 
-def check_more_patience_never_stops_earlier(early: EarlyStopping, history: Sequence[float], more: int) -> None:
+def check_more_patience_never_stops_earlier(
+    early: EarlyStopping, history: Sequence[float], more: int
+) -> None:
     """Law 10. stop(patience + k) >= stop(patience)."""
     longer = attrs.evolve(early, patience=early.patience + more)
     less, greater = stop_check(early, history), stop_check(longer, history)
-    require(greater >= less, f"more patience never stops earlier, but {longer} stops at {greater} and {early} at {less}")
+    require(
+        greater >= less,
+        f"more patience never stops earlier, but {longer} stops at {greater} and {early} at {less}",
+    )
 
 
-def check_more_min_delta_never_stops_later(early: EarlyStopping, history: Sequence[float], more: float) -> None:
+def check_more_min_delta_never_stops_later(
+    early: EarlyStopping, history: Sequence[float], more: float
+) -> None:
     """Law 10. stop(min_delta + d) <= stop(min_delta)."""
     stricter = attrs.evolve(early, min_delta=early.min_delta + more)
     less, greater = stop_check(early, history), stop_check(stricter, history)
-    require(greater <= less, f"more min_delta never stops later, but {stricter} stops at {greater} and {early} at {less}")
+    require(
+        greater <= less,
+        f"more min_delta never stops later, but {stricter} stops at {greater} and {early} at {less}",
+    )
 
 
 def check_max_is_min_of_the_negative(early: EarlyStopping, history: Sequence[float]) -> None:
@@ -121,5 +131,13 @@ def check_plateau_equals_torch(plateau: ReduceLROnPlateau, history: Sequence[flo
         state = plateau.update(state, metric)
         best = worst if state.best is None else state.best
         found = (state.learning_rate, best, state.bad_checks, state.cooldown_left)
-        expected = (optimizer.param_groups[0]["lr"], scheduler.best, scheduler.num_bad_epochs, scheduler.cooldown_counter)
-        require(found == expected, f"after check {check} (rate, best, bad checks, cooldown) are torch's {expected}, but {found}")
+        expected = (
+            optimizer.param_groups[0]["lr"],
+            scheduler.best,
+            scheduler.num_bad_epochs,
+            scheduler.cooldown_counter,
+        )
+        require(
+            found == expected,
+            f"after check {check} (rate, best, bad checks, cooldown) are torch's {expected}, but {found}",
+        )

@@ -10,14 +10,21 @@ from steploop.forwarding import Objective, read_objective
 from steploop.optim import Optimizer
 from steploop.state import TrainState
 from steploop.steps import backward_scaled, forward_loss, unscale_and_clip
-from steploop.updating import optimizer_step
 from steploop.testing.comparing import require_same, values
+from steploop.updating import optimizer_step
 
 __all__ = ["check_optimizer_equals_its_loop"]
 
 
 def check_optimizer_equals_its_loop(
-    optimizer: Optimizer, model: nn.Module, twin: nn.Module, batches: Sequence[Any], objective: Objective, *, max_norm: float = 1.0, donate: bool = True
+    optimizer: Optimizer,
+    model: nn.Module,
+    twin: nn.Module,
+    batches: Sequence[Any],
+    objective: Objective,
+    *,
+    max_norm: float = 1.0,
+    donate: bool = True,
 ) -> None:
     """Law 16. Parameters, buffers and slots are those of forward, backward, clip, step and zero_grad by hand.
 
@@ -50,11 +57,13 @@ def check_optimizer_equals_its_loop(
             "slots": {name: dict(theirs.state[p]) for name, p in trainable.items()},
         }
         found = {field: values(state)[field] for field in expected}
-        require_same(found, expected, f"after step {index} {optimizer} is what it is in a loop written by hand")
+        require_same(
+            found, expected, f"after step {index} {optimizer} is what it is in a loop written by hand"
+        )
 
 
 def _step(optimizer: torch.optim.Optimizer, loss: torch.Tensor) -> None:
     if isinstance(optimizer, torch.optim.LBFGS):
-        optimizer.step(lambda: loss.detach())
+        optimizer.step(loss.detach)  # type: ignore[no-untyped-call]  # torch has no types for it
     else:
         optimizer.step()

@@ -1,6 +1,7 @@
 """Schedules with any legal hyperparameters, metric histories, early stopping and plateaus."""
 
 import math
+from typing import Any
 
 from hypothesis import strategies as st
 
@@ -34,7 +35,9 @@ def schedules(draw: st.DrawFn, *, momentum: bool = True) -> Schedule:
     lr = draw(st.floats(1e-8, 10.0), label="lr")
     min_lr = lr * draw(_FRACTIONS, label="min_lr / lr")
     total = draw(_LENGTHS, label="total_steps")
-    kind = draw(st.sampled_from(["constant", "step_lr", "cosine", "one_cycle", "warmup_cosine", "warmup_stable"]))
+    kind = draw(
+        st.sampled_from(["constant", "step_lr", "cosine", "one_cycle", "warmup_cosine", "warmup_stable"])
+    )
     if kind == "constant":
         return constant(lr)
     if kind == "step_lr":
@@ -44,8 +47,10 @@ def schedules(draw: st.DrawFn, *, momentum: bool = True) -> Schedule:
     if kind == "warmup_cosine":
         return warmup_cosine(lr, warmup_steps=draw(st.integers(0, total)), total_steps=total, min_lr=min_lr)
     if kind == "warmup_stable":
-        warmup, stable, decay = (draw(st.integers(0, 20), label=name) for name in ("warmup", "stable", "decay"))
-        form = draw(st.sampled_from(["linear", "cos", "sqrt"]))
+        warmup, stable, decay = (
+            draw(st.integers(0, 20), label=name) for name in ("warmup", "stable", "decay")
+        )
+        form: Any = draw(st.sampled_from(["linear", "cos", "sqrt"]))
         return warmup_stable_decay(
             lr, warmup_steps=warmup, stable_steps=stable, decay_steps=decay, min_lr=min_lr, decay=form
         )

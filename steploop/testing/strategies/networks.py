@@ -39,7 +39,7 @@ class Network(nn.Module):
             self.register_buffer("calls", torch.zeros(()))
         self._generate(torch.Generator().manual_seed(task.seed))
         if task.frozen and self.middle is not None:
-            self.middle.bias.requires_grad_(requires_grad=False)
+            self.middle.bias.requires_grad_(False)  # noqa: FBT003  (torch's signature)
 
     def _generate(self, generator: torch.Generator) -> None:
         """Parameters that are a function of the seed; not the biases of torch, which may be 0."""
@@ -120,21 +120,26 @@ class Task:
 
     def state(self, optimizer: Optimizer | None = None, **options: Any) -> TrainState:
         """The first state of a run over a new network; options as for ``TrainState.create``."""
-        return TrainState.create(self.model(), optimizer or Optimizer(torch.optim.SGD, lr=0.1, momentum=0.9), **options)
+        return TrainState.create(
+            self.model(), optimizer or Optimizer(torch.optim.SGD, lr=0.1, momentum=0.9), **options
+        )
 
 
 @st.composite
-def tasks(draw: st.DrawFn, **parts: Any) -> Task:
+def tasks(draw: st.DrawFn, /, **parts: Any) -> Task:
     """Any task; parts that are given (``batch_norm=False``, ...) are not drawn."""
-    drawn = {
+    drawn: dict[str, st.SearchStrategy[Any]] = {
         "seed": st.integers(0, 2**20),
         "features": st.integers(1, 4),
         "width": st.integers(1, 5),
         "classes": st.integers(2, 4),
         "dropout": st.sampled_from([0.0, 0.5]),
-        **{name: st.booleans() for name in ("batch_norm", "tied", "frozen", "unused", "scalar", "counter")},
+        **dict.fromkeys(("batch_norm", "tied", "frozen", "unused", "scalar", "counter"), st.booleans()),
     }
-    return Task(**{name: parts[name] if name in parts else draw(strategy, label=name) for name, strategy in drawn.items()})
+    fields: dict[str, Any] = {
+        name: parts[name] if name in parts else draw(strategy, label=name) for name, strategy in drawn.items()
+    }
+    return Task(**fields)
 
 
 def models(**parts: Any) -> st.SearchStrategy[Network]:
@@ -154,7 +159,13 @@ def runs(draw: st.DrawFn, task: Task, *, min_batches: int = 1, max_batches: int 
 
 
 @st.composite
-def states(draw: st.DrawFn, task: Task, *, precisions: tuple[str, ...] = ("fp32", "bf16", "fp16"), ema: bool | None = None) -> TrainState:
+def states(
+    draw: st.DrawFn,
+    task: Task,
+    *,
+    precisions: tuple[str, ...] = ("fp32", "bf16", "fp16"),
+    ema: bool | None = None,
+) -> TrainState:
     """First states of runs: any dense optimizer, seed and precision."""
     return task.state(
         draw(optimizers(task.model())),

@@ -46,7 +46,10 @@ def gradient_trees(
         nonfinite: whether entries may be inf or nan.
     """
     if like is None:
-        like = {f"p{i}": torch.empty(shape) for i, shape in enumerate(draw(st.lists(shapes(), min_size=1, max_size=4)))}
+        like = {
+            f"p{i}": torch.empty(shape)
+            for i, shape in enumerate(draw(st.lists(shapes(), min_size=1, max_size=4)))
+        }
     entries = _entries(huge=huge, nonfinite=nonfinite)
     tree = {}
     for name, p in like.items():
@@ -60,7 +63,8 @@ def gradient_trees(
 
 def bounds() -> st.SearchStrategy[float]:
     """What ``max_norm``, ``max_value`` and ``adaptive`` may be."""
-    extremes = [1e-40, 1e36, 1e39, math.inf]  # below and above what float32 holds, and where 1 / 1e-6 times it is
+    # below and above what float32 holds, and where 1 / 1e-6 times it is above
+    extremes = [1e-40, 1e36, 1e39, math.inf]
     return st.sampled_from([1e-6, 1e-3, 0.01, 1.0, 5.0, *extremes]) | st.floats(1e-8, 1e4)
 
 
@@ -76,7 +80,9 @@ def loss_scales(draw: st.DrawFn, *, floor: float | None = None) -> LossScale:
         scale=draw(powers_of_two(-126, 127) | st.floats(2.0**-126, 2.0**127)),
         growth_tracker=0,
         growth_factor=draw(st.sampled_from([2.0, 1.5, 1e30]) | st.floats(1.0, 16.0, exclude_min=True)),
-        backoff_factor=draw(st.sampled_from([0.5, 0.25, 1e-30]) | st.floats(0.0, 1.0, exclude_min=True, exclude_max=True)),
+        backoff_factor=draw(
+            st.sampled_from([0.5, 0.25, 1e-30]) | st.floats(0.0, 1.0, exclude_min=True, exclude_max=True)
+        ),
         growth_interval=draw(st.integers(1, 5)),
         floor=draw(st.sampled_from([0.0, 1.0, 2.0**-14])) if floor is None else floor,
     )
@@ -85,7 +91,7 @@ def loss_scales(draw: st.DrawFn, *, floor: float | None = None) -> LossScale:
 @st.composite
 def partitions(draw: st.DrawFn, size: int) -> list[int]:
     """Sizes of the parts of ``size`` samples, in order: ragged ones, one part, or single samples."""
-    parts = []
+    parts: list[int] = []
     while (left := size - sum(parts)) > 0:
         parts.append(draw(st.integers(1, left)))
     return parts

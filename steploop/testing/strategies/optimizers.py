@@ -26,7 +26,9 @@ _OPTIONS: dict[str, tuple[Any, ...]] = {
 
 def dense_optimizers() -> list[type[torch.optim.Optimizer]]:
     """Every class of ``torch.optim`` that takes dense gradients, found by looking, so that a new one is tested too."""
-    found = [c for c in vars(torch.optim).values() if inspect.isclass(c) and issubclass(c, torch.optim.Optimizer)]
+    found = [
+        c for c in vars(torch.optim).values() if inspect.isclass(c) and issubclass(c, torch.optim.Optimizer)
+    ]
     return [c for c in found if c not in (torch.optim.Optimizer, torch.optim.SparseAdam)]
 
 
@@ -38,7 +40,9 @@ def _takes(torch_class: type[torch.optim.Optimizer], option: str) -> bool:
 
 
 @st.composite
-def optimizers(draw: st.DrawFn, model: nn.Module | None = None, kind: type[torch.optim.Optimizer] | None = None) -> Optimizer:
+def optimizers(
+    draw: st.DrawFn, model: nn.Module | None = None, kind: type[torch.optim.Optimizer] | None = None
+) -> Optimizer:
     """Descriptions of any optimizer that can train ``model``, with any of its options.
 
     Muon takes matrices only and LBFGS one group only; both are left out where the model or a group does not suit.
@@ -53,7 +57,9 @@ def optimizers(draw: st.DrawFn, model: nn.Module | None = None, kind: type[torch
     kinds = [c for c in OPTIMIZERS if c is not torch.optim.Muon or matrices]
     torch_class = kind or draw(st.sampled_from(kinds), label="optimizer")
     options = {
-        name: draw(st.sampled_from(choices), label=name) for name, choices in _OPTIONS.items() if _takes(torch_class, name)
+        name: draw(st.sampled_from(choices), label=name)
+        for name, choices in _OPTIONS.items()
+        if _takes(torch_class, name)
     }
     options["lr"] = draw(st.sampled_from([0.1, 0.01]) | st.floats(1e-4, 0.2), label="lr")
     if torch_class is torch.optim.LBFGS:
@@ -64,6 +70,8 @@ def optimizers(draw: st.DrawFn, model: nn.Module | None = None, kind: type[torch
         options["fused"] = draw(st.sampled_from([None, True]), label="fused")
     groups: list[tuple[str, dict[str, Any]]] = []
     if len(names) > 1 and draw(st.booleans(), label="groups"):
-        groups = [(names[0], {"lr": options["lr"] * draw(st.sampled_from([0.5, 3.0]), label="lr of the group")})]
+        groups = [
+            (names[0], {"lr": options["lr"] * draw(st.sampled_from([0.5, 3.0]), label="lr of the group")})
+        ]
     no_decay = bool(len(names) > 1 and options.get("weight_decay") and draw(st.booleans(), label="no_decay"))
     return Optimizer(torch_class, groups=groups, no_decay=[names[-1]] if no_decay else False, **options)
