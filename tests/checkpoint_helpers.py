@@ -8,6 +8,8 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor, nn
+
 from steploop import (
     Optimizer,
     TrainState,
@@ -18,7 +20,6 @@ from steploop import (
     update_ema,
 )
 from steploop.checkpoint.filesystem import LOCAL
-from torch import Tensor, nn
 
 # -- states ------------------------------------------------------------------------------------------------------
 
@@ -27,7 +28,12 @@ def make_model(seed: int = 0, *, width: int = 5) -> nn.Module:
     """A small network with everything that is awkward: convolution in channels_last, BatchNorm, dropout."""
     torch.manual_seed(seed)
     return nn.Sequential(
-        nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Dropout(0.3), nn.Linear(4 * 4, width)
+        nn.Conv2d(3, 4, 3),
+        nn.BatchNorm2d(4),
+        nn.ReLU(),
+        nn.Flatten(),
+        nn.Dropout(0.3),
+        nn.Linear(4 * 4, width),
     )
 
 
@@ -41,7 +47,9 @@ def make_state(seed: int = 0, *, optimizer: Optimizer | None = None, **options: 
 def make_linear(seed: int = 0, *, optimizer: Optimizer | None = None, **options: Any) -> TrainState:
     """The smallest state that has slots."""
     torch.manual_seed(seed)
-    return TrainState.create(nn.Linear(3, 2), optimizer or Optimizer(torch.optim.SGD, lr=0.1, momentum=0.9), **options)
+    return TrainState.create(
+        nn.Linear(3, 2), optimizer or Optimizer(torch.optim.SGD, lr=0.1, momentum=0.9), **options
+    )
 
 
 def make_batches(count: int) -> list[tuple[Tensor, Tensor]]:
@@ -63,6 +71,11 @@ def train_step(state: TrainState, batch: Any) -> TrainState:
     state = unscale_and_clip(state, max_norm=1.0)
     state = optimizer_step(state)
     return update_ema(state, decay=0.9) if state.ema is not None else state
+
+
+def listed(path: Path | str) -> list[str]:
+    """The names in a directory, sorted."""
+    return sorted(entry.name for entry in Path(path).iterdir())
 
 
 def bits(tensor: Tensor) -> bytes:
@@ -198,7 +211,7 @@ class _Node:
         self.pending: list[tuple[Any, ...]] = []
 
 
-def after_power_loss(
+def after_power_loss(  # noqa: C901  (one branch for each operation of the protocol)
     start: Mapping[str, Mapping[str, bytes]], journal: list[tuple[Any, ...]], rng: random.Random
 ) -> dict[str, dict[str, bytes]]:
     """What a disk may hold when the power fails after the operations of ``journal``.
@@ -215,7 +228,7 @@ def after_power_loss(
         seen[directory] = node
         seen |= {f"{directory}/{name}": child for name, child in node.entries.items()}
         root.entries[directory.lstrip("/")] = node
-    for operation, *arguments in journal:
+    for operation, *arguments in journal:  # one branch for each operation of the protocol
         if operation in {"mkdir", "create"}:
             path = Path(arguments[0])
             node = _Node({}) if operation == "mkdir" else _Node()
@@ -243,7 +256,9 @@ def after_power_loss(
             seen.pop(str(path))
             seen[str(path.parent)].pending.append(("remove", path.name))
     return {
-        f"/{name}": {child: _torn(file, rng) for child, file in _surviving(node, rng).items() if file.entries is None}
+        f"/{name}": {
+            child: _torn(file, rng) for child, file in _surviving(node, rng).items() if file.entries is None
+        }
         for name, node in _surviving(root, rng).items()
         if node.entries is not None
     }
@@ -294,7 +309,14 @@ def _torn(file: _Node, rng: random.Random) -> bytes:
 class FaultyFs:
     """The real files, where one operation fails: the ``nth``, or from the ``nth`` on."""
 
-    def __init__(self, nth: int, *, sticky: bool = False, number: int = errno.EIO, within: Callable[[str], bool] | None = None) -> None:
+    def __init__(
+        self,
+        nth: int,
+        *,
+        sticky: bool = False,
+        number: int = errno.EIO,
+        within: Callable[[str], bool] | None = None,
+    ) -> None:
         self.count, self.nth, self.sticky, self.number = 0, nth, sticky, number
         self.failed: list[str] = []
         self._within = within or (lambda _: True)

@@ -10,15 +10,32 @@ from checkpoint_helpers import MemoryFs, bits
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
+
 from steploop.checkpoint import tensors as tensors_module
 from steploop.checkpoint.filesystem import LOCAL
-from steploop.checkpoint.layout import MAX_HEADER_BYTES, MAX_TENSORS, TensorSpec, header_bytes, spec_from_json, spec_of
+from steploop.checkpoint.layout import (
+    MAX_HEADER_BYTES,
+    MAX_TENSORS,
+    TensorSpec,
+    header_bytes,
+    spec_from_json,
+    spec_of,
+)
 from steploop.checkpoint.tensors import FileRecord, hash_tensors, read_tensors, write_tensors
 from steploop.errors import CheckpointDamagedError, CheckpointUnsupportedError
 
 FLOATS = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
 EIGHT = [torch.float8_e4m3fn, torch.float8_e4m3fnuz, torch.float8_e5m2, torch.float8_e5m2fnuz]
-INTS = [torch.uint8, torch.int8, torch.uint16, torch.int16, torch.uint32, torch.int32, torch.uint64, torch.int64]
+INTS = [
+    torch.uint8,
+    torch.int8,
+    torch.uint16,
+    torch.int16,
+    torch.uint32,
+    torch.int32,
+    torch.uint64,
+    torch.int64,
+]
 DTYPES = [*FLOATS, *EIGHT, *INTS, torch.bool, torch.complex64, torch.complex128]
 
 
@@ -47,7 +64,9 @@ def random_bits(dtype, shape):
     """Any bit pattern at all, NaN payloads included."""
     width = torch.empty((), dtype=dtype).element_size()
     high = 2 if dtype == torch.bool else 256
-    raw = torch.randint(0, high, (*shape, width), dtype=torch.uint8, generator=torch.Generator().manual_seed(3))
+    raw = torch.randint(
+        0, high, (*shape, width), dtype=torch.uint8, generator=torch.Generator().manual_seed(3)
+    )
     return raw.view(dtype).reshape(shape) if dtype != torch.bool else raw.reshape(shape).bool()
 
 
@@ -63,7 +82,9 @@ def test_every_dtype_and_shape_comes_back_to_the_bit(tmp_path, dtype, shape):
 ZOO = {
     "transposed": torch.arange(12.0).reshape(3, 4).t(),
     "channels_last": torch.arange(120.0).reshape(2, 3, 4, 5).to(memory_format=torch.channels_last),
-    "channels_last with one channel": torch.arange(40.0).reshape(2, 1, 4, 5).to(memory_format=torch.channels_last),
+    "channels_last with one channel": torch.arange(40.0)
+    .reshape(2, 1, 4, 5)
+    .to(memory_format=torch.channels_last),
     "channels_last_3d": torch.arange(240.0).reshape(2, 3, 2, 4, 5).to(memory_format=torch.channels_last_3d),
     "permuted": torch.arange(24.0).reshape(2, 3, 4).permute(2, 0, 1),
     "complex128, transposed": torch.arange(6, dtype=torch.float64).reshape(2, 3).mul(1 + 2j).t(),
@@ -72,7 +93,9 @@ ZOO = {
 }
 LOOSE = {
     "slice with gaps": torch.arange(12.0).reshape(3, 4)[:, ::2],
-    "slice of channels_last": torch.arange(120.0).reshape(2, 3, 4, 5).to(memory_format=torch.channels_last)[:, :2],
+    "slice of channels_last": torch.arange(120.0)
+    .reshape(2, 3, 4, 5)
+    .to(memory_format=torch.channels_last)[:, :2],
     "expanded": torch.arange(3.0).reshape(3, 1).expand(3, 4),
     "expanded scalar": torch.ones(()).expand(2, 2),
     "conj": torch.tensor([1 + 2j, 3 - 4j]).conj(),
@@ -131,7 +154,9 @@ def test_what_no_file_can_hold_is_refused_by_name(kind):
 
 @pytest.mark.parametrize("name", ["__metadata__", "\ud800", 3, None], ids=repr)
 def test_names_that_safetensors_cannot_hold_are_refused(name):
-    with pytest.raises(CheckpointUnsupportedError, match="safetensors needs names that are text in UTF-8 other than"):
+    with pytest.raises(
+        CheckpointUnsupportedError, match="safetensors needs names that are text in UTF-8 other than"
+    ):
         spec_of(name, torch.ones(1))
 
 
@@ -150,7 +175,11 @@ def test_every_name_comes_back_here_and_in_safetensors(names):
     assert set(json.loads(header)) == {*tensors, "__metadata__"}
 
 
-@pytest.mark.parametrize("name", ["", ".", "a" * 10_000, "é ✓ 𝄞", "a\n\x00\"'\\b", "../x"], ids=["empty", "dot", "10k", "u", "odd", "path"])
+@pytest.mark.parametrize(
+    "name",
+    ["", ".", "a" * 10_000, "é ✓ 𝄞", "a\n\x00\"'\\b", "../x"],
+    ids=["empty", "dot", "10k", "u", "odd", "path"],
+)
 def test_safetensors_itself_reads_what_is_written(tmp_path, name):
     write(tmp_path / "f", {name: torch.arange(3.0), "other": torch.ones(2, 2, dtype=torch.bfloat16)})
     back = load_file(tmp_path / "f")
@@ -160,9 +189,15 @@ def test_safetensors_itself_reads_what_is_written(tmp_path, name):
 def test_the_bytes_are_those_of_safetensors(tmp_path):
     """The canonical form: same order, same header, same padding as the library's own writer."""
     tensors = {
-        f"{dtype}".removeprefix("torch."): random_bits(dtype, (2, 3)) for dtype in DTYPES if dtype != torch.complex128
+        f"{dtype}".removeprefix("torch."): random_bits(dtype, (2, 3))
+        for dtype in DTYPES
+        if dtype != torch.complex128
     }
-    tensors["b"], tensors["a"], tensors["é"] = torch.ones(3), torch.zeros(()), torch.ones(1, dtype=torch.uint8)
+    tensors["b"], tensors["a"], tensors["é"] = (
+        torch.ones(3),
+        torch.zeros(()),
+        torch.ones(1, dtype=torch.uint8),
+    )
     write(tmp_path / "ours", tensors, '{"a":1}')
     save_file(tensors, tmp_path / "theirs", metadata={"steploop": '{"a":1}'})
     assert (tmp_path / "ours").read_bytes() == (tmp_path / "theirs").read_bytes()
@@ -175,7 +210,11 @@ def test_complex128_is_stored_as_pairs_of_float64(tmp_path):
 
 def test_the_same_tensors_give_the_same_bytes_in_any_order(tmp_path):
     """F10."""
-    tensors = {"b": torch.ones(2), "a": torch.zeros(3, dtype=torch.float64), "c": torch.ones((), dtype=torch.bool)}
+    tensors = {
+        "b": torch.ones(2),
+        "a": torch.zeros(3, dtype=torch.float64),
+        "c": torch.ones((), dtype=torch.bool),
+    }
     first, _ = write(tmp_path / "1", tensors)
     second, _ = write(tmp_path / "2", dict(reversed(tensors.items())))
     assert (tmp_path / "1").read_bytes() == (tmp_path / "2").read_bytes()
@@ -237,7 +276,9 @@ def test_a_file_of_another_size_is_refused_unread(tmp_path):
     data = (tmp_path / "f").read_bytes()
     for changed in (data[:-1], data + b"\0", b""):
         (tmp_path / "f").write_bytes(changed)
-        with pytest.raises(CheckpointDamagedError, match=f"f has {len(changed)} bytes, but the manifest says {len(data)}"):
+        with pytest.raises(
+            CheckpointDamagedError, match=f"f has {len(changed)} bytes, but the manifest says {len(data)}"
+        ):
             read(tmp_path / "f", record, specs)
 
 
@@ -266,15 +307,22 @@ def test_a_header_that_is_not_the_tables_is_refused(tmp_path):
     data = bytearray((tmp_path / "f").read_bytes())
     data[20] ^= 1
     (tmp_path / "f").write_bytes(data)
-    with pytest.raises(CheckpointDamagedError, match="The header of .*f is not the one of the manifest's table"):
+    with pytest.raises(
+        CheckpointDamagedError, match=r"The header of .*f is not the one of the manifest's table"
+    ):
         read(tmp_path / "f", record, specs)
 
 
 def test_too_many_tensors_or_names_too_long_are_refused_at_save():
     spec = TensorSpec("float32", (0,))
-    with pytest.raises(CheckpointUnsupportedError, match=f"would have {MAX_TENSORS + 1} tensors, but it holds at most {MAX_TENSORS}"):
+    with pytest.raises(
+        CheckpointUnsupportedError,
+        match=f"would have {MAX_TENSORS + 1} tensors, but it holds at most {MAX_TENSORS}",
+    ):
         header_bytes(dict.fromkeys(map(str, range(MAX_TENSORS + 1)), spec), "{}")
-    with pytest.raises(CheckpointUnsupportedError, match=f"would have a header of {MAX_HEADER_BYTES + 88} bytes"):
+    with pytest.raises(
+        CheckpointUnsupportedError, match=f"would have a header of {MAX_HEADER_BYTES + 88} bytes"
+    ):
         header_bytes({"x" * MAX_HEADER_BYTES: spec}, "{}")
 
 
@@ -321,5 +369,7 @@ def test_the_strides_of_every_permutation_come_back(shape, rng):
 def test_a_record_is_compared_to_the_last_byte(tmp_path):
     record, specs = write(tmp_path / "f", {"x": torch.arange(6.0)})
     wrong = FileRecord(record.size, "0" * 64)
-    with pytest.raises(CheckpointDamagedError, match=f"has the SHA-256 {record.sha256}, but the manifest says 0000"):
+    with pytest.raises(
+        CheckpointDamagedError, match=f"has the SHA-256 {record.sha256}, but the manifest says 0000"
+    ):
         read(tmp_path / "f", wrong, specs)

@@ -9,18 +9,28 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+
 from steploop.checkpoint.layout import TensorSpec
 from steploop.checkpoint.manifest import MAX_MANIFEST_BYTES, Manifest, parse_manifest, seal, unseal
 from steploop.checkpoint.tensors import FileRecord
 from steploop.checkpoint.values import MAX_DEPTH, decode, encode, read_json, write_json
-from steploop.errors import CheckpointDamagedError, CheckpointError, CheckpointUnsupportedError, CheckpointVersionError
+from steploop.errors import (
+    CheckpointDamagedError,
+    CheckpointError,
+    CheckpointUnsupportedError,
+    CheckpointVersionError,
+)
 
 TEXT = st.text(st.characters(exclude_categories=["Cs"]), max_size=8)
 LEAVES = st.none() | st.booleans() | st.integers(-(2**64) + 1, 2**64 - 1) | st.floats() | TEXT
 KEYS = st.none() | st.booleans() | st.integers(-9, 9) | TEXT
 VALUES = st.recursive(
     LEAVES,
-    lambda inner: st.lists(inner, max_size=3) | st.lists(inner, max_size=3).map(tuple) | st.dictionaries(KEYS, inner, max_size=3),
+    lambda inner: (
+        st.lists(inner, max_size=3)
+        | st.lists(inner, max_size=3).map(tuple)
+        | st.dictionaries(KEYS, inner, max_size=3)
+    ),
     max_leaves=12,
 )
 
@@ -30,7 +40,9 @@ def same(a, b):
     if type(a) is not type(b):
         return False
     if isinstance(a, dict):
-        return list(map(repr, a)) == list(map(repr, b)) and all(same(x, y) for x, y in zip(a.values(), b.values(), strict=True))
+        return list(map(repr, a)) == list(map(repr, b)) and all(
+            same(x, y) for x, y in zip(a.values(), b.values(), strict=True)
+        )
     if isinstance(a, (list, tuple)):
         return len(a) == len(b) and all(map(same, a, b))
     return repr(a) == repr(b)
@@ -89,7 +101,16 @@ def test_texts_and_depths_that_could_not_be_read_back_are_refused_at_save():
 
 @pytest.mark.parametrize(
     "value",
-    [{"tuple": 1}, {"dict": [[1]]}, {"dict": [[[], 1]]}, {"float": "1"}, {"tensor": "absent"}, {"code": "os.system"}, {}, {"tuple": [], "x": 1}],
+    [
+        {"tuple": 1},
+        {"dict": [[1]]},
+        {"dict": [[[], 1]]},
+        {"float": "1"},
+        {"tensor": "absent"},
+        {"code": "os.system"},
+        {},
+        {"tuple": [], "x": 1},
+    ],
     ids=str,
 )
 def test_what_no_steploop_writes_is_refused(value):
@@ -210,7 +231,9 @@ def test_a_hostile_manifest_with_a_digest_that_is_right_is_refused(kind):
 def test_another_format_version_is_refused_with_both_versions(version):
     """C12."""
     body = body_of(manifest().seal()[0]) | {"version": version}
-    with pytest.raises(CheckpointVersionError, match=f"has the format version {version}, and this steploop reads version 1") as e:
+    with pytest.raises(
+        CheckpointVersionError, match=f"has the format version {version}, and this steploop reads version 1"
+    ) as e:
         parse_manifest(seal(body)[0])
     assert e.value.exit_code == 3
 

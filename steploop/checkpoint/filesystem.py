@@ -141,7 +141,7 @@ class LocalFs:
         """List a directory."""
         try:
             return sorted(entry.name for entry in path.iterdir())
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):
             return []
 
     def unlink(self, path: Path) -> None:

@@ -50,12 +50,16 @@ def open_checkpoint(directory: Path | str, *, fs: Fs = LOCAL) -> Checkpoint:
         CheckpointVersionError: it is of a format that this version does not read.
     """
     path = find(fs, Path(directory))
-    if not fs.names(path):
+    try:
+        names = {*fs.names(path)}
+    except OSError as error:
+        raise CheckpointDamagedError(f"{path} cannot be read: {error}. Use another checkpoint.") from error
+    if not names:
         raise CheckpointDamagedError(
             f"There is no checkpoint {directory}. Name a directory that holds a {MANIFEST}."
         )
     manifest = parse_manifest(read_small(fs, path, MANIFEST, limit=MAX_MANIFEST_BYTES), str(path / MANIFEST))
-    if others := sorted({*fs.names(path)} - {MANIFEST, ENVIRONMENT, *manifest.files}):
+    if others := sorted(names - {MANIFEST, ENVIRONMENT, *manifest.files}):
         raise CheckpointDamagedError(
             f"{path} holds {others[0]!r}, which its manifest does not list. Move it elsewhere."
         )

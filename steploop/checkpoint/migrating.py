@@ -64,12 +64,8 @@ def differences(saved: Migrated, like: TrainState) -> list[str]:
         )
     elif saved.ema is not None and like._ema is not None:
         found += _tensor_differences("ema", saved.ema, like._ema, ordered=False)
-    found += [
-        f"slots: saved for {name}, which is not trained"
-        for name in saved.slots
-        if name not in machine.trainable
-    ]
-    return found
+    strays = [name for name in saved.slots if name not in machine.trainable]
+    return found or [f"slots: saved for {name}, which is not trained" for name in strays]
 
 
 def _tensor_differences(
