@@ -1,0 +1,238 @@
+"""TrainState: what makes one, who owns its tensors, what it refuses."""
+
+import attrs
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from steploop import (
+    LossScale,
+    Optimizer,
+    TrainState,
+    backward_scaled,
+    evaluate,
+    forward_loss,
+    optimizer_step,
+    unscale_and_clip,
+)
+from steploop.errors import ConfigError, SpentStateError
+from steploop.trees import first_difference
+
+SGD = Optimizer(torch.optim.SGD, lr=0.1, momentum=0.9)
+
+
+def network():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(4, 6), nn.BatchNorm1d(6), nn.ReLU(), nn.Dropout(0.2), nn.Linear(6, 3))
+
+
+def batch(seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(7, 4, generator=generator), torch.randint(3, (7,), generator=generator)
+
+
+def objective(model, batch):
+    return F.cross_entropy(model(batch[0]), batch[1])
+
+
+def step(state, data, *, donate=True):
+    state = unscale_and_clip(backward_scaled(forward_loss(state, data, objective)), max_norm=1.0)
+    return optimizer_step(state, donate=donate)
+
+
+def values(state):
+    return {"params": dict(state.params), "buffers": dict(state.buffers), "slots": dict(state.slots)}
+
+
+def test_the_model_computes_with_the_state_values_without_a_copy():
+    model = network()
+    state = TrainState.create(model, SGD)
+    assert all(state.params[name] is p for name, p in model.named_parameters())
+    new = step(state, batch())
+    assert all(new.params[name] is p for name, p in model.named_parameters())
+    assert all(new.buffers[name] is b for name, b in model.named_buffers())
+
+
+def test_every_use_of_a_spent_state_says_which_step_spent_it_and_what_to_do():
+    state = TrainState.create(network(), SGD)
+    step(state, batch())
+    uses = {
+        "params": lambda: state.params,
+        "buffers": lambda: state.buffers,
+        "slots": lambda: state.slots,
+        "ema": lambda: state.ema,
+        "grads": lambda: state.grads,
+        "model": lambda: state.model,
+        "clone()": state.clone,
+        "forward_loss": lambda: forward_loss(state, batch(), objective),
+        "evaluate": lambda: evaluate(state, [batch()], objective),
+    }
+    for name, use in uses.items():
+        with pytest.raises(SpentStateError) as caught:
+            use()
+        text = str(caught.value)
+        assert text.startswith(f"{name}: this state is spent: optimizer_step at attempted step 0"), text
+        assert "state.clone()" in text
+        assert "donate=False" in text
+    assert "(spent)" in repr(state)
+
+
+def test_a_state_whose_step_did_not_donate_can_be_used_again():
+    state = TrainState.create(network(), SGD)
+    state = step(state, batch())
+    before = {
+        key: {n: torch.clone(t) for n, t in values(state)[key].items()} for key in ("params", "buffers")
+    }
+    slots = {n: {k: v.clone() for k, v in s.items()} for n, s in state.slots.items()}
+    first, second = step(state, batch(1), donate=False), step(state, batch(1), donate=False)
+    assert first_difference(values(state), {**before, "slots": slots}) is None
+    assert first_difference(values(first), values(second)) is None
+    assert first_difference(values(first), values(step(state, batch(1)))) is None
+
+
+def test_clones_of_one_model_train_side_by_side_as_if_they_were_alone():
+    alone = TrainState.create(network(), SGD)
+    for seed in range(6):
+        alone = step(alone, batch(seed))
+    one = TrainState.create(network(), SGD)
+    other = one.clone()
+    for seed in range(6):
+        one, other = step(one, batch(seed)), step(other, batch(seed))
+    assert first_difference(values(one), values(alone)) is None
+    assert first_difference(values(other), values(alone)) is None
+    one = step(one, batch(9))
+    assert first_difference(values(other), values(alone)) is None
+    assert first_difference(values(one), values(alone)) is not None
+
+
+def test_a_second_state_of_the_same_model_starts_from_a_copy_and_leaves_the_first_alone():
+    model = network()
+    first = TrainState.create(model, SGD)
+    second = TrainState.create(model, Optimizer(torch.optim.AdamW, lr=0.1))
+    kept = {n: p.detach().clone() for n, p in first.params.items()}
+    second = step(second, batch())
+    assert first_difference(dict(first.params), kept) is None
+    assert all(p is first.params[n] for n, p in model.named_parameters())
+    assert first_difference(dict(second.params), kept) is not None
+
+
+def test_when_the_first_state_is_gone_the_model_follows_the_clone():
+    model = network()
+    state = TrainState.create(model, SGD).clone()
+    state = step(state, batch())
+    assert all(p is state.params[n] for n, p in model.named_parameters())
+
+
+def test_state_model_holds_the_values_of_the_state_it_was_asked_of():
+    model = network()
+    first = TrainState.create(model, SGD)
+    second = step(first.clone(), batch())
+    assert second.model[0].weight is second.params["0.weight"]
+    assert first.model[0].weight is first.params["0.weight"]
+
+
+def test_a_model_left_in_eval_mode_trains_and_a_part_frozen_on_purpose_stays_in_eval():
+    state = step(TrainState.create(network().eval(), SGD), batch())
+    assert state.buffers["1.num_batches_tracked"] == 1
+    model = network()
+    model[1].eval()
+    state = step(TrainState.create(model, SGD), batch())
+    assert state.buffers["1.num_batches_tracked"] == 0
+
+
+def test_frozen_parameters_stay_as_they_are_and_have_no_slots():
+    model = network()
+    model[0].requires_grad_(requires_grad=False)
+    kept = model[0].weight.clone()
+    state = step(TrainState.create(model, SGD), batch())
+    assert torch.equal(state.params["0.weight"], kept)
+    assert "0.weight" not in state.slots
+    assert list(state.params) == [name for name, _ in model.named_parameters()]
+
+
+@pytest.mark.parametrize(
+    ("make", "says"),
+    [
+        (
+            lambda: TrainState.create(network(), SGD, precision="fp8"),
+            "one of fp32, bf16 and fp16, but is 'fp8'",
+        ),
+        (lambda: TrainState.create(network(), SGD, seed=-1), "seed must be an int"),
+        (
+            lambda: TrainState.create(network(), SGD, loss_scale=LossScale()),
+            "fp16 needs a LossScale and fp32 has none",
+        ),
+        (lambda: TrainState.create(network().half(), SGD, precision="fp16"), "0.weight is float16"),
+        (lambda: TrainState.create(nn.LazyLinear(3), SGD), "weight is lazy"),
+        (lambda: TrainState.create(network().to("meta"), SGD), "0.weight is on the meta device"),
+        (lambda: TrainState.create(nn.ReLU(), SGD), "nothing to train"),
+        (lambda: TrainState.create(network().requires_grad_(requires_grad=False), SGD), "nothing to train"),
+        (lambda: Optimizer(torch.nn.Linear, lr=1.0), "expected a subclass of torch.optim.Optimizer"),
+        (lambda: TrainState.create(network(), Optimizer(torch.optim.SGD, lr=-1.0)), "Invalid learning rate"),
+        (lambda: TrainState.create(network(), Optimizer(torch.optim.SGD, rl=1.0)), "SGD refuses this"),
+        (
+            lambda: TrainState.create(network(), Optimizer(torch.optim.SGD, lr=1.0, no_decay="x*")),
+            "takes no parameter",
+        ),
+        (
+            lambda: TrainState.create(network(), Optimizer(torch.optim.SGD, lr=1.0, groups=[("x*", {})])),
+            "takes no parameter that is left",
+        ),
+        (
+            lambda: TrainState.create(
+                network(), Optimizer(torch.optim.SGD, lr=1.0, groups=[("0.*", {"beta": 1})])
+            ),
+            "is no hyperparameter of SGD",
+        ),
+    ],
+)
+def test_what_cannot_be_trained_is_refused_by_name(make, says):
+    with pytest.raises(ConfigError) as caught:
+        make()
+    assert says in str(caught.value)
+
+
+def test_a_state_cannot_be_half_fp16():
+    state = TrainState.create(network(), SGD, precision="fp16")
+    with pytest.raises(ConfigError, match="fp16 needs a LossScale"):
+        attrs.evolve(state, scale=None)
+
+
+def test_groups_take_their_parameters_once_and_no_decay_sets_weight_decay_to_zero():
+    optimizer = Optimizer(
+        torch.optim.AdamW, lr=0.1, weight_decay=0.5, no_decay=True, groups=[("4.*", {"lr": 0.01})]
+    )
+    state = TrainState.create(network(), optimizer)
+    groups = dict(zip(state._machine.group_names, state.hyper, strict=True))
+    assert {names: (h["lr"], h["weight_decay"]) for names, h in groups.items()} == {
+        ("0.weight",): (0.1, 0.5),
+        ("0.bias", "1.weight", "1.bias"): (0.1, 0.0),
+        ("4.weight",): (0.01, 0.5),
+        ("4.bias",): (0.01, 0.0),
+    }
+    assert repr(optimizer).startswith("Optimizer(AdamW, lr=0.1, weight_decay=0.5, no_decay=True, groups=")
+
+
+def test_hyper_holds_values_and_no_word_of_how_the_optimizer_computes():
+    state = TrainState.create(network(), Optimizer(torch.optim.AdamW, lr=0.1))
+    assert {"foreach", "fused", "capturable", "differentiable", "params"}.isdisjoint(state.hyper[0])
+    assert state.learning_rate == 0.1
+
+
+def test_a_step_hook_of_the_optimizer_is_called():
+    state = TrainState.create(network(), SGD)
+    seen = []
+    state._machine.optimizer.register_step_post_hook(lambda *_: seen.append(1))
+    step(state, batch())
+    assert seen == [1]
+
+
+def test_copying_a_trained_model_copies_no_claim_to_its_values():
+    import copy
+
+    state = TrainState.create(network(), SGD)
+    twin = copy.deepcopy(state.model)
+    other = step(TrainState.create(twin, SGD), batch())
+    assert other.model is twin
+    assert first_difference(dict(state.params), dict(other.params)) is not None

@@ -1,0 +1,329 @@
+"""The step functions: order, ownership of gradients, what they leave alone, what they say when refused."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from steploop import (
+    LossScale,
+    Optimizer,
+    TrainState,
+    accumulate,
+    accuracy,
+    backward_scaled,
+    evaluate,
+    forward_loss,
+    one_cycle,
+    optimizer_step,
+    schedule,
+    unscale_and_clip,
+    update_ema,
+)
+from steploop.errors import (
+    ConfigError,
+    EmptyDataError,
+    NonFiniteError,
+    ObjectiveError,
+    OutOfMemoryError,
+    SpentStateError,
+    StepOrderError,
+)
+
+SGD = Optimizer(torch.optim.SGD, lr=0.1, momentum=0.9)
+
+
+def network():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 3))
+
+
+def batch(size=7):
+    generator = torch.Generator().manual_seed(1)
+    return torch.randn(size, 4, generator=generator), torch.randint(3, (size,), generator=generator)
+
+
+def objective(model, batch):
+    logits = model(batch[0])
+    return F.cross_entropy(logits, batch[1]), {"logits": logits}
+
+
+def fresh(**options):
+    return TrainState.create(network(), SGD, **options)
+
+
+def grads(**options):
+    return backward_scaled(forward_loss(fresh(**options), batch(), objective))
+
+
+@pytest.mark.parametrize(
+    ("call", "says"),
+    [
+        (lambda: backward_scaled(fresh()), "Call forward_loss(state, batch, objective) before"),
+        (lambda: unscale_and_clip(fresh(), max_norm=1.0), "Call backward_scaled(state) before"),
+        (lambda: optimizer_step(fresh()), "Call backward_scaled and then unscale_and_clip before"),
+        (lambda: optimizer_step(grads()), "Call unscale_and_clip before"),
+        (lambda: unscale_and_clip(unscale_and_clip(grads(), max_norm=1.0), max_norm=1.0), "clipped already"),
+        (lambda: update_ema(fresh(ema=True), decay=0.9), "Call it after optimizer_step"),
+        (lambda: backward_scaled(grads()), "no loss to differentiate"),
+    ],
+)
+def test_a_step_out_of_order_names_what_comes_before(call, says):
+    with pytest.raises(StepOrderError) as caught:
+        call()
+    assert says in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("call", "says"),
+    [
+        (lambda: unscale_and_clip(grads()), "exactly one of max_norm, max_value and adaptive, but got none"),
+        (lambda: unscale_and_clip(grads(), max_norm=1.0, max_value=1.0), "but got max_norm, max_value"),
+        (lambda: unscale_and_clip(grads(), max_norm=0.0), "max_norm must be > 0"),
+        (lambda: unscale_and_clip(grads(), max_value=-1.0), "max_value must be > 0"),
+        (lambda: unscale_and_clip(grads(), adaptive=math.nan), "adaptive must be > 0"),
+        (
+            lambda: update_ema(optimizer_step(unscale_and_clip(grads(), max_norm=1.0)), decay=0.9),
+            "carries no average",
+        ),
+        (
+            lambda: update_ema(optimizer_step(unscale_and_clip(grads(ema=True), max_norm=1.0)), decay=1.0),
+            "[0, 1)",
+        ),
+        (lambda: evaluate(fresh(), [], objective, {"loss": accuracy}), "give the metric another name"),
+        (lambda: evaluate(fresh(), [], objective, use_ema=True), "carries no average"),
+        (
+            lambda: schedule(
+                TrainState.create(network(), Optimizer(torch.optim.Adagrad, lr=0.1)),
+                one_cycle(0.1, total_steps=10, momentum=(0.8, 0.9)),
+            ),
+            "neither momentum nor betas",
+        ),
+        (lambda: LossScale(scale=0.0), "scale must be a finite number > 0"),
+        (lambda: LossScale(growth_factor=1.0), "growth_factor must be > 1"),
+        (lambda: LossScale(backoff_factor=1.0), "backoff_factor must be < 1"),
+        (lambda: LossScale(floor=-1.0), "floor must be a finite number >= 0"),
+    ],
+)
+def test_an_illegal_argument_is_refused_by_name(call, says):
+    with pytest.raises(ConfigError) as caught:
+        call()
+    assert says in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("bad", "says"),
+    [
+        (lambda m, b: m(b[0]), "of shape (), but is (7, 3)"),
+        (lambda m, b: 1.0, "of shape (), but is float"),
+        (lambda m, b: m(b[0]).argmax(), "int64"),
+        (lambda m, b: (m(b[0]).sum(), 1, 2, 3), "returned 4 values"),
+        (lambda m, b: m(b[0]).sum().detach(), "depends on no parameter"),
+    ],
+)
+def test_an_objective_that_cannot_be_trained_on_is_refused(bad, says):
+    with pytest.raises(ObjectiveError) as caught:
+        forward_loss(fresh(), batch(), bad)
+    assert says in str(caught.value)
+
+
+def test_gradients_belong_to_the_state_that_unscale_and_clip_returns():
+    state = grads()
+    assert list(state.grads) == ["0.weight", "0.bias", "2.weight", "2.bias"]
+    clipped = unscale_and_clip(state, max_norm=0.01)
+    with pytest.raises(SpentStateError, match="given to unscale_and_clip"):
+        _ = state.grads
+    with pytest.raises(SpentStateError, match="given to unscale_and_clip already"):
+        unscale_and_clip(state, max_norm=1.0)
+    assert optimizer_step(clipped, donate=False).grads is None
+    assert clipped.grads is not None
+
+
+def test_a_loss_is_differentiated_once():
+    state = forward_loss(fresh(), batch(), objective)
+    backward_scaled(state)
+    with pytest.raises(SpentStateError, match="used up by another backward pass"):
+        backward_scaled(state)
+
+
+def test_no_grad_is_left_behind_and_leftovers_are_not_added():
+    model = network()
+    state = TrainState.create(model, SGD)
+    for p in model.parameters():
+        p.grad = torch.full_like(p, 100.0)
+    state = backward_scaled(forward_loss(state, batch(), objective))
+    expected = grads().grads
+    assert all(torch.equal(g, expected[n]) for n, g in state.grads.items())
+    assert all(p.grad is None for p in model.parameters())
+    optimizer_step(unscale_and_clip(state, max_norm=1.0))
+    assert all(p.grad is None for p in model.parameters())
+
+
+def test_a_parameter_the_loss_does_not_use_has_no_gradient_and_does_not_move():
+    model = nn.ModuleDict({"used": nn.Linear(4, 3), "unused": nn.Linear(2, 2)})
+    state = TrainState.create(model, Optimizer(torch.optim.SGD, lr=0.1, weight_decay=0.5))
+    kept = model["unused"].weight.clone()
+    state = backward_scaled(forward_loss(state, batch(), lambda m, b: F.cross_entropy(m["used"](b[0]), b[1])))
+    assert list(state.grads) == ["used.weight", "used.bias"]
+    state = optimizer_step(unscale_and_clip(state, max_norm=1.0))
+    assert torch.equal(state.params["unused.weight"], kept)
+
+
+def test_outputs_and_loss_carry_no_graph():
+    state = forward_loss(fresh(), batch(), objective)
+    assert not state.loss.requires_grad
+    assert not state.outputs["logits"].requires_grad
+    assert state.loss.shape == ()
+
+
+def explosive(model, batch):
+    loss, outputs = objective(model, batch)
+    return loss * math.inf, outputs
+
+
+def run_step(state, step_objective, **options):
+    state = unscale_and_clip(backward_scaled(forward_loss(state, batch(), step_objective)), max_norm=1.0)
+    return optimizer_step(state, **options)
+
+
+def test_a_step_that_is_not_finite_is_counted_and_changes_nothing_else():
+    model = nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3))
+    state = TrainState.create(model, SGD, ema=True)
+    state = run_step(state, objective)
+    kept = {n: t.detach().clone() for n, t in (*state.params.items(), *state.buffers.items())}
+    momentum = state.slots["0.weight"]["momentum_buffer"].clone()
+    state = update_ema(run_step(state, explosive), decay=0.5)
+    assert (state.attempted_steps, state.applied_steps, state.nonfinite_steps, state.batch) == (2, 1, 1, 2)
+    assert state.finite is False
+    assert all(torch.equal(t, kept[n]) for n, t in (*state.params.items(), *state.buffers.items()))
+    assert torch.equal(state.slots["0.weight"]["momentum_buffer"], momentum)
+    state = run_step(state, objective)
+    assert (state.attempted_steps, state.applied_steps, state.nonfinite_steps) == (3, 2, 0)
+
+
+def test_too_many_steps_in_a_row_that_are_not_finite_end_with_the_name_of_the_first_gradient():
+    state = fresh()
+    for _ in range(4):
+        state = run_step(state, explosive, max_nonfinite_steps=5)
+    state = run_step(state, objective)
+    for _ in range(4):
+        state = run_step(state, explosive, max_nonfinite_steps=5)
+    with pytest.raises(NonFiniteError) as caught:
+        run_step(state, lambda m, b: m[2](m[0](b[0]).detach()).sum() * math.nan, max_nonfinite_steps=5)
+    text = str(caught.value)
+    assert "5 steps in a row" in text
+    assert "limit 5" in text
+    assert "2.weight" in text
+    assert "0.weight" not in text
+
+
+def test_the_default_limit_is_a_hundred():
+    state = fresh()
+    for _ in range(99):
+        state = run_step(state, explosive)
+    with pytest.raises(NonFiniteError, match="100 steps in a row"):
+        run_step(state, explosive)
+
+
+def test_schedule_follows_the_steps_taken_and_keeps_groups_in_proportion():
+    optimizer = Optimizer(torch.optim.SGD, lr=0.1, groups=[("2.*", {"lr": 0.02})])
+    state = TrainState.create(network(), optimizer)
+    state = schedule(state, lambda step: 1.0 + step)
+    assert [group["lr"] for group in state.hyper] == pytest.approx([1.0, 0.2])
+    again = schedule(state, lambda step: 1.0 + step)
+    assert again.hyper == state.hyper
+    state = schedule(run_step(state, explosive), lambda step: 1.0 + step)
+    assert state.learning_rate == 1.0
+    state = schedule(run_step(state, objective), lambda step: 1.0 + step)
+    assert state.learning_rate == 2.0
+
+
+def test_out_of_memory_says_the_shapes_of_the_batch_and_leaves_the_state_usable():
+    def greedy(model, batch):
+        torch.empty(2**60)
+        return objective(model, batch)
+
+    state = fresh()
+    with pytest.raises(OutOfMemoryError) as caught:
+        forward_loss(state, batch(), greedy)
+    assert "(7, 4) float32, (7,) int64" in str(caught.value)
+    assert run_step(state, objective).applied_steps == 1
+
+
+def test_one_sample_in_a_batch_norm_names_the_layer_and_the_remedy():
+    model = nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3))
+    state = TrainState.create(model, SGD)
+    with pytest.raises(ObjectiveError) as caught:
+        forward_loss(state, batch(1), objective)
+    text = str(caught.value)
+    assert "The layer 1 (BatchNorm1d)" in text
+    assert "(1, 4) float32" in text
+    assert "drop_last=True" in text
+    assert state.buffers["1.num_batches_tracked"] == 0
+
+
+def test_other_errors_of_an_objective_come_out_as_they_are():
+    with pytest.raises(RuntimeError, match="mat1 and mat2"):
+        forward_loss(fresh(), (torch.randn(3, 9), torch.zeros(3, dtype=torch.int64)), objective)
+
+
+def test_accumulate_refuses_nothing_to_accumulate_and_weights_it_cannot_know():
+    with pytest.raises(EmptyDataError, match="at least one micro-batch"):
+        accumulate(fresh(), [], objective)
+    with pytest.raises(ObjectiveError, match="Return \\(loss, outputs, weight\\)"):
+        accumulate(fresh(), ["text"], lambda m, b: m(batch()[0]).sum())
+    with pytest.raises(EmptyDataError, match="sum to 0"):
+        accumulate(fresh(), [batch()], lambda m, b: (m(b[0]).sum(), None, 0))
+
+
+def test_accumulate_weighs_parts_by_what_the_objective_says():
+    """Tokens that are ignored count for nothing: the gradient is that of the whole batch."""
+    inputs, labels = batch(12)
+    labels[[0, 1, 2, 5]] = -100
+
+    def tokens(model, part):
+        loss = F.cross_entropy(model(part[0]), part[1], ignore_index=-100)
+        return loss, None, (part[1] != -100).sum()
+
+    whole = backward_scaled(forward_loss(fresh(), (inputs, labels), tokens))
+    parts = [(inputs[a:b], labels[a:b]) for a, b in ((0, 5), (5, 6 + 1), (7, 12))]
+    split = accumulate(fresh(), parts, tokens)
+    torch.testing.assert_close(split.loss, whole.loss)
+    for name, grad in split.grads.items():
+        torch.testing.assert_close(grad, whole.grads[name])
+
+
+def test_evaluate_weighs_by_sample_and_says_none_for_no_data():
+    state = fresh()
+    inputs, labels = batch(10)
+    whole = evaluate(state, [(inputs, labels)], objective, {"accuracy": accuracy})
+    ragged = evaluate(
+        state, [(inputs[:7], labels[:7]), (inputs[7:], labels[7:])], objective, {"accuracy": accuracy}
+    )
+    assert whole["accuracy"] == ragged["accuracy"]
+    assert whole["loss"] == pytest.approx(ragged["loss"], rel=1e-6)
+    assert evaluate(state, [], objective, {"accuracy": accuracy}) == {"loss": None, "accuracy": None}
+
+
+def test_a_metric_that_returns_something_else_is_named():
+    with pytest.raises(ObjectiveError) as caught:
+        evaluate(fresh(), [batch()], objective, {"f1": lambda out, b: 0.5})
+    assert "the metric 'f1' must return (sum over the batch, weight), but returned float" in str(caught.value)
+
+
+def test_evaluate_takes_a_torchmetrics_metric():
+    torchmetrics = pytest.importorskip("torchmetrics")
+    state, data = fresh(), [batch(10), batch(3)]
+    metric = torchmetrics.classification.MulticlassAccuracy(num_classes=3, average="micro")
+    found = evaluate(state, data, objective, {"ours": accuracy, "theirs": metric})
+    assert found["theirs"] == pytest.approx(found["ours"])
+
+
+def test_evaluate_reads_the_averaged_weights_when_asked():
+    state = fresh(ema=True)
+    before = evaluate(state, [batch()], objective)
+    state = run_step(state, objective)
+    assert evaluate(state, [batch()], objective, use_ema=True) == before
+    assert evaluate(state, [batch()], objective) != before
