@@ -40,16 +40,16 @@ BEYOND = -100  # what F.cross_entropy leaves out
 @attrs.frozen(kw_only=True)
 class Config:
     text: str = ""  # a text file; empty for the standard library
-    max_characters: int = 1_500_000  # of the text; the rest is not used
-    context: int = 96  # T, characters that a prediction can look back on
-    width: int = 96  # numbers for each character
-    layers: int = 3
+    max_characters: int = 1_200_000  # of the text; the rest is not used
+    context: int = 64  # T, characters that a prediction can look back on
+    width: int = 128  # numbers for each character
+    layers: int = 2
     heads: int = 4
-    learning_rate: float = 3e-3  # the highest
-    warmup_steps: int = 30
+    learning_rate: float = 4e-3  # the highest
+    warmup_steps: int = 50
     weight_decay: float = 0.1
     max_norm: float = 1.0
-    batch_size: int = 64  # pieces of T characters
+    batch_size: int = 16  # pieces of T characters
     micro_batches: int = 2  # that a batch is split into, to need less memory
     epochs: int = 1
     seed: int = 0
@@ -85,10 +85,12 @@ class GPT(nn.Module):
         self.blocks = nn.Sequential(*(Block(width, config.heads) for _ in range(config.layers)))
         self.norm = nn.LayerNorm(width)
         self.head = nn.Linear(width, vocabulary, bias=False)
-        for name, p in self.named_parameters():  # GPT-2's: 0.02, less for what is added up along the layers
-            if p.dim() > 1:
+        nn.init.normal_(self.positions.weight, std=0.1)  # beside characters of 1
+        for name, p in self.blocks.named_parameters():
+            if p.dim() > 1:  # keeps the size of what goes through; less where it is added up along the layers (GPT-2)
                 added = name.endswith(("out.weight", "mlp.2.weight"))
-                nn.init.normal_(p, std=0.02 / math.sqrt(2 * config.layers) if added else 0.02)
+                nn.init.normal_(p, std=(p.shape[1] * (2 * config.layers if added else 1)) ** -0.5)
+        nn.init.normal_(self.head.weight, std=width**-0.5)
 
     def forward(self, characters: Tensor) -> Tensor:
         positions = torch.arange(characters.shape[1], device=characters.device)

@@ -44,12 +44,12 @@ COLOURS = torch.tensor([[0, 0, 0], [230, 159, 0], [86, 180, 233], [0, 158, 115]]
 class Config:
     data: Literal["shapes", "pets"] = "shapes"
     root: str = "data"  # directory that holds the pets, or will
-    size: int = 64  # S, pixels; a multiple of 8
-    train_images: int = 1000  # at most
+    size: int = 48  # S, pixels; a multiple of 8
+    train_images: int = 1200  # at most
     test_images: int = 200  # likewise
     width: int = 12  # channels of the first level; each lower one has twice as many
     dice_weight: float = 1.0  # of the Dice loss beside the cross-entropy
-    learning_rate: float = 1e-2  # the peak of one-cycle
+    learning_rate: float = 4e-3  # the peak of one-cycle
     max_norm: float = 1.0
     batch_size: int = 16  # images
     epochs: int = 6

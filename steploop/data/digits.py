@@ -1,7 +1,6 @@
 """Handwritten digits as 28x28 images: MNIST where it is or can be had, else the 1,797 that scikit-learn ships."""
 
 import socket
-import urllib.request
 from pathlib import Path
 from typing import Any, Literal
 
@@ -10,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from steploop.data.network import open_url
 from steploop.errors import ConfigError, DataError
 from steploop.extras import import_extra
 
@@ -36,7 +36,7 @@ class Digits:
     description: str
 
 
-def load_digits(source: DigitSource = "auto", *, root: str | Path = "data", timeout_s: float = 5.0) -> Digits:
+def load_digits(source: DigitSource = "auto", *, root: str | Path = "data", timeout_s: float = 4.0) -> Digits:
     """Digits from ``source``.
 
     Args:
@@ -80,9 +80,9 @@ def _mnist(root: Path, timeout_s: float) -> Digits:
     try:
         return load()
     except RuntimeError:  # it is not on disk
-        urllib.request.urlopen(MNIST.mirrors[0] + MNIST.resources[0][0], timeout=timeout_s).close()
+        open_url(MNIST.mirrors[0] + MNIST.resources[0][0], timeout_s=timeout_s).close()
     before = socket.getdefaulttimeout()
-    socket.setdefaulttimeout(timeout_s)  # torchvision sets none: a download that stalls would hang for ever
+    socket.setdefaulttimeout(4 * timeout_s)  # torchvision sets none: a download that stalls would hang for ever
     try:
         MNIST(str(root), download=True)
     finally:

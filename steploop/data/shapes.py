@@ -13,11 +13,11 @@ SHAPE_CLASSES = ("background", "disc", "square", "triangle")
 
 
 def draw_shapes(
-    count: int, *, size: int = 64, seed: int = 0, shapes: int = 3, noise: float = 0.15
+    count: int, *, size: int = 64, seed: int = 0, shapes: int = 3, noise: float = 0.1
 ) -> tuple[Tensor, Tensor]:
     """Images of a few coloured shapes on a coloured background, and their masks.
 
-    Each shape has a class, a place, a radius of 0.12 to 0.26 of the side, a turn and a colour of its own; a later
+    Each shape has a class, a place, a radius of 0.15 to 0.3 of the side, a turn and a colour of its own; a later
     one hides what it covers. The colours say nothing about the class, and Gaussian noise of standard deviation
     ``noise`` (of a range of 1) lies over all: the form has to be learned. A pure function of its arguments.
 
@@ -42,8 +42,8 @@ def draw_shapes(
     masks = torch.zeros(count, size, size, dtype=torch.uint8)
     for _ in range(shapes):
         kind = torch.randint(1, len(SHAPE_CLASSES), (count, 1, 1), generator=g)
-        radius, turn = draw(0.12, 0.26, 1, 1), draw(0.0, 2 * math.pi, 1, 1)
-        dx, dy = x - draw(0.15, 0.85, 1, 1), y - draw(0.15, 0.85, 1, 1)
+        radius, turn = draw(0.15, 0.3, 1, 1), draw(0.0, 2 * math.pi, 1, 1)
+        dx, dy = x - draw(0.2, 0.8, 1, 1), y - draw(0.2, 0.8, 1, 1)
         inside = _inside(kind, dx * turn.cos() + dy * turn.sin(), dy * turn.cos() - dx * turn.sin(), radius)
         masks = torch.where(inside, kind.to(torch.uint8), masks)
         images = torch.where(inside[:, None], draw(0.0, 1.0, 3, 1, 1), images)
