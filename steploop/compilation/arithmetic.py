@@ -1,0 +1,60 @@
+"""Rewrites, while a step is traced, the few calls of optimizers that take a Python number and no tensor in its place."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+__all__ = ["TensorScalars"]
+
+_SUMS: dict[Any, Any] = {
+    Tensor.add: Tensor.add, Tensor.add_: Tensor.add_, torch.add: torch.add,
+    Tensor.sub: Tensor.sub, Tensor.sub_: Tensor.sub_, torch.sub: torch.sub,
+}  # fmt: skip
+_PRODUCTS: dict[Any, Any] = {
+    Tensor.addcmul: (Tensor.add, torch.mul), Tensor.addcmul_: (Tensor.add_, torch.mul), torch.addcmul: (torch.add, torch.mul),
+    Tensor.addcdiv: (Tensor.add, torch.div), Tensor.addcdiv_: (Tensor.add_, torch.div), torch.addcdiv: (torch.add, torch.div),
+}  # fmt: skip
+_FOREACH_SUMS = {torch._foreach_add_: torch._foreach_add_, torch._foreach_add: torch._foreach_add}
+_COMPARISONS: dict[Any, Callable[[Any, Any], bool]] = {
+    Tensor.__eq__: lambda a, b: a == b, Tensor.__ne__: lambda a, b: a != b,
+    Tensor.__lt__: lambda a, b: a < b, Tensor.__le__: lambda a, b: a <= b,
+    Tensor.__gt__: lambda a, b: a > b, Tensor.__ge__: lambda a, b: a >= b,
+}  # fmt: skip
+
+
+class TensorScalars(TorchFunctionMode):
+    """Lets a hyperparameter be a tensor of shape () wherever optimizers expect a number.
+
+    The learning rate is an input of the graph, or every step would be another graph. ``p.add_(g, alpha=lr)`` would
+    read it; here it becomes ``p.add_(g * lr)``. A comparison with a number (``momentum != 0``) is answered by the
+    value that the hyperparameter has while tracing: optimizers ask it to choose a formula.
+
+    Attributes:
+        values: id of a hyperparameter's tensor -> its value on the host; the trace fills it.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.values: dict[int, float] = {}
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        """Answer or rewrite the calls above; every other call is made as it is."""
+        named = dict(kwargs or {})
+        if func in _COMPARISONS and len(args) == 2 and (id(args[0]) in self.values or id(args[1]) in self.values):
+            left, right = (self.values.get(id(a), a) for a in args)
+            if not isinstance(left, Tensor) and not isinstance(right, Tensor):
+                return _COMPARISONS[func](left, right)
+        if func in _SUMS and isinstance(alpha := named.get("alpha"), Tensor):
+            del named["alpha"]
+            return _SUMS[func](args[0], args[1] * alpha, **named)
+        if func in _FOREACH_SUMS and isinstance(alpha := named.get("alpha"), Tensor):
+            return _FOREACH_SUMS[func](args[0], torch._foreach_mul(args[1], alpha))
+        if func in _PRODUCTS and isinstance(value := named.get("value"), Tensor):
+            total, combined = _PRODUCTS[func]
+            return total(args[0], combined(args[1], args[2]) * value)
+        return func(*args, **named)

@@ -1,0 +1,88 @@
+"""The list of inputs of a compiled graph: most of it is made once and holds for many steps."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from steploop.compilation.leaves import Place, tensor_at
+from steploop.compilation.plans import StepPlan
+from steploop.state import TrainState
+
+__all__ = ["Feed"]
+
+
+class Feed:
+    """Makes the inputs of one graph from states and the tensors of a batch.
+
+    Args:
+        plan: says which inputs the graph takes.
+        names: of the states, in their order.
+        device: of the states.
+    """
+
+    def __init__(self, plan: StepPlan, names: Sequence[str], device: torch.device) -> None:
+        index = {name: i for i, name in enumerate(names)}
+        self._numbers = torch.zeros(plan.size, dtype=torch.float64)
+        self._view: Any = memoryview(self._numbers.numpy())
+        self._device = device
+        self._on_host = device.type == "cpu"
+        self._values = [(i, index[value.owner], value.read) for i, value in enumerate(plan.values)]
+        own = plan.batch_tensors
+        # what stands at each position of all inputs: ("batch", i), ("numbers",), a place, a counter or a constant
+        self._all: list[tuple[Any, ...]] = [("batch", i) for i in range(own)]
+        self._all.append(("numbers",))
+        self._all += [("place", index[owner], place) for owner, place in plan.order]
+        self._all += [("counter", index[owner], name) for owner, name in plan.counters]
+        self._all += [("constant", tensor) for tensor in plan.graph.constants]
+        taken = [self._all[i] for i in plan.graph.wiring.inputs]
+        self._batch = [part[1] for part in taken if part[0] == "batch"]
+        self._whole_batch = len(self._batch) == own
+        self._takes_numbers = ("numbers",) in taken
+        self._places: list[tuple[int, Place]] = [(part[1], part[2]) for part in taken if part[0] == "place"]
+        self._changing = [part for part in taken if part[0] == "counter"]
+        self._last = [part[1] for part in taken if part[0] == "constant"]
+        self._extends = bool(self._changing or self._last)
+        self._passed = [self._all[~where] for where in plan.graph.wiring.given if where < 0]
+        self._fixed: list[Tensor] = []
+
+    def bind(self, states: Sequence[TrainState]) -> None:
+        """Take the tensors of these states into the list."""
+        self._fixed = [self._numbers] if self._takes_numbers else []
+        self._fixed += [tensor_at(states[i], place) for i, place in self._places]
+
+    def arguments(self, states: Sequence[TrainState], batch: list[Tensor]) -> list[Tensor]:
+        """The inputs for one call, in the order of the pruned graph."""
+        view = self._view
+        for position, i, read in self._values:
+            view[position] = read(states[i])
+        if not self._on_host and self._takes_numbers:
+            self._fixed[0] = self._numbers.to(self._device)
+        chosen = batch if self._whole_batch else [batch[i] for i in self._batch]
+        if not self._extends:
+            return chosen + self._fixed
+        return [*chosen, *self._fixed, *(self._counter(states, part) for part in self._changing), *self._last]
+
+    def passed(self, states: Sequence[TrainState], batch: list[Tensor]) -> list[Tensor]:
+        """The inputs that are outputs as they came, in the order of the outputs."""
+        return [self._lookup(states, batch, part) for part in self._passed]
+
+    def _lookup(self, states: Sequence[TrainState], batch: list[Tensor], part: tuple[Any, ...]) -> Tensor:
+        if part[0] == "batch":
+            return batch[part[1]]
+        if part[0] == "place":
+            return tensor_at(states[part[1]], part[2])
+        if part[0] == "counter":
+            return self._counter(states, part)
+        return self._numbers if part[0] == "numbers" else part[1]
+
+    def _counter(self, states: Sequence[TrainState], part: tuple[Any, ...]) -> Tensor:
+        """A counter as a tensor: it is one already while it is on a device."""
+        state, name = states[part[1]], part[2]
+        if name in {"applied_steps", "nonfinite_steps"}:
+            return torch.as_tensor(getattr(state, name), dtype=torch.int64, device=self._device)
+        if state.scale is None:
+            return torch.zeros((), device=self._device)
+        dtype = torch.float32 if name == "scale" else torch.int64
+        return torch.as_tensor(getattr(state.scale, name), dtype=dtype, device=self._device)

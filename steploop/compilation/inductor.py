@@ -1,0 +1,243 @@
+"""The one module that uses torch's private names: traces a function into a graph of ATen calls and compiles the graph.
+
+torch promises nothing about what is imported here, so it is imported inside of the functions, after
+``check_torch`` has seen a torch that this was written for.
+"""
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from typing import Any
+
+import attrs
+import torch
+from torch import Tensor, fx
+
+from steploop.compilation.pruning import Wiring, prune
+from steploop.errors import CompileError
+
+__all__ = ["CapturedGraph", "Run", "capture", "check_torch", "compile_graph", "fake_mode", "reads_a_value"]
+
+_TORCH = "2.14"
+_CACHE_TAG = "steploop-1"  # what is marked on the graph is no part of torch's own cache key: change it with _KEPT
+
+# A compiled graph: takes its inputs as a list, which it empties, and gives its outputs.
+Run = Callable[[list[Tensor]], Sequence[Tensor]]
+
+# ATen calls that stay ATen calls on the CPU. Inductor's own code for them was slower, on channels_last tensors most
+# of all: the backward of max-pooling is a scatter, and BatchNorm reduces over every axis but the innermost.
+_KEPT = (
+    "_native_batch_norm_legit_functional.default",
+    "native_batch_norm_backward.default",
+    "max_pool2d_with_indices.default",
+    "max_pool2d_with_indices_backward.default",
+)
+
+
+@attrs.frozen
+class CapturedGraph:
+    """A function as a graph of functional ATen calls, whose only writes are copies into inputs at its end.
+
+    Attributes:
+        module: takes ``inputs`` and gives a tuple of tensors.
+        inputs: fake tensors like those that it takes.
+        constants: tensors that the function found in its surroundings; they come after the inputs that were given.
+        wiring: which inputs and constants are left, and where its outputs are.
+        random: whether it draws random numbers.
+        text: the same for graphs that compile to the same.
+    """
+
+    module: fx.GraphModule
+    inputs: list[Tensor]
+    constants: list[Tensor]
+    wiring: Wiring
+    random: bool
+    text: str
+
+
+def check_torch() -> None:
+    """Raise CompileError unless torch is of the release whose private names are used here."""
+    if not torch.__version__.startswith(_TORCH + "."):
+        raise CompileError(
+            f"steploop.compile uses internals of torch {_TORCH}, but this is torch {torch.__version__}. "
+            f"Install 'torch=={_TORCH}.*', or train without compiling."
+        )
+
+
+def _check_compiler(device: torch.device) -> None:
+    from torch._inductor.cpp_builder import get_cpp_compiler
+    from torch._inductor.exc import InvalidCxxCompiler
+
+    if device.type != "cpu":
+        return
+    try:
+        get_cpp_compiler()
+    except InvalidCxxCompiler as error:
+        raise CompileError(
+            "steploop.compile needs a C++ compiler for the CPU, and found none. Install g++ (on Debian: "
+            "apt install g++), name one in the environment variable CXX, or train without compiling."
+        ) from error
+
+
+def fake_mode() -> Any:
+    """A mode for ``capture``: its tensors have shapes and dtypes and no memory."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    return FakeTensorMode(allow_non_fake_inputs=True)
+
+
+def reads_a_value(error: BaseException) -> bool:
+    """Whether ``error`` says that Python asked for a number, or a shape, that only the running graph knows."""
+    from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException
+
+    return isinstance(error, (DataDependentOutputException, DynamicOutputShapeException)) or (
+        isinstance(error, RuntimeError) and ".numpy() is not supported for tensor subclasses" in str(error)
+    )
+
+
+def capture(
+    function: Callable[..., Sequence[Tensor]], inputs: Sequence[Tensor], mode: Any, surroundings: AbstractContextManager[Any]
+) -> CapturedGraph:
+    """Trace ``function`` twice: as it is, autograd and all, and then without mutation and decomposed.
+
+    The first pass sees the backward pass as ATen calls on the inputs; functionalization cannot look through
+    ``backward()`` itself, so it gets the graph of the first pass.
+
+    Args:
+        function: takes and gives tensors; may write into its inputs.
+        inputs: fake tensors of ``mode``.
+        mode: of ``fake_mode``.
+        surroundings: entered for the first pass.
+    """
+    from torch._dispatch.python import enable_python_dispatcher
+    from torch._inductor import config
+    from torch.compiler import _compile_session_context
+    from torch.fx.experimental.proxy_tensor import make_fx
+
+    # the python dispatcher replaces native_batch_norm, whose schema hides that it writes, by one that tells
+    with mode, _compile_session_context(), enable_python_dispatcher(), surroundings:
+        first = make_fx(function)(*inputs)
+    constants = _constants_to_inputs(first)
+    with mode, torch.no_grad(), enable_python_dispatcher(), config.patch(_options(inputs)):
+        plain = [t.detach() for t in inputs]
+        for constant in constants:
+            plain.append(torch.empty_strided(constant.shape, constant.stride(), dtype=constant.dtype, device=constant.device))
+        functional = make_fx(torch.func.functionalize(first, remove="mutations"), decomposition_table=_decompositions())(*plain)
+    wiring = prune(functional)
+    taken = [plain[i] for i in wiring.inputs]
+    shapes = [(tuple(t.shape), t.stride(), t.dtype, t.device) for t in taken]
+    return CapturedGraph(functional, taken, constants, wiring, _draws(functional), f"{functional.code}{shapes}")
+
+
+def _norms(tensors: list[Tensor], ord: float = 2, dtype: torch.dtype | None = None) -> list[Tensor]:  # noqa: A002 (torch's name)
+    """``_foreach_norm`` one by one, so that each norm fuses with what comes before it."""
+    return [torch.linalg.vector_norm(t, ord, dtype=dtype) for t in tensors]
+
+
+def _decompositions() -> dict[Any, Callable[..., Any]]:
+    """Inductor's table without what is kept; by name, as the key of Inductor's cache holds it."""
+    from torch._inductor.decomposition import select_decomp_table
+
+    table = dict(select_decomp_table())
+    for op in _kept_ops():
+        table.pop(op, None)
+    table[torch.ops.aten._foreach_norm.Scalar] = _norms
+    return table
+
+
+def _kept_ops() -> list[Any]:
+    found = []
+    for name in _KEPT:
+        op, overload = name.split(".")
+        found.append(getattr(getattr(torch.ops.aten, op), overload))
+    return found
+
+
+def _constants_to_inputs(graph: fx.GraphModule) -> list[Tensor]:
+    """Make every tensor that the graph holds an input at the end: it may change between two calls."""
+    constants: list[Tensor] = []
+    last = [node for node in graph.graph.nodes if node.op == "placeholder"][-1]
+    by_name: dict[str, fx.Node] = {}
+    for node in list(graph.graph.nodes):
+        if node.op != "get_attr":
+            continue
+        name = str(node.target)
+        if name not in by_name:
+            with graph.graph.inserting_after(last):
+                last = by_name[name] = graph.graph.placeholder(f"constant_{len(constants)}")
+            constants.append(getattr(graph, name))
+        node.replace_all_uses_with(by_name[name])
+        graph.graph.erase_node(node)
+    graph.recompile()
+    return constants
+
+
+def _draws(graph: fx.GraphModule) -> bool:
+    return any(
+        isinstance(node.target, torch._ops.OpOverload) and torch.Tag.nondeterministic_seeded in node.target.tags
+        for node in graph.graph.nodes
+    )
+
+
+def _options(inputs: Sequence[Tensor]) -> dict[str, Any]:
+    on_cpu = all(t.device.type == "cpu" for t in inputs)
+    return {
+        # torch's own generators, so that a seed gives the numbers that eager draws
+        "fallback_random": True,
+        # the caller has compared shapes and strides already
+        "size_asserts": False,
+        "scalar_asserts": False,
+        "nan_asserts": False,
+        # the wrapper between the kernels in C++ too: 39 us a step instead of 62 on a small model
+        "cpp_wrapper": on_cpu,
+    }
+
+
+def compile_graph(graph: CapturedGraph, mode: Any) -> Run:
+    """Compile a captured graph with Inductor, through its cache on disk.
+
+    Raises:
+        CompileError: there is no C++ compiler, or Inductor refuses the graph.
+    """
+    from torch._guards import TracingContext, tracing
+    from torch._inductor import config
+    from torch._inductor.compile_fx import _recursive_joint_graph_passes, compile_fx_inner
+    from torch._inductor.virtualized import V
+
+    device = graph.inputs[0].device
+    _check_compiler(device)
+    module = graph.module
+    options = _options(graph.inputs)
+    if options["cpp_wrapper"]:
+        kept = set(_kept_ops())
+        for node in module.graph.nodes:
+            if node.target in kept:
+                node.meta["should_fallback"] = True
+    with (
+        torch.compiler.config.patch(cache_key_tag=_CACHE_TAG),
+        config.patch(options),
+        V.set_fake_mode(mode),
+        tracing(TracingContext(mode)),
+        torch.no_grad(),
+    ):
+        try:
+            module = _recursive_joint_graph_passes(module, input_device=device) or module
+            output = module.graph.output_node()
+            output.meta["user_visible_output_idxs"] = list(range(len(output.args[0])))
+            compiled = compile_fx_inner(
+                module,
+                graph.inputs,
+                is_inference=True,
+                cpp_wrapper=options["cpp_wrapper"],
+                get_decomp_fn=_decompositions,
+            )
+        except Exception as error:
+            raise CompileError(
+                f"Inductor could not compile the train step: {type(error).__name__}: {_first_line(error)} "
+                "Train without compiling, or with mode='auto', which goes on in eager."
+            ) from error
+    # the wrapper around it only logs and checks what is checked here
+    return getattr(compiled, "current_callable", None) or compiled
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [""])[0][:300]

@@ -1,0 +1,94 @@
+"""Where the tensors of a state are: the order in which graphs take them, and what else a graph depends on."""
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from torch import Tensor
+
+from steploop.errors import CompileError
+from steploop.state import TrainState
+
+__all__ = ["Place", "constants_of", "overlapping", "places", "signature", "tensor_at"]
+
+# (field, parameter or buffer name, slot name or None)
+Place = tuple[str, str, str | None]
+
+
+def places(state: TrainState) -> Iterator[tuple[Place, Tensor]]:
+    """Every tensor that a step may change, under its place, in an order that is the same for every like state."""
+    for name, tensor in state._params.items():
+        yield ("_params", name, None), tensor
+    for name, tensor in state._buffers.items():
+        yield ("_buffers", name, None), tensor
+    for name, slot in state._slots.items():
+        for key, value in slot.items():
+            if isinstance(value, Tensor):
+                yield ("_slots", name, key), value
+            elif isinstance(value, (list, tuple, dict)):
+                raise CompileError(
+                    f"{type(state._machine.optimizer).__name__} keeps a {type(value).__name__} ({key!r}) for {name}, which "
+                    "a graph cannot update. Train without compiling, or with another optimizer."
+                )
+    for name, tensor in (state._ema or {}).items():
+        yield ("_ema", name, None), tensor
+
+
+def tensor_at(state: TrainState, place: Place) -> Tensor:
+    """The tensor of ``state`` at ``place``."""
+    field, name, key = place
+    held = state.__dict__[field][name]
+    return held if key is None else held[key]  # type: ignore[no-any-return]  # places hold tensors
+
+
+def overlapping(tensors: Mapping[Place, Tensor]) -> tuple[Place, Place] | None:
+    """Two places whose tensors share memory, or None: a graph that writes one would not see the other change."""
+    spans = sorted(
+        (t.data_ptr(), t.data_ptr() + t.untyped_storage().nbytes() - t.storage_offset() * t.element_size(), place)
+        for place, t in tensors.items()
+        if t.numel()
+    )
+    for (_, end, first), (start, _, second) in zip(spans, spans[1:], strict=False):
+        if start < end and tensors[first].untyped_storage().data_ptr() == tensors[second].untyped_storage().data_ptr():
+            whole = tensors[first].data_ptr() + tensors[first].numel() * tensors[first].element_size()
+            if start < whole:
+                return first, second
+    return None
+
+
+def constants_of(hyper: tuple[Mapping[str, Any], ...], *, cycled: bool) -> tuple[Any, ...]:
+    """The hyperparameters that a graph has built in: all but those that a schedule sets.
+
+    Args:
+        hyper: of each parameter group.
+        cycled: whether the schedule sets the momentum too.
+    """
+    found = []
+    for group in hyper:
+        kept = {key: value for key, value in group.items() if key != "lr"}
+        if cycled and "betas" in kept:
+            kept["betas"] = tuple(kept["betas"][1:])
+        elif cycled:
+            kept.pop("momentum", None)
+        found.append(tuple(kept.items()))
+    return tuple(found)
+
+
+def signature(state: TrainState) -> tuple[Any, ...]:
+    """What two states have in common that can run the same graph; compared with ``==``."""
+    scale = state.scale
+    return (
+        state._machine,
+        state.precision,
+        None if scale is None else (scale.growth_factor, scale.backoff_factor, scale.growth_interval, scale.floor),
+        state._ema is None,
+        tuple(
+            (place, tuple(t.shape), t.stride(), t.dtype, t.device, t.requires_grad)
+            for place, t in places(state)
+        ),
+        tuple(
+            (name, key, value)
+            for name, slot in state._slots.items()
+            for key, value in slot.items()
+            if not isinstance(value, Tensor)
+        ),
+    )

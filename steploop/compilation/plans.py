@@ -1,0 +1,89 @@
+"""What a trace leaves behind: the graph, the order of its inputs, and how the next states are made around it."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import attrs
+
+from steploop.compilation.inductor import CapturedGraph
+from steploop.compilation.leaves import Place
+from steploop.compilation.rebuilding import Reference
+from steploop.schedules import Schedule
+from steploop.state import TrainState
+
+__all__ = ["COUNTERS", "HostValue", "StatePlan", "StepPlan"]
+
+# the counters of a state, as tensors: for a state on a device, and for a step that computes with them
+COUNTERS = ("applied_steps", "nonfinite_steps", "scale", "growth_tracker")
+
+
+@attrs.frozen
+class HostValue:
+    """A number that the host writes into the graph's input of numbers before each call.
+
+    Attributes:
+        owner: the state it comes from.
+        read: gives it from that state.
+    """
+
+    owner: str
+    read: Callable[[TrainState], Any]
+
+
+@attrs.frozen(kw_only=True)
+class StatePlan:
+    """How the next state is made from the one that went in and from what the graph gave.
+
+    Attributes:
+        donated: whether the tensors are updated in place; if not, ``tensors`` has all of them.
+        on_host: whether the host counts the steps and keeps the loss scale; on a device the graph does.
+        attempts: optimizer steps tried in one train step.
+        batches: how far the cursor moves.
+        given: field -> template of what the graph gives for it.
+        tensors: place -> what the graph gives for it, where the step does not donate.
+        before: schedules that set the rates before the graph runs.
+        after: schedules that set those of the next step.
+        changed: plain fields that the step gave another value.
+        limit: steps in a row that may be not finite.
+    """
+
+    donated: bool
+    on_host: bool
+    attempts: int
+    batches: int
+    given: Mapping[str, Any]
+    tensors: Mapping[Place, Reference]
+    before: tuple[Schedule, ...]
+    after: tuple[Schedule, ...]
+    changed: Mapping[str, Any]
+    limit: int
+
+
+@attrs.frozen(kw_only=True)
+class StepPlan:
+    """A traced train step.
+
+    Attributes:
+        graph: takes the tensors of the batch, the input of numbers, the tensors at ``order``, the counters at
+            ``counters``, and its own constants.
+        mode: the fake mode that it was traced in.
+        batch_tensors: how many tensors the batch has.
+        order: (state, place) of each tensor input.
+        counters: (state, counter) of each counter input.
+        values: the numbers, in their order.
+        size: length of the input of numbers.
+        states: state name -> plan.
+        reads: (state, path) -> the value that was read of it: the graph holds for these only.
+        cycled: whether a schedule sets the momentum.
+    """
+
+    graph: CapturedGraph
+    mode: Any
+    batch_tensors: int
+    order: tuple[tuple[str, Place], ...]
+    counters: tuple[tuple[str, str], ...]
+    values: tuple[HostValue, ...]
+    size: int
+    states: Mapping[str, StatePlan]
+    reads: Mapping[tuple[str, str], Any]
+    cycled: bool

@@ -1,0 +1,53 @@
+"""Takes out of a captured graph what costs time at every call: inputs nobody reads, outputs given twice or as they came."""
+
+from typing import Any
+
+import attrs
+import torch
+from torch import fx
+
+__all__ = ["Wiring", "prune"]
+
+
+@attrs.frozen
+class Wiring:
+    """How a pruned graph is called in the place of the whole one.
+
+    Attributes:
+        inputs: which of the inputs it takes.
+        given: for each output of the whole graph, the pruned one's output at that index; or, where it is an input
+            passed through, its index among all inputs, as ``~index``.
+    """
+
+    inputs: tuple[int, ...]
+    given: tuple[int, ...]
+
+
+def _source(node: fx.Node) -> fx.Node:
+    """The node that an alias stands for."""
+    while node.target in {torch.ops.aten.alias.default, torch.ops.aten.detach.default}:
+        node = node.args[0]  # type: ignore[assignment]  # their only argument is a node
+    return node
+
+
+def prune(module: fx.GraphModule) -> Wiring:
+    """Rewrite ``module`` in place; see ``Wiring``."""
+    graph = module.graph
+    placeholders = [node for node in graph.nodes if node.op == "placeholder"]
+    place = {node: index for index, node in enumerate(placeholders)}
+    output: Any = graph.output_node()
+    kept: dict[fx.Node, int] = {}
+    given = []
+    for node in output.args[0]:
+        source = _source(node)
+        given.append(~place[source] if source in place else kept.setdefault(source, len(kept)))
+    output.args = (tuple(kept),)
+    graph.eliminate_dead_code()
+    inputs = []
+    for index, node in enumerate(placeholders):
+        if node.users:
+            inputs.append(index)
+        else:
+            graph.erase_node(node)
+    module.recompile()
+    return Wiring(tuple(inputs), tuple(given))

@@ -1,0 +1,74 @@
+"""TracedState: a state of fake tensors that notes which plain values a train step reads of it."""
+
+from collections.abc import Callable
+from typing import Any
+
+from steploop.state import TrainState
+from steploop.traced import Trace, TracedCount
+
+__all__ = ["Notes", "OwnedCount", "TracedState"]
+
+
+class Notes:
+    """The plain values that were read of the states of one trace: the graph holds for these only."""
+
+    def __init__(self) -> None:
+        self.reads: dict[tuple[str, str], Any] = {}
+
+    def note(self, owner: str, path: str, value: Any) -> Any:
+        """Note that ``path`` of the state ``owner`` was read, and had this value; gives the value."""
+        self.reads[owner, path] = value
+        return value
+
+
+class OwnedCount(TracedCount):
+    """A counter that knows which state it belongs to and where reads of that state are noted."""
+
+    __slots__ = ("notes", "owner")
+
+    def __init__(self, trace: Trace, name: str, owner: str, notes: Notes, offset: int = 0) -> None:
+        super().__init__(trace, name, offset)
+        self.owner = owner
+        self.notes = notes
+
+    def __add__(self, more: int) -> "OwnedCount":
+        return OwnedCount(self.trace, self.name, self.owner, self.notes, self.offset + more)
+
+    __radd__ = __add__
+
+
+class _Watched:
+    """Stands for a small record (the plateau's, say) and notes which of its fields are read."""
+
+    def __init__(self, record: Any, note: Callable[[str, Any], Any]) -> None:
+        self.record = record
+        self.note = note
+
+    def __getattr__(self, name: str) -> Any:
+        return self.note(name, getattr(self.record, name))
+
+
+def _noting(field: str) -> property:
+    """A property that notes what it reads; it wins over the instance's dictionary, where ``replace`` keeps values."""
+
+    def read(state: TrainState) -> Any:
+        value = state.__dict__[field]
+        count: OwnedCount = state.__dict__["attempted_steps"]
+        if value is None or isinstance(value, (int, str)):
+            return count.notes.note(count.owner, field, value)
+        return _Watched(value, lambda part, found: count.notes.note(count.owner, f"{field}.{part}", found))
+
+    def write(state: TrainState, value: Any) -> None:
+        state.__dict__[field] = value.record if isinstance(value, _Watched) else value
+
+    return property(read, write)
+
+
+class TracedState(TrainState):
+    """A state whose tensors are fake and whose counters are not known; what else is read of it is noted."""
+
+    seed = _noting("seed")  # type: ignore[assignment]  # the base class has a field, which lives on in the dictionary
+    epoch = _noting("epoch")  # type: ignore[assignment]
+    plateau = _noting("plateau")  # type: ignore[assignment]
+    early_stopping = _noting("early_stopping")  # type: ignore[assignment]
+    best = _noting("best")  # type: ignore[assignment]
