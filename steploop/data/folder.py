@@ -97,7 +97,11 @@ def _files(part: Path, classes: Sequence[str]) -> Iterator[tuple[str, int]]:
 def _read(
     paths: Sequence[str], shape: tuple[int, ...], show: Progress, before: int, total: int
 ) -> tuple[Tensor, int]:
-    """Decode into one tensor, on all cores: decoding releases Python's lock."""
+    """Decode into one tensor, on all cores.
+
+    PIL releases Python's lock while it decodes. Of 32x32 pixels there is little to decode: there the lock is what
+    counts, and 10,000 such files take about 2.2 s however many threads there are.
+    """
     images = torch.empty(len(paths), 3, *shape, dtype=torch.uint8)
 
     def chunk(first: int) -> int:

@@ -25,12 +25,15 @@ def _positive(_: Any, field: "attrs.Attribute[Any]", value: float) -> None:
 
 @attrs.frozen(eq=False)
 class SyntheticImageDataset(Dataset[tuple[Tensor, int]]):
-    """Images that a small network learns in an epoch or two, and overfits when it has few of them.
+    """Images that a network can learn, and can overfit.
+
+    A CNN with three small convolutions, trained to 100% of 4,000 of them, has 89% of new ones right after 5 epochs;
+    trained to 100% of 500, it stays at 40%.
 
     Each class has a pattern, a sum of coloured plane waves. A sample of class k is the pattern, shifted (around
     the edge) by up to an eighth of the size, weakened at random, and buried in Gaussian noise::
 
-        x = 0.5 + 0.25 * a * shift(pattern_k) + noise * n,    a ~ U(0.5, 1),  n ~ N(0, 1) for each pixel
+        x = 0.5 + 0.06 * a * shift(pattern_k) + noise * n,    a ~ U(0.5, 1),  n ~ N(0, 1) for each pixel
 
     clipped to 0..1 and stored as bytes. Sample i is a function of (seed, i) alone; class ``i % classes``.
 
@@ -75,7 +78,7 @@ class SyntheticImageDataset(Dataset[tuple[Tensor, int]]):
         strength = 0.5 + 0.5 * torch.rand((), generator=generator)
         noise = torch.randn(3, self.size, self.size, generator=generator).mul_(self.noise)
         pattern = self._patterns[label].roll((down, right), (1, 2))
-        image = noise.add_(pattern * strength, alpha=0.25).add_(0.5).clamp_(0, 1)
+        image = noise.add_(pattern * strength, alpha=0.06).add_(0.5).clamp_(0, 1)
         return image.mul_(255).add_(0.5).to(torch.uint8), label  # the conversion cuts off: this rounds
 
     def tensors(self) -> tuple[Tensor, Tensor]:
