@@ -49,6 +49,7 @@ class Config:
     learning_rate: float = 0.2  # the peak of the cycle
     momentum: float = 0.9
     weight_decay: float = 5e-4
+    padding: int = 2  # pixels by which a random crop may move an image
     label_smoothing: float = 0.05  # 0..1
     max_norm: float = 5.0  # bound on the gradient's L2 norm
     ema_decay: float = 0.0  # of the averaged weights, which are then the ones evaluated; 0: none
@@ -78,7 +79,9 @@ def build(config: Config, device: torch.device) -> Recipe:
 
     def augment(batch: Batch, generator: torch.Generator) -> Batch:
         pixels, labels = batch
-        pixels = random_flip(random_crop(pixels, padding=4, generator=generator), generator=generator)
+        pixels = random_flip(
+            random_crop(pixels, padding=config.padding, generator=generator), generator=generator
+        )
         return prepare((pixels, labels), generator)
 
     batches = Loader(

@@ -86,8 +86,9 @@ def run(
     """Train RECIPE; what it did goes to a run directory, its last metrics to stdout as one JSON line."""
     from steploop.overrides import split_assignments
     from steploop.run.requests import make_request, resume_request
+    from steploop.texts import readable
 
-    values: dict[str, Any] = dict(split_assignments(overrides or []))
+    values: dict[str, Any] = dict(split_assignments([readable(text) for text in overrides or []]))
     for name, value in (("epochs", epochs), ("seed", seed)):
         if value is not None:
             if name in values:

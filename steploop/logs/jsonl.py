@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from steploop.errors import CheckpointWriteError
+from steploop.texts import readable
 
 __all__ = ["JsonLines", "encode", "read_json_lines"]
 
@@ -31,7 +32,7 @@ def encode(line: Mapping[str, Any]) -> bytes:
     plain = _finite(line, "", nonfinite)
     if nonfinite:
         plain["nonfinite"] = nonfinite
-    return json.dumps(plain, allow_nan=False, ensure_ascii=False, separators=(", ", ": ")).encode() + b"\n"
+    return readable(json.dumps(plain, allow_nan=False, ensure_ascii=False)).encode() + b"\n"
 
 
 def read_json_lines(path: Path) -> Iterator[dict[str, Any]]:
@@ -82,6 +83,8 @@ class JsonLines:
 
 
 def _not_written(path: Path, error: OSError) -> CheckpointWriteError:
-    return CheckpointWriteError(
-        error.errno, f"{path} cannot be written: {error.strerror}. Free some space or choose another --out"
+    raised = CheckpointWriteError(
+        f"{path} cannot be written: {error.strerror}. Free some space or choose another --out."
     )
+    raised.errno = error.errno
+    return raised

@@ -11,6 +11,7 @@ from typing import Any
 import attrs
 
 from steploop.errors import CheckpointDamagedError, CheckpointWriteError, ConfigError, RunExistsError
+from steploop.texts import readable
 
 __all__ = [
     "RunDirectory",
@@ -65,7 +66,8 @@ def write_json(path: Path, value: Mapping[str, Any]) -> None:
     """
     beside = path.with_name(f".{path.name}-{os.getpid()}")
     try:
-        beside.write_bytes(json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False).encode() + b"\n")
+        text = json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False)
+        beside.write_bytes(readable(text).encode() + b"\n")
         beside.replace(path)
     except OSError as error:
         with suppress(OSError):

@@ -13,6 +13,7 @@ from steploop.recipe_files import RecipeFile, find_recipe, load_recipe_file
 from steploop.run.directory import RunDirectory, make_directory, open_directory, read_json
 from steploop.run.environment import find_device
 from steploop.run.plan import Plan
+from steploop.texts import native
 
 __all__ = ["Request", "make_request", "resume_request"]
 
@@ -110,7 +111,7 @@ def resume_request(
     """
     opened = open_directory(directory)
     recorded = read_json(opened.config)
-    origin = Path(recorded["recipe"]["path"])
+    origin = Path(native(recorded["recipe"]["path"]))
     file = load_recipe_file(opened.recipe if recipe is None else find_recipe(recipe), beside=origin.parent)
     if file.sha256 != recorded["recipe"]["sha256"] and options.get("require_exact"):
         raise CheckpointIncompatibleError(

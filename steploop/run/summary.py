@@ -11,6 +11,7 @@ from steploop.run.plan import Ending
 from steploop.run.requests import Request
 from steploop.run.signals import StopFlag, exit_code_of
 from steploop.run.states import attempted_steps, lead
+from steploop.texts import readable
 
 __all__ = ["Summary", "plain_metrics", "summarize"]
 
@@ -67,7 +68,7 @@ def summarize(
     return Summary(
         state="interrupted" if ending == "interrupted" else "finished",
         exit_code=exit_code_of(stop.signum) if interrupted and stop.signum is not None else 0,
-        run=str(request.directory.path),
+        run=readable(request.directory.path),
         recipe=request.recipe.name,
         data=recipe.data,
         device=str(request.device),

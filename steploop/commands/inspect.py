@@ -1,0 +1,99 @@
+"""``steploop inspect``: what is in a checkpoint, once every byte of it has been verified."""
+
+import json
+import sys
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from steploop.errors import ConfigError
+
+if TYPE_CHECKING:
+    from steploop.checkpoint import Checkpoint
+
+__all__ = ["inspect"]
+
+_FOLDS = {"scale": "loss scale", "early_stopping": "early stopping", "plateau": "plateau", "best": "best"}
+
+
+def inspect(
+    checkpoint: Annotated[
+        Path, typer.Argument(help="A checkpoint, or a run: its newest one.", show_default=False)
+    ],
+    *,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> None:
+    """Verify CHECKPOINT and show what is in it: counters, optimizer, folds, and every tensor of the model."""
+    from steploop.checkpoint import open_checkpoint
+
+    opened = open_checkpoint(_newest(checkpoint))
+    if as_json:
+        sys.stdout.write(json.dumps(_as_json(opened)) + "\n")
+    else:
+        sys.stdout.write("\n".join(_describe(opened)) + "\n")
+
+
+def _newest(path: Path) -> Path:
+    """The checkpoint itself, or the newest one of a run or of a directory of checkpoints."""
+    if not path.is_dir():
+        raise ConfigError(
+            f"There is no directory {path}. Name a checkpoint, such as runs/cifar_amp-1/checkpoints/step-000000000390."
+        )
+    if (path / "state.json").exists():
+        return path
+    found = sorted([*path.glob("step-*"), *path.glob("checkpoints*/step-*")])
+    if not found:
+        raise ConfigError(
+            f"{path} is no checkpoint and holds none. Name a directory that holds a state.json."
+        )
+    return found[-1]
+
+
+def _as_json(opened: "Checkpoint") -> dict[str, Any]:
+    manifest = opened.manifest
+    return {
+        "checkpoint": str(opened.directory),
+        "digest": opened.digest,
+        "environment": dict(opened.environment),
+        "files": {name: {"size": r.size, "sha256": r.sha256} for name, r in manifest.files.items()},
+        "tensors": {
+            file: {name: spec.to_json() for name, spec in table.items()}
+            for file, table in manifest.tensors.items()
+        },
+        "state": manifest.state,
+    }
+
+
+def _describe(opened: "Checkpoint") -> Iterator[str]:
+    written = opened.environment
+    yield f"{opened.directory}: whole"
+    yield f"digest       {opened.digest}"
+    yield f"written      {written['created']} by process {written['pid']} on {written['host']}"
+    yield f"versions     steploop {written['steploop']}, torch {written['torch']}, python {written['python']}"
+    for name, values in opened.manifest.state["states"].items():
+        yield from _describe_state(name, values)
+    for file, record in opened.manifest.files.items():
+        yield f"{file}: {record.size:,} bytes, {len(opened.manifest.tensors[file])} tensors"
+    model = opened.manifest.tensors["model.safetensors"]
+    width = max((len(name) for name in model), default=0)
+    for name, spec in model.items():
+        yield f"  {name:<{width}}  {spec}"
+
+
+def _describe_state(name: str, values: Mapping[str, Any]) -> Iterator[str]:
+    if name:
+        yield f"[{name}]"
+    skipped = values["attempted_steps"] - values["applied_steps"]
+    yield f"step         {values['applied_steps']} ({skipped} skipped), epoch {values['epoch']}, batch {values['batch']}"
+    yield f"seed         {values['seed']}, precision {values['precision']}"
+    yield f"optimizer    {values['optimizer']}"
+    for group in values["hyper"]:
+        numbers = [
+            f"{key}={value}" for key, value in group.items() if isinstance(value, (int, float)) and value
+        ]
+        yield f"  {', '.join(numbers)}"
+    for key, label in _FOLDS.items():
+        if values[key] is not None:
+            yield f"{label:<12} " + ", ".join(f"{k}={v}" for k, v in values[key].items())
