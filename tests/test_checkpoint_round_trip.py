@@ -98,34 +98,30 @@ def test_every_leaf_survives_and_counts_in_the_digest(tmp_path):
             require_same(checkpoint.load(tmp_path / "x", like=like), flipped, f"{name} comes back")
 
 
+def changed(value):
+    """Another value of the same type that is legal wherever the first one is."""
+    if isinstance(value, bool):
+        return not value
+    return "other" if value is None else value + 1 if isinstance(value, int) else value * 1.25
+
+
 def with_changed_leaf(state, path):
     """The state with one leaf changed, or None where the leaf has only one legal value."""
     key, _, rest = path.partition(".")
     if key in collecting.SCALARS:
-        return None if key == "precision" else state.replace(**{key: getattr(state, key) + 1})
+        return None if key == "precision" else state.replace(**{key: changed(getattr(state, key))})
     if key in collecting.RECORDS:
         record = getattr(state, key)
-        value = getattr(record, rest)
-        return state.replace(
-            **{key: attrs.evolve(record, **{rest: not value if isinstance(value, bool) else value + 1})}
-        )
+        return state.replace(**{key: attrs.evolve(record, **{rest: changed(getattr(record, rest))})})
     if key == "hyper":
-        number, _, name = rest.partition(".")
-        name, _, inner = name.partition(".")
+        number, name, *inner = rest.split(".")
         group = dict(state.hyper[int(number)])
-        group[name] = (
-            (0.5, 0.25)
-            if inner
-            else (
-                "other"
-                if group[name] is None
-                else not group[name]
-                if isinstance(group[name], bool)
-                else group[name] + 1
-            )
-        )
-        if inner == "1":
-            group[name] = (0.25, 0.5)
+        if inner:
+            betas = list(group[name])
+            betas[int(inner[0])] /= 2
+            group[name] = tuple(betas)
+        else:
+            group[name] = changed(group[name])
         return state.replace(hyper=tuple(group if i == int(number) else g for i, g in enumerate(state.hyper)))
     table = getattr(state, key)
     tensor = dict(named_leaves(table))[rest]
