@@ -33,7 +33,9 @@ from steploop.data.loader import Loader
 from steploop.data.text import library_files, read_text
 from steploop.recipe import Recipe
 
-Batch = tuple[Tensor, Tensor]  # characters (B, T) int64, and the ones after them (B, T), -100 beyond a file's end
+Batch = tuple[
+    Tensor, Tensor
+]  # characters (B, T) int64, and the ones after them (B, T), -100 beyond a file's end
 BEYOND = -100  # what F.cross_entropy leaves out
 
 
@@ -87,7 +89,9 @@ class GPT(nn.Module):
         self.head = nn.Linear(width, vocabulary, bias=False)
         nn.init.normal_(self.positions.weight, std=0.1)  # beside characters of 1
         for name, p in self.blocks.named_parameters():
-            if p.dim() > 1:  # keeps the size of what goes through; less where it is added up along the layers (GPT-2)
+            if (
+                p.dim() > 1
+            ):  # keeps the size of what goes through; less where it is added up along the layers (GPT-2)
                 added = name.endswith(("out.weight", "mlp.2.weight"))
                 nn.init.normal_(p, std=(p.shape[1] * (2 * config.layers if added else 1)) ** -0.5)
         nn.init.normal_(self.head.weight, std=width**-0.5)
@@ -103,7 +107,9 @@ def objective(model: nn.Module, batch: Batch) -> tuple[Tensor, None, Tensor]:
     """The mean over the tokens that count, and how many there are."""
     inputs, targets = batch
     tokens = (targets != BEYOND).sum()
-    loss = F.cross_entropy(model(inputs).flatten(0, 1), targets.flatten(), ignore_index=BEYOND, reduction="sum")
+    loss = F.cross_entropy(
+        model(inputs).flatten(0, 1), targets.flatten(), ignore_index=BEYOND, reduction="sum"
+    )
     return loss / tokens, None, tokens
 
 
@@ -111,8 +117,19 @@ def build(config: Config, device: torch.device) -> Recipe:
     train_texts, test_texts = read(config)
     characters = ["\N{REPLACEMENT CHARACTER}", *sorted(set("".join(train_texts)))]  # 0 is any other
     ids = {character: n for n, character in enumerate(characters)}
-    batches = Loader(pieces(train_texts, ids, config.context), batch_size=config.batch_size, seed=config.seed, device=device)
-    test = Loader(pieces(test_texts, ids, config.context), batch_size=128, seed=config.seed, shuffle=False, device=device)
+    batches = Loader(
+        pieces(train_texts, ids, config.context),
+        batch_size=config.batch_size,
+        seed=config.seed,
+        device=device,
+    )
+    test = Loader(
+        pieces(test_texts, ids, config.context),
+        batch_size=128,
+        seed=config.seed,
+        shuffle=False,
+        device=device,
+    )
     learning_rate = warmup_cosine(
         config.learning_rate,
         warmup_steps=min(config.warmup_steps, config.epochs * len(batches)),
@@ -122,7 +139,9 @@ def build(config: Config, device: torch.device) -> Recipe:
 
     def train_step(state: TrainState, batch: Batch) -> TrainState:
         parts = zip(*(part.chunk(config.micro_batches) for part in batch), strict=True)
-        state = accumulate(state, parts, objective)  # forward and backward of each part, weighted by its tokens
+        state = accumulate(
+            state, parts, objective
+        )  # forward and backward of each part, weighted by its tokens
         state = unscale_and_clip(state, max_norm=config.max_norm)
         state = optimizer_step(state)
         return schedule(state, learning_rate)
@@ -139,7 +158,11 @@ def build(config: Config, device: torch.device) -> Recipe:
 
     torch.manual_seed(config.seed)
     optimizer = Optimizer(
-        torch.optim.AdamW, lr=config.learning_rate, betas=(0.9, 0.95), weight_decay=config.weight_decay, no_decay=True
+        torch.optim.AdamW,
+        lr=config.learning_rate,
+        betas=(0.9, 0.95),
+        weight_decay=config.weight_decay,
+        no_decay=True,
     )
     state = TrainState.create(GPT(len(characters), config), optimizer, seed=config.seed, device=device)
     return Recipe(
@@ -151,7 +174,7 @@ def build(config: Config, device: torch.device) -> Recipe:
         monitor="bits_per_character",
         eval_every_steps=max(1, len(batches) // 4),
         objective=objective,
-        data=f"{sum(map(len, train_texts)):,} characters of {config.text or 'Python’s standard library'}, {len(characters)} different",
+        data=f"{sum(map(len, train_texts)):,} characters of {config.text or 'the standard library'}, {len(characters)} different",
         finish=finish,
     )
 
@@ -191,6 +214,8 @@ def sample(state: TrainState, prompt: Sequence[int], config: Config) -> list[int
     codes = list(prompt)
     for _ in range(config.sample_characters):
         context = torch.tensor([codes[-config.context :]], device=state.device)
-        probabilities = (model(context)[0, -1].float() / 0.8).softmax(-1).cpu()  # 0.8: a little less bold than drawn
+        probabilities = (
+            (model(context)[0, -1].float() / 0.8).softmax(-1).cpu()
+        )  # 0.8: a little less bold than drawn
         codes.append(int(torch.multinomial(probabilities, 1, generator=generator)))
     return codes

@@ -56,7 +56,9 @@ def discriminator(width: int) -> nn.Sequential:
     )  # fmt: skip
 
 
-def fooled(model: nn.Module, batch: Batch, *, judge: nn.Module, noise: int) -> tuple[Tensor, Mapping[str, Tensor]]:
+def fooled(
+    model: nn.Module, batch: Batch, *, judge: nn.Module, noise: int
+) -> tuple[Tensor, Mapping[str, Tensor]]:
     """The generator's objective: that the discriminator takes its images for real ones."""
     images = model(torch.randn(len(batch[0]), noise, device=batch[0].device))
     return F.softplus(-judge(images)).mean(), {"images": images}
@@ -77,7 +79,11 @@ def build(config: Config, device: torch.device) -> Recipe:
     digits = load_digits(config.data, root=config.root)
     (images, labels), (test_images, _) = digits.train, digits.test
     batches = Loader(
-        (images.float() / 127.5 - 1, labels), batch_size=config.batch_size, seed=config.seed, drop_last=True, device=device
+        (images.float() / 127.5 - 1, labels),
+        batch_size=config.batch_size,
+        seed=config.seed,
+        drop_last=True,
+        device=device,
     )
     reference = (test_images.float() / 127.5 - 1).to(device)
 
@@ -98,9 +104,14 @@ def build(config: Config, device: torch.device) -> Recipe:
 
     torch.manual_seed(config.seed)
     adam = Optimizer(torch.optim.Adam, lr=config.learning_rate, betas=(config.beta1, 0.999))
-    models = {"generator": generator(config.noise, config.width), "discriminator": discriminator(config.width)}
+    models = {
+        "generator": generator(config.noise, config.width),
+        "discriminator": discriminator(config.width),
+    }
     return Recipe(
-        state={name: TrainState.create(m, adam, seed=config.seed, device=device) for name, m in models.items()},
+        state={
+            name: TrainState.create(m, adam, seed=config.seed, device=device) for name, m in models.items()
+        },
         train_step=train_step,
         batches=batches,
         epochs=config.epochs,

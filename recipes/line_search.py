@@ -10,6 +10,7 @@ optimizer and scheduler twice a step. Here it is the last few lines of ``train_s
 Measured: MEASURED
 """
 
+import math
 from collections.abc import Mapping
 
 import attrs
@@ -63,12 +64,12 @@ def build(config: Config, device: torch.device) -> Recipe:
 
     def loss_after(state: TrainState, batch: Batch) -> float:
         loss = evaluate(state, [batch], objective)["loss"]
-        return float("inf") if loss is None or loss != loss else loss  # nan is the worst
+        return math.inf if loss is None or math.isnan(loss) else loss  # nan is the worst
 
     def train_step(state: TrainState, batch: Batch) -> TrainState:
         state = forward_loss(state, batch, objective)
         state = backward_scaled(state)
-        state = unscale_and_clip(state, max_norm=float("inf"))
+        state = unscale_and_clip(state, max_norm=math.inf)
         rates = [state.learning_rate * factor for factor in (1 / config.factor, 1.0, config.factor)]
         futures = [optimizer_step(schedule(state, constant(rate)), donate=False) for rate in rates]
         still = optimizer_step(schedule(state, constant(0.0)), donate=False)
@@ -76,7 +77,9 @@ def build(config: Config, device: torch.device) -> Recipe:
         return min(futures, key=lambda future: loss_after(future, batch))
 
     torch.manual_seed(config.seed)
-    model = nn.Sequential(nn.Flatten(), nn.Linear(784, config.hidden), nn.ReLU(), nn.Linear(config.hidden, 10))
+    model = nn.Sequential(
+        nn.Flatten(), nn.Linear(784, config.hidden), nn.ReLU(), nn.Linear(config.hidden, 10)
+    )
     optimizer = Optimizer(torch.optim.SGD, lr=config.learning_rate, momentum=config.momentum)
     return Recipe(
         state=TrainState.create(model, optimizer, seed=config.seed, device=device),

@@ -10,8 +10,7 @@ directory: learning_rates.png and losses.png.
 Measured: MEASURED
 """
 
-import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +40,7 @@ from steploop.data.digits import DigitSource, load_digits
 from steploop.data.loader import Loader
 from steploop.extras import import_extra
 from steploop.recipe import Recipe
+from steploop.reporting.reading import read_run
 
 Batch = tuple[Tensor, Tensor]  # images (B, 1, 28, 28) float32 in 0..1, labels (B,) int64
 States = Mapping[str, TrainState]
@@ -107,7 +107,9 @@ def build(config: Config, device: torch.device) -> Recipe:
         return {**values, f"{PLATEAU}.rate": plateau_state.learning_rate if plateau_state else None}
 
     torch.manual_seed(config.seed)
-    model = nn.Sequential(nn.Flatten(), nn.Linear(784, config.hidden), nn.ReLU(), nn.Linear(config.hidden, 10))
+    model = nn.Sequential(
+        nn.Flatten(), nn.Linear(784, config.hidden), nn.ReLU(), nn.Linear(config.hidden, 10)
+    )
     optimizer = Optimizer(torch.optim.SGD, lr=lr, momentum=config.momentum)
     start = TrainState.create(model, optimizer, seed=config.seed, device=device)
     states = {name: schedule(start.clone(), f) for name, f in schedules.items()}
@@ -120,30 +122,31 @@ def build(config: Config, device: torch.device) -> Recipe:
         epochs=config.epochs,
         evaluate=evaluate_all,
         data=digits.description,
-        finish=lambda _, directory: draw(directory, schedules, steps, len(batches)),
+        finish=lambda _, directory: draw(directory, schedules, steps),
     )
 
 
-def draw(directory: Path, schedules: Mapping[str, Callable[[int], Any]], steps: int, steps_per_epoch: int) -> None:
+def draw(directory: Path, schedules: Mapping[str, Callable[[int], Any]], steps: int) -> None:
     """Schedules are functions: they are drawn from themselves. What was measured comes from the run's own record."""
-    plt = import_extra("matplotlib.pyplot", extra="recipes", purpose="Drawing the schedules")
-    records = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
-    epochs = [record["metrics"] for record in records if record["kind"] == "eval"]
-    at = [(n + 1) * steps_per_epoch for n in range(len(epochs))]
+    figures = import_extra("matplotlib.figure", extra="recipes", purpose="Drawing the schedules")
+    run = read_run(directory)
 
-    figure, axes = plt.subplots(layout="constrained")
-    for name, f in schedules.items():
-        rates = [f(step) for step in range(steps)]
-        axes.plot([getattr(rate, "learning_rate", rate) for rate in rates], label=name)
-    axes.step(at, [metrics[f"{PLATEAU}.rate"] for metrics in epochs], where="post", label=PLATEAU)
-    axes.set(xlabel="optimizer steps", ylabel="learning rate")
-    axes.legend()
-    figure.savefig(directory / "learning_rates.png", dpi=120)
+    def picture(
+        name: str, ylabel: str, yscale: str, curves: Mapping[str, tuple[Sequence[Any], Sequence[Any]]]
+    ) -> None:
+        figure = figures.Figure(layout="constrained")
+        axes = figure.subplots()
+        for label, (x, y) in curves.items():
+            axes.plot(x, y, label=label, drawstyle="steps-post" if label == PLATEAU else "default")
+        axes.set(xlabel="optimizer steps", ylabel=ylabel, yscale=yscale)
+        axes.legend()
+        figure.savefig(directory / name, dpi=120)
 
-    figure, axes = plt.subplots(layout="constrained")
-    for name in [*schedules, PLATEAU]:
-        axes.plot(at, [metrics[f"{name}.loss"] for metrics in epochs], label=name)
-    axes.set(xlabel="optimizer steps", ylabel="loss on the test set", yscale="log")
-    axes.legend()
-    figure.savefig(directory / "losses.png", dpi=120)
-    plt.close("all")
+    rates = {
+        name: (range(steps), [getattr(f(n), "learning_rate", f(n)) for n in range(steps)])
+        for name, f in schedules.items()
+    }
+    curve = run.eval_curve(f"{PLATEAU}.rate")
+    picture("learning_rates.png", "learning rate", "linear", {**rates, PLATEAU: (curve.steps, curve.values)})
+    losses = {name: run.eval_curve(f"{name}.loss") for name in [*schedules, PLATEAU]}
+    picture("losses.png", "loss on the test set", "log", {n: (c.steps, c.values) for n, c in losses.items()})

@@ -70,7 +70,9 @@ def build(config: Config, device: torch.device) -> Recipe:
     test = Loader(test_set, batch_size=500, seed=config.seed, shuffle=False, device=device)
 
     torch.manual_seed(config.seed)
-    model = nn.Sequential(nn.Flatten(), nn.Linear(784, config.hidden), nn.ReLU(), nn.Linear(config.hidden, 10))
+    model = nn.Sequential(
+        nn.Flatten(), nn.Linear(784, config.hidden), nn.ReLU(), nn.Linear(config.hidden, 10)
+    )
     optimizer = Optimizer(torch.optim.SGD, lr=config.learning_rate)
     training_objective = partial(penalised, l1=config.l1, l2=config.l2)
 

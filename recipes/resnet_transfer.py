@@ -54,7 +54,9 @@ MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's, of pixel
 
 @attrs.frozen(kw_only=True)
 class Config:
-    data: Source = "auto"  # cifar10, folder (a tree with train/ and test/), synthetic, digits; auto: cifar10 or digits
+    data: Source = (
+        "auto"  # cifar10, folder (a tree with train/ and test/), synthetic, digits; auto: cifar10 or digits
+    )
     root: str | None = None  # directory that holds the data
     weights: str = "auto"  # imagenet, none, auto (imagenet where it can be had) or a safetensors file
     size: int = 32  # S, pixels to which images are brought
@@ -80,7 +82,9 @@ def objective(model: nn.Module, batch: Batch) -> tuple[Tensor, Mapping[str, Tens
 
 def build(config: Config, device: torch.device) -> Recipe:
     images = load(config)
-    crop_and_flip = v2.Compose([v2.RandomResizedCrop(config.size, scale=(0.5, 1.0)), v2.RandomHorizontalFlip()])
+    crop_and_flip = v2.Compose(
+        [v2.RandomResizedCrop(config.size, scale=(0.5, 1.0)), v2.RandomHorizontalFlip()]
+    )
 
     def augment(sample: Batch, _: torch.Generator) -> Batch:
         return crop_and_flip(sample[0]), sample[1]  # torchvision draws from generators that the loader seeds
@@ -108,7 +112,11 @@ def build(config: Config, device: torch.device) -> Recipe:
 
     def sgd(learning_rate: float) -> Optimizer:
         return Optimizer(
-            torch.optim.SGD, lr=learning_rate, momentum=config.momentum, weight_decay=config.weight_decay, no_decay=True
+            torch.optim.SGD,
+            lr=learning_rate,
+            momentum=config.momentum,
+            weight_decay=config.weight_decay,
+            no_decay=True,
         )
 
     def phase(state: TrainState, epochs: int, learning_rate: Callable[[int], float]) -> Recipe:
@@ -132,15 +140,19 @@ def build(config: Config, device: torch.device) -> Recipe:
         )
 
     def all_layers(state: TrainState) -> Recipe:
-        everything = TrainState.create(state.model.requires_grad_(True), sgd(config.learning_rate), seed=seed)
+        everything = TrainState.create(
+            state.model.requires_grad_(requires_grad=True), sgd(config.learning_rate), seed=seed
+        )
         steps = config.epochs * len(batches)
         return phase(everything, config.epochs, cosine_annealing(config.learning_rate, total_steps=steps))
 
-    model.requires_grad_(False).fc.requires_grad_(True)
+    model.requires_grad_(requires_grad=False).fc.requires_grad_(requires_grad=True)
     head = TrainState.create(
         model, sgd(config.frozen_learning_rate), seed=seed, device=device, memory_format=torch.channels_last
     )
-    return attrs.evolve(phase(head, config.frozen_epochs, constant(config.frozen_learning_rate)), then=all_layers)
+    return attrs.evolve(
+        phase(head, config.frozen_epochs, constant(config.frozen_learning_rate)), then=all_layers
+    )
 
 
 def load(config: Config) -> ImageData:
@@ -184,12 +196,16 @@ def load_weights(model: nn.Module, source: str) -> str:
         try:
             values = load_file(source)
         except (OSError, SafetensorError) as error:
-            raise ConfigError(f"weights must be imagenet, none, auto or a safetensors file; {source}: {error}") from error
+            raise ConfigError(
+                f"weights must be imagenet, none, auto or a safetensors file; {source}: {error}"
+            ) from error
     body = {name: value for name, value in values.items() if not name.startswith("fc.")}
     expected = {name for name in model.state_dict() if not name.startswith("fc.")}
     if body.keys() != expected:
         other = sorted(body.keys() ^ expected)
-        raise ConfigError(f"weights: {source} is no ResNet-18: {len(other)} names differ, for instance {other[0]}.")
+        raise ConfigError(
+            f"weights: {source} is no ResNet-18: {len(other)} names differ, for instance {other[0]}."
+        )
     model.load_state_dict(body, strict=False)
     return source if source != "auto" else "imagenet"
 
@@ -199,4 +215,5 @@ def imagenet_weights() -> Mapping[str, Tensor]:
     weights = ResNet18_Weights.IMAGENET1K_V1
     if not (Path(torch.hub.get_dir()) / "checkpoints" / Path(weights.url).name).is_file():
         open_url(weights.url, timeout_s=4.0).close()  # else a download that gets no answer would hang
-    return weights.get_state_dict(progress=True, check_hash=True, weights_only=True)
+    values: Mapping[str, Tensor] = weights.get_state_dict(progress=True, check_hash=True, weights_only=True)
+    return values

@@ -37,7 +37,9 @@ from steploop.errors import DataError
 from steploop.recipe import Recipe
 
 Batch = tuple[Tensor, Tensor]  # images (B, 3, S, S) uint8, masks (B, S, S) uint8 that name each pixel's class
-COLOURS = torch.tensor([[0, 0, 0], [230, 159, 0], [86, 180, 233], [0, 158, 115]], dtype=torch.uint8)  # Okabe and Ito
+COLOURS = torch.tensor(
+    [[0, 0, 0], [230, 159, 0], [86, 180, 233], [0, 158, 115]], dtype=torch.uint8
+)  # Okabe and Ito
 
 
 @attrs.frozen(kw_only=True)
@@ -59,7 +61,11 @@ class Config:
 def double_convolution(channels_in: int, channels_out: int) -> nn.Sequential:
     layers: list[nn.Module] = []
     for channels in (channels_in, channels_out):
-        layers += [nn.Conv2d(channels, channels_out, 3, padding=1, bias=False), nn.BatchNorm2d(channels_out), nn.ReLU()]
+        layers += [
+            nn.Conv2d(channels, channels_out, 3, padding=1, bias=False),
+            nn.BatchNorm2d(channels_out),
+            nn.ReLU(),
+        ]
     return nn.Sequential(*layers)
 
 
@@ -69,7 +75,9 @@ class UNet(nn.Module):
     def __init__(self, width: int, classes: int) -> None:
         super().__init__()
         widths = [width, 2 * width, 4 * width, 8 * width]
-        self.down = nn.ModuleList(double_convolution(i, o) for i, o in zip([3, *widths], widths, strict=False))
+        self.down = nn.ModuleList(
+            double_convolution(i, o) for i, o in zip([3, *widths], widths, strict=False)
+        )
         self.up = nn.ModuleList(double_convolution(3 * o, o) for o in reversed(widths[:-1]))
         self.head = nn.Conv2d(width, classes, 1)
 
@@ -96,7 +104,9 @@ def objective(model: nn.Module, batch: Batch, *, dice_weight: float) -> tuple[Te
     return loss, {"classes": logits.argmax(1)}
 
 
-def intersection_over_union(outputs: Mapping[str, Tensor], batch: Batch, *, index: int) -> tuple[Tensor, Tensor]:
+def intersection_over_union(
+    outputs: Mapping[str, Tensor], batch: Batch, *, index: int
+) -> tuple[Tensor, Tensor]:
     """Of one class: pixels where prediction and mask agree on it, of those where one of them has it."""
     predicted, true = outputs["classes"] == index, batch[1] == index
     return (predicted & true).sum(), (predicted | true).sum()
@@ -134,7 +144,11 @@ def build(config: Config, device: torch.device) -> Recipe:
     torch.manual_seed(config.seed)
     optimizer = Optimizer(torch.optim.AdamW, lr=config.learning_rate, weight_decay=0.01, no_decay=True)
     state = TrainState.create(
-        UNet(config.width, len(classes)), optimizer, seed=config.seed, device=device, memory_format=torch.channels_last
+        UNet(config.width, len(classes)),
+        optimizer,
+        seed=config.seed,
+        device=device,
+        memory_format=torch.channels_last,
     )
     what = "shapes made on the fly" if config.data == "shapes" else "Oxford-IIIT pets"
     return Recipe(
@@ -176,8 +190,11 @@ def pets(config: Config, split: str, count: int) -> Batch:
         ) from error
 
     def small(picture: Any, resample: int) -> Tensor:
-        return pil_to_tensor(picture.resize((config.size, config.size), resample))
+        pixels: Tensor = pil_to_tensor(picture.resize((config.size, config.size), resample))
+        return pixels
 
-    pairs = [dataset[n] for n in torch.linspace(0, len(dataset) - 1, min(count, len(dataset))).long().tolist()]
+    chosen = torch.linspace(0, len(dataset) - 1, min(count, len(dataset))).long().tolist()
+    pairs = [dataset[n] for n in chosen]
     images = torch.stack([small(image.convert("RGB"), 2) for image, _ in pairs])  # 2 is bilinear
-    return images, torch.cat([small(mask, 0) for _, mask in pairs]) - 1  # 0 is nearest; the file counts classes from 1
+    masks = torch.cat([small(mask, 0) for _, mask in pairs])  # 0 is nearest
+    return images, masks - 1  # the files count classes from 1

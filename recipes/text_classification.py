@@ -90,7 +90,9 @@ def build(config: Config, device: torch.device) -> Recipe:
         return {name: one_step(states[name], batch, max_norm) for name, max_norm in bounds.items()}
 
     def evaluate_both(states: States) -> dict[str, float | None]:
-        found = {name: evaluate(state, test, objective, {"accuracy": accuracy}) for name, state in states.items()}
+        found = {
+            name: evaluate(state, test, objective, {"accuracy": accuracy}) for name, state in states.items()
+        }
         return {f"{name}.{key}": value for name, metrics in found.items() for key, value in metrics.items()}
 
     torch.manual_seed(config.seed)
@@ -132,15 +134,17 @@ def load(config: Config) -> tuple[Batch, Batch]:
 
 def draw(directory: Path, names: Iterable[str]) -> None:
     """Training loss and gradient norm of each, from the run's own record."""
-    plt = import_extra("matplotlib.pyplot", extra="recipes", purpose="Drawing the learning curves")
+    figures = import_extra("matplotlib.figure", extra="recipes", purpose="Drawing the learning curves")
     run = read_run(directory)
-    figure, (above, below) = plt.subplots(2, sharex=True, layout="constrained")
+    figure = figures.Figure(layout="constrained")
+    above, below = figure.subplots(2, sharex=True)
     for name in names:
         for axes, key in ((above, "loss"), (below, "grad_norm")):
             curve = run.train_curve(f"{name}.{key}")
-            axes.plot(curve.steps, [float("nan") if v is None else v for v in curve.values], label=name, linewidth=1)
+            axes.plot(
+                curve.steps, [float("nan") if v is None else v for v in curve.values], label=name, linewidth=1
+            )
     above.set(ylabel="training loss", yscale="log")
     below.set(ylabel="gradient norm before clipping", xlabel="optimizer steps", yscale="log")
     above.legend()
     figure.savefig(directory / "clipping.png", dpi=120)
-    plt.close(figure)

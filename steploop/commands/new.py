@@ -16,9 +16,14 @@ _MEASURED = re.compile(r"^Measured\b.*?(?=\n\n|\n?\"\"\")", re.DOTALL | re.MULTI
 
 
 def new(
-    name: Annotated[str, typer.Argument(help="What to call it: NAME.py is written here, or where a path says.")],
+    name: Annotated[
+        str, typer.Argument(help="What to call it: NAME.py is written here, or where a path says.")
+    ],
     source: Annotated[
-        str, typer.Option("--from", metavar="RECIPE", help="A shipped recipe (`steploop recipes` lists them) or a file.")
+        str,
+        typer.Option(
+            "--from", metavar="RECIPE", help="A shipped recipe (`steploop recipes` lists them) or a file."
+        ),
     ] = "mnist",
 ) -> None:
     """Begin a recipe of your own as a copy of RECIPE; a file that exists is never overwritten."""
@@ -36,9 +41,13 @@ def new(
         with target.open("x", encoding="utf-8") as file:
             file.write(text)
     except FileExistsError as error:
-        raise RunExistsError(f"{target} exists, and is left as it is. Choose another name, or move it away.") from error
+        raise RunExistsError(
+            f"{target} exists, and is left as it is. Choose another name, or move it away."
+        ) from error
     except OSError as error:
-        raise ConfigError(f"{target} cannot be written: {error.strerror}. Choose a folder that exists and is yours.") from error
+        raise ConfigError(
+            f"{target} cannot be written: {error.strerror}. Choose a folder that exists and is yours."
+        ) from error
     sys.stdout.write(f"{target}: a copy of {original.stem}. Change it, then: steploop run {target}\n")
 
 

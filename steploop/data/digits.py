@@ -13,7 +13,7 @@ from steploop.data.network import open_url
 from steploop.errors import ConfigError, DataError
 from steploop.extras import import_extra
 
-__all__ = ["Digits", "DigitSource", "load_digits"]
+__all__ = ["DigitSource", "Digits", "load_digits"]
 
 DigitSource = Literal["auto", "mnist", "digits"]
 
@@ -82,7 +82,9 @@ def _mnist(root: Path, timeout_s: float) -> Digits:
     except RuntimeError:  # it is not on disk
         open_url(MNIST.mirrors[0] + MNIST.resources[0][0], timeout_s=timeout_s).close()
     before = socket.getdefaulttimeout()
-    socket.setdefaulttimeout(4 * timeout_s)  # torchvision sets none: a download that stalls would hang for ever
+    socket.setdefaulttimeout(
+        4 * timeout_s
+    )  # torchvision sets none: a download that stalls would hang for ever
     try:
         MNIST(str(root), download=True)
     finally:
