@@ -2,7 +2,7 @@
 
 import itertools
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import attrs
@@ -23,20 +23,18 @@ _RATE = real(above=0.0, hint="Common tests run from 1e-6 to 10.")
 class RangeTest:
     """How a range test is made.
 
-    Step i of n has the rate  low * (high / low) ** (i / (n - 1)). The loss is smoothed as
-
-        a_i = β a_(i-1) + (1 - β) loss_i,    smooth_i = a_i / (1 - β ** (i + 1))
-
-    and the test ends where it is not finite, or above ``stop_factor`` times the lowest so far.
+    Step i of n has the rate  low * (high / low) ** (i / (n - 1)). The curve is smoothed by the mean over a window that
+    is centred, and so has no lag: an average of past losses alone would put the fall at too high a rate. The test ends
+    where the loss is not finite, or where its mean over the last window has risen to ``stop_factor`` times the lowest.
 
     Attributes:
         low: the first learning rate, > 0.
         high: the last one, > low.
         steps: n, >= 10.
-        smoothing: β, in [0, 1).
+        window: steps that a mean is taken over, >= 1; odd ones are symmetric.
         stop_factor: when to give up, > 1.
 
-    Source: Smith 2017, https://arxiv.org/abs/1506.01186; smoothing and stop as in fastai.
+    Source: Smith 2017, https://arxiv.org/abs/1506.01186; the stop is fastai's.
     """
 
     low: float = attrs.field(default=1e-6, converter=to_real, validator=_RATE)
@@ -44,8 +42,8 @@ class RangeTest:
     steps: int = attrs.field(
         default=100, converter=to_integer, validator=integer(at_least=10, hint="100 draw a clear curve.")
     )
-    smoothing: float = attrs.field(
-        default=0.9, converter=to_real, validator=real(at_least=0.0, below=1.0, hint="0 does not smooth.")
+    window: int = attrs.field(
+        default=7, converter=to_integer, validator=integer(at_least=1, hint="1 does not smooth.")
     )
     stop_factor: float = attrs.field(
         default=4.0, converter=to_real, validator=real(above=1.0, hint="fastai and others give 4.")
@@ -80,11 +78,22 @@ class RangeTestResult:
     rule: str
 
 
+def centred_means(values: Sequence[float | None], window: int) -> tuple[float | None, ...]:
+    """The mean of each value and its neighbours within ``window``, fewer at the ends; None stays None."""
+    half = window // 2
+    found: list[float | None] = []
+    for i, value in enumerate(values):
+        reach = min(half, i, len(values) - 1 - i)
+        near = [v for v in values[i - reach : i + reach + 1] if v is not None]
+        found.append(None if value is None else sum(near) / len(near))
+    return tuple(found)
+
+
 def suggest(rates: tuple[float, ...], smooth: tuple[float | None, ...]) -> tuple[float | None, str]:
     """The rate at which the smoothed loss falls fastest per decade, before its minimum.
 
-    The slope is the central difference over log10 of the rate. The first tenth of the steps, where the smoothing has
-    seen little, does not count.
+    The slope is the central difference over log10 of the rate. The first tenth of the steps, where nearly nothing is
+    learnt, does not count.
 
     Returns:
         The suggestion, or None, and the rule in words.
@@ -146,8 +155,7 @@ def range_test(
     used = _UsedRates(_one(state, which))
     rates: list[float] = []
     losses: list[float | None] = []
-    smooth: list[float | None] = []
-    average, best = 0.0, math.inf
+    best = math.inf
     with used:
         for step, batch in enumerate(itertools.islice(_endless(recipe), plan.steps)):
             rate = plan.rate(step)
@@ -159,19 +167,18 @@ def range_test(
             rates.append(rate)
             if not math.isfinite(value):
                 losses.append(None)
-                smooth.append(None)
                 break
-            average = plan.smoothing * average + (1 - plan.smoothing) * value
-            current = average / (1 - plan.smoothing ** (step + 1))
             losses.append(value)
-            smooth.append(current)
             tell(step, value)
+            last = [v for v in losses[-plan.window :] if v is not None]
+            current = sum(last) / len(last)
             best = min(best, current)
             if step >= plan.steps // 10 and current > best + (plan.stop_factor - 1) * abs(best):
                 break
-    suggestion, rule = suggest(tuple(rates), tuple(smooth))
+    smooth = centred_means(losses, plan.window)
+    suggestion, rule = suggest(tuple(rates), smooth)
     return RangeTestResult(
-        rates=tuple(rates), losses=tuple(losses), smooth=tuple(smooth), suggestion=suggestion, rule=rule
+        rates=tuple(rates), losses=tuple(losses), smooth=smooth, suggestion=suggestion, rule=rule
     )
 
 

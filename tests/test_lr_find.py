@@ -20,7 +20,7 @@ from steploop import (
     unscale_and_clip,
 )
 from steploop.errors import ConfigError, EmptyDataError
-from steploop.lr_finding import RangeTest, range_test, suggest
+from steploop.lr_finding import RangeTest, centred_means, range_test, suggest
 from steploop.recipe import Recipe
 
 
@@ -110,12 +110,13 @@ def test_the_first_loss_is_that_of_the_untrained_model_and_is_smoothed_to_itself
     assert found.smooth[0] == pytest.approx(expected)
 
 
-def test_smoothing_is_the_bias_corrected_average_of_the_docstring():
-    found = range_test(a_recipe(), RangeTest(steps=12, smoothing=0.7, high=1e-3))
+def test_smoothing_is_a_centred_mean_that_does_not_lag():
+    found = range_test(a_recipe(), RangeTest(steps=12, window=5, high=1e-3))
     for i, value in enumerate(found.smooth):
-        weights = [0.3 * 0.7 ** (i - k) for k in range(i + 1)]
-        expected = sum(w * loss for w, loss in zip(weights, found.losses, strict=False)) / sum(weights)
-        assert value == pytest.approx(expected)
+        reach = min(2, i, 11 - i)
+        assert value == pytest.approx(sum(found.losses[i - reach : i + reach + 1]) / (2 * reach + 1))
+    assert centred_means([0.0, 1.0, 2.0, 3.0, 4.0], 3) == (0.0, 1.0, 2.0, 3.0, 4.0)
+    assert centred_means([1.0, None, 3.0], 3) == (1.0, None, 3.0)
 
 
 def test_the_slope_is_per_decade_and_the_steepest_before_the_minimum_wins():
@@ -191,7 +192,7 @@ def test_batches_begin_again_and_their_iterator_is_closed():
         ({"low": 1.0, "high": 0.1}, "RangeTest: high must be > low (1.0), got 0.1."),
         ({"low": 0.0}, "RangeTest: low must be a finite number > 0, got 0.0."),
         ({"steps": 5}, "RangeTest: steps must be an integer >= 10, got 5."),
-        ({"smoothing": 1.0}, "RangeTest: smoothing must be a finite number >= 0 and < 1, got 1.0."),
+        ({"window": 0}, "RangeTest: window must be an integer >= 1, got 0."),
         ({"stop_factor": 1.0}, "RangeTest: stop_factor must be a finite number > 1, got 1.0."),
     ],
 )

@@ -169,7 +169,8 @@ def test_the_phases_add_up_to_the_time_of_the_run(tmp_path):
     spent = phases(run)
     assert spent.total == pytest.approx(run.time_s)
     assert spent.evaluation == pytest.approx(4 * 0.3)
-    assert spent.waiting == pytest.approx(240 * 0.011 * 0.06)
+    assert spent.starting == pytest.approx(0.011)
+    assert spent.waiting == pytest.approx(239 * 0.011 * 0.06)
 
 
 @pytest.mark.parametrize(

@@ -41,7 +41,7 @@ def lr_find(
     from steploop.lr_finding import RangeTest, range_test
     from steploop.overrides import configure, split_assignments
     from steploop.recipe_files import find_recipe, load_recipe_file
-    from steploop.reporting.terminal import draw_curve
+    from steploop.reporting.terminal import draw_curve, falling_window
     from steploop.run.environment import find_device
 
     plan = RangeTest(low=low, high=high, steps=steps)
@@ -49,7 +49,14 @@ def lr_find(
     config = configure(file.config_class, split_assignments(overrides or []), where=file.name)
     found = range_test(file.build(config, find_device(device)), plan, which=which)
     ends = (f"lr {found.rates[0]:.2g}", f"{found.rates[-1]:.2g}")
-    lines = draw_curve(found.smooth, title="loss, smoothed", width=72, height=8, ends=ends)
+    lines = draw_curve(
+        found.smooth,
+        title="loss, smoothed",
+        width=72,
+        height=8,
+        ends=ends,
+        bounds=falling_window(found.smooth),
+    )
     sys.stderr.write("\n".join(lines) + "\n")
     stem = out or Path(f"lr-find-{file.name}")
     stem = stem.with_suffix("") if stem.suffix in {".png", ".svg"} else stem

@@ -10,7 +10,7 @@ import math
 
 import attrs
 
-from steploop.reporting.panels import Panel, Series
+from steploop.reporting.panels import FROM_ZERO, Panel, Series
 from steploop.reporting.reading import Curve
 
 __all__ = ["chart", "nice_ticks", "thinned"]
@@ -64,7 +64,7 @@ def _vertical(panel: Panel) -> Axis | None:
         margin = (high / low) ** 0.04 if high > low else 2.0
         low, high = low / margin, high * margin
         return Axis(low, high, tuple(_log_ticks(low, high, 2 if panel.key == "loss_scale" else 10)), log=True)
-    if panel.key in {"samples_per_s", "data_wait"}:
+    if panel.key in FROM_ZERO:
         low = min(low, 0.0)
     margin = 0.05 * (high - low) or 0.1 * abs(high) or 1.0
     high += margin

@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from steploop.extras import import_extra
-from steploop.reporting.panels import Panel, Series
+from steploop.reporting.panels import FROM_ZERO, Panel, Series
+from steploop.reporting.terminal import falling_window
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -83,8 +84,8 @@ def _draw_panel(axes: "Axes", panel: Panel, *, many_runs: bool) -> None:
         position += series.style != "faint"
     if log:
         _log_scale(axes, base=2 if panel.key == "loss_scale" else 10)
-    elif panel.key in {"samples_per_s", "data_wait"}:
-        axes.set_ylim(bottom=0.0)  # a share and a rate mean something only against nothing
+    elif panel.key in FROM_ZERO:
+        axes.set_ylim(bottom=0.0)
     if panel.marks:
         _mark_skipped(axes, panel)
     if any(s.label and s.style != "faint" for s in panel.series) or panel.marks:
@@ -199,11 +200,8 @@ def draw_range_test(
     )
     axes.set_xscale("log")
     axes.set_xlabel("learning rate", fontsize=9, color=_INK)
-    known = [v for v in smooth if v is not None]
-    if known:  # the loss explodes at the end: the picture shows where it falls
-        low, start = min(known), known[0]
-        top = max(start, low) + 0.5 * max(start - low, abs(start) * 0.1)
-        axes.set_ylim(low - 0.1 * (top - low), top)
+    if (window := falling_window(smooth)) is not None:
+        axes.set_ylim(*window)
     if suggestion is not None:
         axes.axvline(
             suggestion,

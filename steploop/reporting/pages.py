@@ -242,6 +242,7 @@ def _times(runs: Sequence[RunRecord], names: Sequence[str]) -> str:
         if spent.total <= 0:
             continue
         kinds = (
+            ("starting", spent.starting, 7),
             ("steps", spent.training, 0),
             ("waiting for data", spent.waiting, 1),
             ("evaluation", spent.evaluation, 2),

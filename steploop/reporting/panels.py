@@ -64,6 +64,8 @@ _ALL_FIXED = {
     "samples_per_s": ("Throughput", "samples / s", "linear"),
     "data_wait": ("Waiting for data", "share of the time", "linear"),
 }
+# shares and rates mean something only against nothing
+FROM_ZERO = frozenset({"learning_rate", "samples_per_s", "data_wait"})
 # shown in other panels, or only told by the text of a report
 _ELSEWHERE = frozenset({"clipped_norm"})
 _LAYERS = "layer_norm/"
@@ -139,6 +141,8 @@ def _norm_series(runs: Sequence[RunRecord], names: Sequence[str]) -> list[Series
     by_place = {(s.run, s.label.replace("before", "after")): s.curve for s in before}
     # where nothing was clipped the second line would only hide the first
     changed = [s for s in after if by_place.get((s.run, s.label)) != s.curve]
+    if not changed:
+        return _train_series(runs, names, "grad_norm", smooth=False)
     return before + [attrs.evolve(s, style="dashed") for s in changed]
 
 
@@ -148,7 +152,7 @@ def _layer_series(runs: Sequence[RunRecord], names: Sequence[str]) -> list[Serie
         for key in run.train_keys():
             if key.startswith(_LAYERS):
                 label = _named(names[index], key.removeprefix(_LAYERS), "", many=len(runs) > 1)
-                found.append(Series(label, index, run.train_curve(key)))
+                found.append(Series(label, index, smoothed(run.train_curve(key))))
     return found
 
 

@@ -95,8 +95,16 @@ def outcome(run: RunRecord) -> str:
 
 @attrs.frozen(kw_only=True)
 class Phases:
-    """Where the time went, in seconds."""
+    """Where the time went, in seconds.
 
+    Attributes:
+        starting: until the first step was logged: building model and data, and that step.
+        training: in steps.
+        waiting: for the next batch.
+        evaluation: in evaluations.
+    """
+
+    starting: float
     training: float
     waiting: float
     evaluation: float
@@ -104,7 +112,7 @@ class Phases:
     @property
     def total(self) -> float:
         """All of it."""
-        return self.training + self.waiting + self.evaluation
+        return self.starting + self.training + self.waiting + self.evaluation
 
 
 def phases(run: RunRecord) -> Phases:
@@ -114,7 +122,9 @@ def phases(run: RunRecord) -> Phases:
         key=lambda line: (int(line.get("attempted") or 0), line.get("kind") == "eval"),
     )
     evaluation = sum(float(line.get("eval_s") or 0.0) for line in run.evals)
-    waiting = last = pending = 0.0
+    starting = float(run.train[0].get("time_s") or 0.0) if run.train else 0.0
+    waiting = pending = 0.0
+    last = starting
     for line in lines:
         now = float(line.get("time_s") or 0.0)
         span = now - last if now >= last else now
@@ -124,9 +134,9 @@ def phases(run: RunRecord) -> Phases:
         else:
             waiting += float(line.get("data_wait") or 0.0) * (span + pending)
             pending = 0.0
-    rest = max(run.time_s - evaluation, 0.0)
+    rest = max(run.time_s - evaluation - starting, 0.0)
     waiting = min(waiting, rest)
-    return Phases(training=rest - waiting, waiting=waiting, evaluation=evaluation)
+    return Phases(starting=starting, training=rest - waiting, waiting=waiting, evaluation=evaluation)
 
 
 def duration(seconds: float) -> str:

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Mapping, Sequence
 
-__all__ = ["draw_curve", "draw_grid"]
+__all__ = ["draw_curve", "draw_grid", "falling_window"]
 
 # The dots of a Braille character, by column and row: Unicode block U+2800, https://www.unicode.org/charts/PDF/U2800.pdf
 _DOTS = ((0x01, 0x02, 0x04, 0x40), (0x08, 0x10, 0x20, 0x80))
@@ -26,6 +26,8 @@ def _cells(
 ) -> list[list[int]]:
     """The dots of one curve: 2 x 4 of them to a character, the gaps of steep parts filled upright."""
     columns, rows = 2 * width, 4 * height
+    # what lies outside of the bounds runs along the edge
+    values = [None if v is None or math.isnan(v) else min(max(v, low), high) for v in values]
     if len(values) < columns:
         values = _stretched(values, columns)
     cells = [[0] * width for _ in range(height)]
@@ -36,7 +38,7 @@ def _cells(
             x * len(values) // columns,
             max((x + 1) * len(values) // columns, x * len(values) // columns + 1),
         )
-        known = [v for v in values[first:last] if v is not None and math.isfinite(v)]
+        known = [v for v in values[first:last] if v is not None]
         if not known:
             before = None
             continue
@@ -87,6 +89,16 @@ def draw_curve(
         (" " * _LABEL + " └" + "─" * inner)[:width].ljust(width),
         (" " * (_LABEL + 2) + foot)[:width].ljust(width),
     ]
+
+
+def falling_window(values: Sequence[float | None]) -> tuple[float, float] | None:
+    """The part of a vertical axis in which a curve falls: one that explodes at its end would hide it otherwise."""
+    known = [v for v in values if v is not None and math.isfinite(v)]
+    if not known:
+        return None
+    low, start = min(known), known[0]
+    top = start + 0.5 * max(start - low, abs(start) * 0.1, 1e-12)
+    return low - 0.1 * (top - low), top
 
 
 def draw_grid(
