@@ -102,7 +102,7 @@ def changed(value):
     """Another value of the same type that is legal wherever the first one is."""
     if isinstance(value, bool):
         return not value
-    return "other" if value is None else value + 1 if isinstance(value, int) else value * 1.25
+    return "other" if value is None else value + 1 if isinstance(value, int) else value * 1.25 + 0.001
 
 
 def with_changed_leaf(state, path):
