@@ -12,6 +12,7 @@ under Hypothesis, under plain pytest and in ``steploop check`` alike. Its docstr
     partitions   accumulation and evaluation do not depend on how samples are cut into batches         laws 13, 14
     orders       each epoch is a permutation, for any workers, ranks and cursor                        law 15
     torch_loops  each optimizer is bit-equal to itself in a loop written by hand                       law 16
+    determinism  no operation is one that torch knows to give other bits every time
     learning     every parameter is reached by a gradient, and one batch can be learned by heart
     strategies   what to test them on
 
@@ -29,6 +30,7 @@ Test a loop of your own::
 
 from steploop.testing import strategies as strategies
 from steploop.testing.clipping import (
+    check_a_batch_of_nan_changes_nothing,
     check_adaptive_clip_bounds_each_unit,
     check_clip_keeps_direction,
     check_clip_leaves_small_gradients,
@@ -41,12 +43,17 @@ from steploop.testing.clipping import (
     steploop_clip,
 )
 from steploop.testing.comparing import clone, copied, fold, require_same, values
+from steploop.testing.determinism import check_operations_are_deterministic
 from steploop.testing.folds import (
     check_fold_splits,
     check_resume_is_exact,
     check_runs_do_not_disturb_each_other,
 )
-from steploop.testing.learning import check_every_parameter_is_reached, check_one_batch_is_learned
+from steploop.testing.learning import (
+    check_every_parameter_is_reached,
+    check_one_batch_is_learned,
+    check_step_lowers_the_loss,
+)
 from steploop.testing.orders import (
     check_batches_do_not_depend_on_workers,
     check_cursor_continues_the_epoch,
@@ -95,6 +102,7 @@ from steploop.testing.torch_loops import check_optimizer_equals_its_loop
 
 __all__ = [
     "SURROUNDINGS",
+    "check_a_batch_of_nan_changes_nothing",
     "check_adaptive_clip_bounds_each_unit",
     "check_all_surroundings",
     "check_batches_do_not_depend_on_workers",
@@ -120,6 +128,7 @@ __all__ = [
     "check_norm_is_bounded",
     "check_one_batch_is_learned",
     "check_only_finite_gradients_are_stepped_on",
+    "check_operations_are_deterministic",
     "check_optimizer_equals_its_loop",
     "check_partition_gives_the_whole_gradient",
     "check_plateau_equals_torch",
@@ -134,6 +143,7 @@ __all__ = [
     "check_schedule_is_a_function",
     "check_scheduling_is_idempotent",
     "check_spent_state_refuses_use",
+    "check_step_lowers_the_loss",
     "check_stops_at_the_patience_th_bad_check",
     "check_surroundings",
     "clone",

@@ -11,11 +11,13 @@ from torch import Tensor, nn
 from steploop.optim import Optimizer
 from steploop.state import Gradients, TrainState
 from steploop.steps import unscale_and_clip
-from steploop.testing.comparing import copied, norm64, require, require_same, values
+from steploop.testing.comparing import Step, copied, norm64, require, require_same, values
+from steploop.trees import map_tensors
 from steploop.updating import optimizer_step
 
 __all__ = [
     "Clip",
+    "check_a_batch_of_nan_changes_nothing",
     "check_adaptive_clip_bounds_each_unit",
     "check_clip_keeps_direction",
     "check_clip_leaves_small_gradients",
@@ -208,3 +210,21 @@ def check_only_finite_gradients_are_stepped_on(state: TrainState, **bound: float
             require_same(
                 after["scale"], attrs.evolve(state.scale.updated(finite=False)), "it backs the loss scale off"
             )
+
+
+def check_a_batch_of_nan_changes_nothing(step: Step, state: TrainState, batch: Any) -> None:
+    """Law 7, for a whole step. A batch full of nan is counted and changes no parameter, slot, buffer or average.
+
+    Args:
+        step: any step.
+        state: is left whole.
+        batch: its floating-point tensors are replaced by nan; where the loss stays finite there is nothing to check.
+    """
+    poisoned = map_tensors(lambda t: torch.full_like(t, math.nan) if t.is_floating_point() else t, batch)
+    before = copied(values(state))
+    after = step(state.clone(), poisoned)
+    if after.loss is not None and torch.isfinite(after.loss):
+        return
+    for name in ("params", "buffers", "slots", "ema", "applied_steps"):
+        require_same(values(after)[name], before[name], f"a batch of nan changes none of the {name}")
+    require(after.attempted_steps == before["attempted_steps"] + 1, "a step that is skipped is counted")

@@ -1,5 +1,7 @@
 """Laws of an objective: every parameter is reached by a gradient, and one batch can be learned by heart."""
 
+import copy
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -13,7 +15,7 @@ from steploop.steps import backward_scaled, forward_loss, unscale_and_clip
 from steploop.testing.comparing import State, Step, clone, members, require
 from steploop.updating import optimizer_step
 
-__all__ = ["check_every_parameter_is_reached", "check_one_batch_is_learned"]
+__all__ = ["check_every_parameter_is_reached", "check_one_batch_is_learned", "check_step_lowers_the_loss"]
 
 
 def check_every_parameter_is_reached(step: Step, state: State, batches: Sequence[Any]) -> None:
@@ -104,10 +106,31 @@ def check_one_batch_is_learned(
     )
 
 
+def check_step_lowers_the_loss(step: Step, state: TrainState, batch: Any, *, max_steps: int = 50) -> None:
+    """The recipe's own step, repeated on one batch, brings the loss below what it was.
+
+    A step that cannot do that goes uphill, or nowhere: a sign, a learning rate of 0 or one that is far too high.
+
+    Args:
+        step: any step.
+        state: where to begin; is left whole.
+        batch: small.
+        max_steps: how many steps it has for that.
+    """
+    current, losses = state.clone(), []
+    for _ in range(max_steps):
+        current = step(current, batch)
+        losses.append(math.nan if current.loss is None else float(current.loss))
+        if losses[-1] < losses[0]:
+            return
+    raise AssertionError(
+        f"the train step lowers the loss of one batch, but of {losses[0]:.4g} it made {losses[-1]:.4g} in {max_steps} steps and was "
+        "never lower. Look at the sign of the loss and at the learning rate."
+    )
+
+
 def _adams(state: TrainState, rate: float) -> TrainState:
     """The same values under a fresh Adam, over a copy of the model."""
-    import copy
-
     model = copy.deepcopy(state.clone().model)
     return TrainState.create(
         model, Optimizer(torch.optim.Adam, lr=rate), seed=state.seed, precision=state.precision

@@ -1,6 +1,7 @@
 """Laws of data order: every epoch visits each sample once, in an order that is a function of (seed, epoch) alone."""
 
 from collections.abc import Callable, Sequence
+from itertools import islice
 from typing import Any, Protocol
 
 from steploop.data.order import batch_indices, batches_per_epoch, epoch_order
@@ -12,6 +13,7 @@ __all__ = [
     "check_cursor_continues_the_epoch",
     "check_epoch_is_a_permutation",
     "check_ranks_partition_the_epoch",
+    "first_batches",
 ]
 
 
@@ -65,10 +67,30 @@ def check_ranks_partition_the_epoch(
     require(set(seen) <= set(range(n)), f"the ranks see samples of the epoch, but {seen}")
 
 
-def check_cursor_continues_the_epoch(batches: EpochBatches, epoch: int, cut: int) -> None:
-    """Law 15. epoch(e, cut) = epoch(e)[cut:]: a cursor goes on exactly, without replaying."""
-    whole = [copied(batch) for batch in batches.epoch(epoch)]
-    rest = [copied(batch) for batch in batches.epoch(epoch, cut)]
+def first_batches(
+    batches: EpochBatches, epoch: int, start: int = 0, *, limit: int | None = None
+) -> list[Any]:
+    """Copies of the batches of an epoch from ``start`` on; of the first ``limit`` of them, if it is given."""
+    iterator = batches.epoch(epoch, start)
+    found = [copied(batch) for batch in islice(iterator, limit)]
+    if callable(close := getattr(iterator, "close", None)):
+        close()
+    return found
+
+
+def check_cursor_continues_the_epoch(
+    batches: EpochBatches, epoch: int, cut: int, *, limit: int | None = None
+) -> None:
+    """Law 15. epoch(e, cut) = epoch(e)[cut:]: a cursor goes on exactly, without replaying.
+
+    Args:
+        batches: to be read twice.
+        epoch: e.
+        cut: how many batches lie behind.
+        limit: how many batches to look at; all of them unless given.
+    """
+    whole = first_batches(batches, epoch, limit=limit)
+    rest = first_batches(batches, epoch, cut, limit=None if limit is None else limit - cut)
     require_same(rest, whole[cut:], f"epoch {epoch} from batch {cut} on is the rest of the epoch")
 
 
@@ -87,21 +109,8 @@ def check_batches_do_not_depend_on_workers(
         epochs: which epochs.
         limit: how many batches of each to look at; all of them unless given.
     """
-
-    def first(number: int, epoch: int) -> list[Any]:
-        found: list[Any] = []
-        iterator = iter(make_batches(number).epoch(epoch))
-        while limit is None or len(found) < limit:
-            try:
-                found.append(copied(next(iterator)))
-            except StopIteration:
-                break
-        if callable(close := getattr(iterator, "close", None)):
-            close()
-        return found
-
     for epoch in epochs:
-        expected = first(workers[0], epoch)
+        expected = first_batches(make_batches(workers[0]), epoch, limit=limit)
         for number in workers[1:]:
             law = f"the batches of epoch {epoch} with {number} workers are those with {workers[0]}"
-            require_same(first(number, epoch), expected, law)
+            require_same(first_batches(make_batches(number), epoch, limit=limit), expected, law)

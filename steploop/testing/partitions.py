@@ -30,6 +30,7 @@ __all__ = [
     "check_evaluation_ignores_order",
     "check_evaluation_ignores_partition",
     "check_partition_gives_the_whole_gradient",
+    "check_same_metrics",
     "split",
 ]
 
@@ -87,9 +88,13 @@ def _require_near(name: str, found: Any, expected: Any, allowed: float, *, law: 
     require(error <= allowed, f"{law}: {name} is off by {error:.3e} (allowed {allowed:.1e})")
 
 
-def _near(
-    found: Mapping[str, float | None], expected: Mapping[str, float | None], law: str, tolerance: float
+def check_same_metrics(
+    found: Mapping[str, float | None],
+    expected: Mapping[str, float | None],
+    law: str,
+    tolerance: float = TOLERANCE,
 ) -> None:
+    """Two evaluations agree in every metric, up to ``tolerance`` (relative, and absolute below 1)."""
     require(list(found) == list(expected), f"{law}: the metrics are {list(expected)}, but {list(found)}")
     for name, value in expected.items():
         other = found[name]
@@ -113,7 +118,7 @@ def check_evaluation_ignores_partition(
         tolerance: relative, and absolute below 1.
     """
     whole, parts = evaluation(state, [batch]), evaluation(state, split(batch, sizes))
-    _near(
+    check_same_metrics(
         parts,
         whole,
         f"the evaluation of {sum(sizes)} samples does not depend on the partition {list(sizes)}",
@@ -126,7 +131,9 @@ def check_evaluation_ignores_order(
 ) -> None:
     """Law 14. evaluation(s, xs) = evaluation(s, reversed xs)."""
     forth, back = evaluation(state, batches), evaluation(state, list(batches)[::-1])
-    _near(back, forth, f"the evaluation of {len(batches)} batches does not depend on their order", tolerance)
+    check_same_metrics(
+        back, forth, f"the evaluation of {len(batches)} batches does not depend on their order", tolerance
+    )
 
 
 def check_evaluation_changes_nothing(
