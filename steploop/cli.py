@@ -6,6 +6,7 @@ from typing import Annotated
 
 import typer
 
+from steploop.commands.check import check
 from steploop.commands.inspect import inspect
 from steploop.commands.lr_find import lr_find
 from steploop.commands.new import new
@@ -25,7 +26,7 @@ app = typer.Typer(
     add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},
 )  # fmt: skip
-for command in (run, resume, recipes, new, inspect, runs, report, plot, schedules, lr_find, replay):
+for command in (run, resume, recipes, new, inspect, runs, report, plot, schedules, lr_find, replay, check):
     app.command()(command)
 
 
