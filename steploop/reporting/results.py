@@ -2,6 +2,7 @@
 
 import shlex
 from collections.abc import Mapping, Sequence
+from pathlib import PurePath
 from typing import Any
 
 import attrs
@@ -153,15 +154,17 @@ def duration(seconds: float) -> str:
 def how_to_reproduce(run: RunRecord) -> Sequence[str]:
     """Shell lines that do this run again, from the recipe that it kept a copy of."""
     versions = run.config.get("versions")
-    wanted = (
-        [f"{name}=={versions[name]}" for name in ("steploop", "torch", "torchvision") if name in versions]
-        if versions
-        else []
+    versions = versions if isinstance(versions, Mapping) else {}
+    # a build's own label (2.14.1+cpu) is not known to the package index
+    known = (
+        (name, str(versions[name]).partition("+")[0]) for name in ("steploop", "torch") if name in versions
     )
+    wanted = [f"{name}=={version}" for name, version in known]
     lines = [f"pip install {' '.join(wanted)}"] if wanted else []
     command = run.config.get("command")
     if isinstance(command, (list, tuple)) and command:
-        lines.append(shlex.join(str(word) for word in command))
+        program, *words = (str(word) for word in command)
+        lines.append(shlex.join([PurePath(program).name, *words]))
     source = shlex.quote(str(run.path / "recipe.py"))
     fields = " ".join(f"--set {shlex.quote(f'{k}={short(v)}')}" for k, v in run.fields.items() if _plain(v))
     if run.source is not None:
