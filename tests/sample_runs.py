@@ -52,11 +52,11 @@ def make_run(
         "device": "cpu",
         "precision": precision,
         "data": "two moons, 1,000 points drawn from the seed",
-        "versions": {"python": "3.11.7", "torch": "2.14.1", "steploop": "0.1.0"},
+        "versions": {"python": "3.11.7", "torch": "2.14.1+cpu", "steploop": "0.1.0"},
         "environment": {"torch": "2.14.1", "threads": 2},
         "git_commit": "0123456789abcdef0123456789abcdef01234567",
         "command": [
-            "steploop",
+            "/usr/local/bin/steploop",
             "run",
             "recipes/two_moons.py",
             "--set",
