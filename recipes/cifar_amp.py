@@ -9,6 +9,7 @@ Measured: MEASURED
 """
 
 from collections.abc import Mapping
+from functools import partial
 from typing import Literal
 
 import attrs
@@ -30,9 +31,8 @@ from steploop import (
     unscale_and_clip,
     update_ema,
 )
-from steploop.data.augment import normalize, random_crop, random_flip
+from steploop.data import Loader, normalize, random_crop, random_flip
 from steploop.data.images import ImageSource, channel_statistics, load_images
-from steploop.data.loader import Loader
 from steploop.precision import best_precision
 from steploop.recipe import Recipe
 
@@ -79,25 +79,14 @@ def build(config: Config, device: torch.device) -> Recipe:
 
     def augment(batch: Batch, generator: torch.Generator) -> Batch:
         pixels, labels = batch
-        pixels = random_flip(
-            random_crop(pixels, padding=config.padding, generator=generator), generator=generator
-        )
-        return prepare((pixels, labels), generator)
+        pixels = random_crop(pixels, padding=config.padding, generator=generator)
+        return prepare((random_flip(pixels, generator=generator), labels), generator)
 
-    batches = Loader(
-        images.train,
-        batch_size=config.batch_size,
-        seed=config.seed,
-        drop_last=True,
-        augment=augment,
-        device=device,
-    )
-    test = Loader(
-        images.test, batch_size=500, seed=config.seed, shuffle=False, augment=prepare, device=device
-    )
-    precision, reason = (
-        best_precision(device) if config.precision == "auto" else (config.precision, "as asked")
-    )
+    loader = partial(Loader, seed=config.seed, device=device)
+    batches = loader(images.train, batch_size=config.batch_size, drop_last=True, augment=augment)
+    test = loader(images.test, batch_size=500, shuffle=False, augment=prepare)
+    averaged = config.ema_decay > 0
+    precision, why = best_precision(device) if config.precision == "auto" else (config.precision, "as asked")
 
     torch.manual_seed(config.seed)
     optimizer = Optimizer(
@@ -117,7 +106,7 @@ def build(config: Config, device: torch.device) -> Recipe:
         state = backward_scaled(state)
         state = unscale_and_clip(state, max_norm=config.max_norm)
         state = optimizer_step(state)
-        if config.ema_decay:
+        if averaged:
             state = update_ema(state, decay=config.ema_decay)
         return schedule(state, learning_rate)
 
@@ -125,18 +114,18 @@ def build(config: Config, device: torch.device) -> Recipe:
         SimpleCNN(config.widths, images.train_images.shape[-1], len(images.classes)),
         optimizer,
         seed=config.seed, precision=precision, device=device, memory_format=torch.channels_last,
-        ema=config.ema_decay > 0,
+        ema=averaged,
     )  # fmt: skip
     return Recipe(
         state=schedule(state, learning_rate),
         train_step=train_step,
         batches=batches,
         epochs=config.epochs,
-        evaluate=lambda s: evaluate(s, test, objective, {"accuracy": accuracy}, use_ema=config.ema_decay > 0),
+        evaluate=lambda s: evaluate(s, test, objective, {"accuracy": accuracy}, use_ema=averaged),
         monitor="accuracy",
         mode="max",
         early_stopping=EarlyStopping(patience=config.patience, mode="max", monitor="accuracy"),
         objective=objective,
         data=images.note,
-        notes=(f"precision: {precision} ({reason})",),
+        notes=(f"precision: {precision} ({why})",),
     )

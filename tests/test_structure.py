@@ -17,10 +17,10 @@ PACKAGE = Path(steploop.__file__).parent
 FLOORS = [
     {"errors", "trees", "random_numbers", "checks", "interruption", "texts", "extras"},
     {"schedules", "early_stopping", "plateau", "precision", "clip", "optim"},
-    {"machine", "state", "ownership", "creation", "traced", "tensor_stats"},
-    {"forwarding", "shielding", "judging", "updating", "steps", "scheduling"},
+    {"machine", "state", "ownership", "creation", "traced", "tensor_stats", "shielding", "tracing"},
+    {"forwarding", "judging", "updating", "steps", "scheduling"},
     {"evaluation", "folding", "averaging", "compilation", "checkpoint", "run_lock", "data", "logs", "batch_files",
-     "layer_norms", "tracing", "recipe", "capsules"},
+     "layer_norms", "recipe", "capsules"},
     {"overrides", "recipe_files", "run", "testing", "reporting", "lr_finding", "replaying"},
     {"commands"},
     {"cli"},

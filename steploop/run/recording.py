@@ -2,6 +2,7 @@
 
 import sys
 from collections.abc import Mapping
+from typing import Any
 
 from steploop import __version__
 from steploop.logs.screens import Screen
@@ -40,7 +41,15 @@ def record(request: Request, recipe: Recipe, tuning: Mapping[str, int]) -> None:
         "command": list(request.command or sys.argv),
         "tuning": dict(tuning),
         "compile": request.compile,
+        "watching": watching(request),
     })  # fmt: skip
+
+
+def watching(request: Request) -> dict[str, Any]:
+    """How the run is logged and kept, which a resume goes on with unless told otherwise."""
+    plan = request.plan
+    of_plan = {name: getattr(plan, name) for name in ("log_every", "checkpoint_every", "layer_norms")}
+    return of_plan | {name: getattr(request, name) for name in ("tensorboard", "csv", "mlflow", "wandb")}
 
 
 def announce(request: Request, recipe: Recipe, screen: Screen) -> None:

@@ -121,6 +121,8 @@ def resume_request(
     known = fields_of(file.config_class)
     before = {key: value for key, value in recorded["config"].items() if key in known}
     config = configure(file.config_class, {**before, **values}, where=name)
+    for option, value in recorded.get("watching", {}).items():
+        options[option] = options.get(option) or value
     plan = _plan(options)
     if options.get("compile") is None:
         options["compile"] = recorded.get("compile")

@@ -4,6 +4,7 @@ import shutil
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
+from typing import Any
 
 import attrs
 
@@ -54,6 +55,19 @@ def carry_out(request: Request, screen: Screen, stop: StopFlag | None = None) ->
             screen.close()
 
 
+# what a resume takes over from the status before, until it knows better
+_KEPT = ("step", "epoch", "metrics", "best", "checkpoint", "best_checkpoint")
+
+
+def _tell(status: Status, line: Mapping[str, Any], monitor: str | None) -> None:
+    """Put an evaluation into status.json."""
+    place = {"step": line["step"], "epoch": line["epoch"]}
+    best = (
+        {"best": {"metric": monitor, "value": line["metrics"].get(monitor), **place}} if line["best"] else {}
+    )
+    status.update(**place, metrics=plain_metrics(line["metrics"]), **best)
+
+
 @attrs.frozen
 class _Outlets:
     """Where a run is recorded."""
@@ -82,13 +96,16 @@ class _Session:
     def run(self) -> Summary:
         """Build, train, say how it went."""
         tuning = tune_allocator() if self._request.tune else {}
-        due = read_json(self._directory.status).get("evaluation_due") if self._request.resume else None
+        before = read_json(self._directory.status) if self._request.resume else {}
+        due = before.get("evaluation_due")
         try:
             with self._nothing_to_save():
                 recipe = self._request.recipe.build(self._request.config, self._request.device)
                 record(self._request, recipe, tuning)
                 announce(self._request, recipe, self._screen)
-            status = Status(self._directory)
+            status = Status(
+                self._directory, monitor=recipe.monitor, **{k: before[k] for k in _KEPT if k in before}
+            )
         except BaseException:
             if not self._request.resume:
                 self._forget()
@@ -132,7 +149,7 @@ class _Session:
     def _phases(self, recipe: Recipe, due: int | None, outlets: "_Outlets") -> tuple[State, Recipe, Ending]:
         """Fold the recipe, and what follows it; on a resume, from the newest checkpoint on."""
         phase = 0
-        while self._directory.checkpoints(phase + 1).is_dir() and recipe.then is not None:
+        while recipe.then is not None and any(self._directory.checkpoints(phase + 1).glob("step-*")):
             recipe = recipe.then(recipe.state)  # only its form counts: the values come from a checkpoint
             phase += 1
         while True:
@@ -159,9 +176,7 @@ class _Session:
             steps_per_epoch=len(recipe.batches),
             epochs=recipe.epochs,
             phase=phase,
-            on_evaluation=lambda line: status.update(
-                step=line["step"], epoch=line["epoch"], metrics=plain_metrics(line["metrics"])
-            ),
+            on_evaluation=lambda line: _tell(status, line, recipe.monitor),
         )
         state = prepared(recipe, recipe.state)
         loaded = keeper.newest(state, require_exact=self._request.require_exact, note=screen.note)
@@ -183,6 +198,8 @@ class _Session:
             state, ending = loop.run(state, evaluation_due=due is not None and due == attempted_steps(state))
         finally:
             keeper.close()
+            if (close := getattr(recipe.batches, "close", None)) is not None:
+                close()  # workers that were kept for the next epoch
         if loop.evaluation_due is not None:
             status.update(evaluation_due=loop.evaluation_due)
         self._metrics = loop.metrics or self._metrics
