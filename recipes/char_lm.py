@@ -11,7 +11,7 @@ Measured: MEASURED
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import attrs
@@ -31,6 +31,7 @@ from steploop import (
 )
 from steploop.data.loader import Loader
 from steploop.data.text import library_files, read_text
+from steploop.errors import EmptyDataError
 from steploop.recipe import Recipe
 
 Batch = tuple[
@@ -181,17 +182,25 @@ def build(config: Config, device: torch.device) -> Recipe:
 
 def read(config: Config) -> tuple[Sequence[str], Sequence[str]]:
     """Training and test texts: every tenth file is for testing, or the last tenth of a single one."""
+    room = config.max_characters
     if config.text:
-        text = read_text(config.text)[: config.max_characters]
+        text = read_text(config.text)[:room]
         cut = len(text) * 9 // 10
         return [text[:cut]], [text[cut:]]
-    texts, room = [], config.max_characters
-    for path in library_files():
+    files = library_files()
+    test = set(files[::10])
+    return take((p for p in files if p not in test), room * 9 // 10), take(files[::10], room // 10)
+
+
+def take(files: Iterable[Path], room: int) -> list[str]:
+    """The texts of the first files, up to ``room`` characters."""
+    texts: list[str] = []
+    for path in files:
         texts.append(read_text(path)[:room])
         room -= len(texts[-1])
         if room <= 0:
             break
-    return [t for n, t in enumerate(texts) if n % 10 != 9], texts[9::10]
+    return texts
 
 
 def pieces(texts: Sequence[str], ids: Mapping[str, int], context: int) -> Batch:
@@ -204,6 +213,10 @@ def pieces(texts: Sequence[str], ids: Mapping[str, int], context: int) -> Batch:
             missing = context + 1 - len(piece)
             inputs.append(F.pad(piece[:-1], (0, missing)))
             targets.append(F.pad(piece[1:], (0, missing), value=BEYOND))
+    if not inputs:
+        raise EmptyDataError(
+            "The text is too short to train and to test on. Give a longer one, or a larger max_characters."
+        )
     return torch.stack(inputs), torch.stack(targets)
 
 

@@ -56,7 +56,7 @@ def adapted(text: str, recipe: str, target: Path) -> str:
     from steploop import __version__
 
     header, quotes, body = text.partition('"""\n\n')
-    header = re.sub(rf"(?<=\s)(?:recipes/)?{re.escape(recipe)}\.py\b", target.as_posix(), header)
-    claim = f"Begun from the recipe {recipe} of steploop {__version__}; nothing is measured yet."
-    header = _MEASURED.sub(claim, f"{header}{quotes}", count=1)
+    header = re.sub(rf"(?<!\S)(?:\S*/)?{re.escape(recipe)}\.py\b", lambda _: target.as_posix(), header)
+    claim = f"Begun as a copy of {recipe} (steploop {__version__}); nothing is measured yet."
+    header = _MEASURED.sub(lambda _: claim, f"{header}{quotes}", count=1)
     return header + body
