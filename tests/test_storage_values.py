@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from steploop.checkpoint.layout import TensorSpec
 from steploop.checkpoint.manifest import MAX_MANIFEST_BYTES, Manifest, parse_manifest, seal, unseal
 from steploop.checkpoint.tensors import FileRecord
-from steploop.checkpoint.values import MAX_DEPTH, decode, encode, read_json, write_json
+from steploop.checkpoint.values import MAX_DEPTH, check_json, decode, encode, read_json, write_json
 from steploop.errors import (
     CheckpointDamagedError,
     CheckpointError,
@@ -91,12 +91,12 @@ def test_values_that_json_cannot_hold_exactly_are_refused(value, said):
 
 def test_texts_and_depths_that_could_not_be_read_back_are_refused_at_save():
     with pytest.raises(CheckpointUnsupportedError, match="cannot be read back from a checkpoint"):
-        write_json({"x": "\udc80"})
+        check_json({"x": "\udc80"})
     deep = []
     for _ in range(MAX_DEPTH + 1):
         deep = [deep]
     with pytest.raises(CheckpointUnsupportedError, match="nested more than 32 levels deep"):
-        write_json({"x": deep})
+        check_json({"x": deep})
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ import attrs
 from torch import Tensor
 
 from steploop.checkpoint.layout import TensorSpec, header_bytes, spec_of
-from steploop.checkpoint.values import encode, write_json
+from steploop.checkpoint.values import check_json, encode
 from steploop.errors import CheckpointUnsupportedError, ConfigError, StepOrderError
 from steploop.machine import Machine
 from steploop.state import TrainState
@@ -110,7 +110,7 @@ def collect(state: State) -> Collected:
     for file, table in specs.items():
         header_bytes(table, metadata[file])
     values = {"several": isinstance(state, Mapping), "states": parts}
-    write_json(values)
+    check_json(values)
     return Collected(values, tensors, specs, metadata)
 
 

@@ -67,7 +67,7 @@ def environment_bytes(device: torch.device) -> bytes:
     """The file: the environment, and who wrote the checkpoint when."""
     writer = {
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
-        "host": socket.gethostname(),
+        "host": socket.gethostname().encode("ascii", "replace").decode(),
         "pid": os.getpid(),
     }
     return seal({**describe_environment(device), **writer})[0]

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from steploop.errors import CheckpointDamagedError, CheckpointUnsupportedError
 
-__all__ = ["decode", "encode", "read_json", "write_json"]
+__all__ = ["check_json", "decode", "encode", "read_json", "write_json"]
 
 MAX_DEPTH: Final = 32
 MAX_INT: Final = 1 << 64  # a seed may use all 64 bits; Python reads longer numbers ever more slowly
@@ -98,24 +98,28 @@ def _key(key: Any, name: str) -> Any:
 
 
 def write_json(values: Mapping[str, Any]) -> bytes:
-    """The one text of ``values``: keys sorted, ASCII, one line for each key of the outermost object.
-
-    Raises:
-        CheckpointUnsupportedError: a text in it is not Unicode, or it is nested too deeply.
-    """
+    """The one text of ``values``: keys sorted, ASCII, one line for each key of the outermost object."""
 
     def compact(value: Any) -> str:
         return json.dumps(value, sort_keys=True, allow_nan=False, separators=(",", ":"))
 
     lines = ",\n".join(f"{compact(key)}: {compact(values[key])}" for key in sorted(values))
-    text = f"{{\n{lines}\n}}\n".encode()
+    return f"{{\n{lines}\n}}\n".encode()
+
+
+def check_json(values: Mapping[str, Any]) -> None:
+    """Find out before anything is written whether ``values`` can be read back.
+
+    Raises:
+        CheckpointUnsupportedError: a text in it is not Unicode, or it is nested too deeply.
+    """
+    text = write_json(values)
     try:
         read_json(text, "the state", limit=len(text))
     except CheckpointDamagedError as error:
         raise CheckpointUnsupportedError(
             f"The state cannot be read back from a checkpoint: {error}"
         ) from error
-    return text
 
 
 def read_json(text: bytes, name: str, *, limit: int) -> dict[str, Any]:
