@@ -1,5 +1,6 @@
 """Rewrites, while a step is traced, the few calls of optimizers that take a Python number and no tensor in its place."""
 
+import operator
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -18,10 +19,9 @@ _PRODUCTS: dict[Any, Any] = {
     Tensor.addcdiv: (Tensor.add, torch.div), Tensor.addcdiv_: (Tensor.add_, torch.div), torch.addcdiv: (torch.add, torch.div),
 }  # fmt: skip
 _FOREACH_SUMS = {torch._foreach_add_: torch._foreach_add_, torch._foreach_add: torch._foreach_add}
-_COMPARISONS: dict[Any, Callable[[Any, Any], bool]] = {
-    Tensor.__eq__: lambda a, b: a == b, Tensor.__ne__: lambda a, b: a != b,
-    Tensor.__lt__: lambda a, b: a < b, Tensor.__le__: lambda a, b: a <= b,
-    Tensor.__gt__: lambda a, b: a > b, Tensor.__ge__: lambda a, b: a >= b,
+# by name: a comparison comes as the method or as its operator, which are different objects
+_COMPARISONS: dict[str, Callable[[Any, Any], bool]] = {
+    "eq": operator.eq, "ne": operator.ne, "lt": operator.lt, "le": operator.le, "gt": operator.gt, "ge": operator.ge,
 }  # fmt: skip
 
 
@@ -45,13 +45,15 @@ class TensorScalars(TorchFunctionMode):
     ) -> Any:
         """Answer or rewrite the calls above; every other call is made as it is."""
         named = dict(kwargs or {})
-        if func in _COMPARISONS and len(args) == 2 and (id(args[0]) in self.values or id(args[1]) in self.values):
+        compare = _COMPARISONS.get(getattr(func, "__name__", "").strip("_"))
+        if compare is not None and len(args) == 2:
             left, right = (self.values.get(id(a), a) for a in args)
             if not isinstance(left, Tensor) and not isinstance(right, Tensor):
-                return _COMPARISONS[func](left, right)
+                return compare(left, right)
         if func in _SUMS and isinstance(alpha := named.get("alpha"), Tensor):
             del named["alpha"]
-            return _SUMS[func](args[0], args[1] * alpha, **named)
+            other = args[1].to(torch.result_type(args[0], args[1]))  # as the sum itself would, before it multiplies
+            return _SUMS[func](args[0], other * alpha, **named)
         if func in _FOREACH_SUMS and isinstance(alpha := named.get("alpha"), Tensor):
             return _FOREACH_SUMS[func](args[0], torch._foreach_mul(args[1], alpha))
         if func in _PRODUCTS and isinstance(value := named.get("value"), Tensor):

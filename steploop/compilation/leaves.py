@@ -26,8 +26,8 @@ def places(state: TrainState) -> Iterator[tuple[Place, Tensor]]:
                 yield ("_slots", name, key), value
             elif isinstance(value, (list, tuple, dict)):
                 raise CompileError(
-                    f"{type(state._machine.optimizer).__name__} keeps a {type(value).__name__} ({key!r}) for {name}, which "
-                    "a graph cannot update. Train without compiling, or with another optimizer."
+                    f"uses {type(state._machine.optimizer).__name__}, which keeps a {type(value).__name__} ({key!r}) for {name}, "
+                    "and a graph cannot update that. Take another optimizer (see help(steploop.compile))."
                 )
     for name, tensor in (state._ema or {}).items():
         yield ("_ema", name, None), tensor
