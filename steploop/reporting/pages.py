@@ -4,21 +4,27 @@ import base64
 import html
 from collections.abc import Sequence
 from importlib import resources
-from typing import Any
 
 from steploop.errors import ConfigError
-from steploop.reporting.charts import chart, number
+from steploop.reporting.charts import chart
 from steploop.reporting.comparing import differences, labels, short
-from steploop.reporting.markup import Markup, definitions, section, table, text
+from steploop.reporting.details import (
+    evaluations,
+    events,
+    recipe_sources,
+    reproduce,
+    times,
+    value_text,
+    what_ran,
+)
+from steploop.reporting.markup import Markup, section, table, text
 from steploop.reporting.panels import arrange
 from steploop.reporting.reading import RunRecord
-from steploop.reporting.results import duration, epoch_of, how_to_reproduce, outcome, phases, result_of
-from steploop.reporting.sources import highlighted
+from steploop.reporting.results import duration, outcome, result_of
 
 __all__ = ["report"]
 
 _MAX_PICTURE_BYTES = 2_000_000  # of one picture that is put into the page
-_MAX_ROWS = 200  # of the tables of evaluations and events
 
 
 def report(runs: Sequence[RunRecord]) -> str:
@@ -36,12 +42,12 @@ def report(runs: Sequence[RunRecord]) -> str:
         _results(runs, names),
         _curves(runs),
         _pictures(runs, names),
-        _evaluations(runs, names),
-        _events(runs, names),
-        _times(runs, names),
-        _what_ran(runs, names),
-        _reproduce(runs, names),
-        _sources(runs, names),
+        evaluations(runs, names),
+        events(runs, names),
+        times(runs, names),
+        what_ran(runs, names),
+        reproduce(runs, names),
+        recipe_sources(runs, names),
     ]
     return _page(title, "".join(parts))
 
@@ -64,11 +70,6 @@ def _page(title: str, body: str) -> str:
     )
 
 
-def _label(names: Sequence[str], index: int) -> Markup:
-    """A run's label with the colour that its curves have."""
-    return Markup(f'<span class="key line b{index % 8}"></span>{text(names[index])}')
-
-
 def _results(runs: Sequence[RunRecord], names: Sequence[str]) -> str:
     return _one_result(runs[0]) if len(runs) == 1 else _many_results(runs, names)
 
@@ -76,10 +77,6 @@ def _results(runs: Sequence[RunRecord], names: Sequence[str]) -> str:
 def _tile(value: object, what: str, note: str = "", *, first: bool = False) -> str:
     small = f'<p class="note">{text(note)}</p>' if note else ""
     return f'<div class="tile{" first" if first else ""}"><p class="value">{text(value)}</p><p>{text(what)}</p>{small}</div>'
-
-
-def _value(value: Any) -> str:
-    return number(float(value)) if isinstance(value, (int, float)) else "not finite"
 
 
 def _one_result(run: RunRecord) -> str:
@@ -92,16 +89,19 @@ def _one_result(run: RunRecord) -> str:
             else f"at step {result.step:,}"
         )
         words = f"{'best' if result.is_best else 'last'} {result.metric.replace('_', ' ')}"
-        tiles.append(_tile(_value(result.value), words, at, first=True))
+        tiles.append(_tile(value_text(result.value), words, at, first=True))
         tiles += [
-            _tile(_value(v), k.replace("_", " "), "of the same evaluation")
+            _tile(value_text(v), k.replace("_", " "), "of the same evaluation")
             for k, v in result.metrics.items()
             if k != result.metric
         ]
     elif run.train:
         tiles.append(
             _tile(
-                _value(run.train[-1].get("loss")), "last training loss", "nothing was evaluated", first=True
+                value_text(run.train[-1].get("loss")),
+                "last training loss",
+                "nothing was evaluated",
+                first=True,
             )
         )
     share = f"{run.skipped / run.attempted:.1%} of those attempted" if run.attempted and run.skipped else ""
@@ -125,7 +125,7 @@ def _many_results(runs: Sequence[RunRecord], names: Sequence[str]) -> str:
     rows = []
     for i, run in enumerate(runs):
         result = result_of(run)
-        own = [_value(result.metrics[m]) if result and m in result.metrics else "" for m in metrics]
+        own = [value_text(result.metrics[m]) if result and m in result.metrics else "" for m in metrics]
         settings = [short(values[i]) for key, values in differences(runs).items() if key != "recipe"]
         label = Markup(f'<span class="key line b{i % 8}"></span>{text(run.name if different else names[i])}')
         rows.append(
@@ -166,140 +166,3 @@ def _pictures(runs: Sequence[RunRecord], names: Sequence[str]) -> str:
         if shown
         else ""
     )
-
-
-def _evaluations(runs: Sequence[RunRecord], names: Sequence[str]) -> str:
-    parts = []
-    for i, run in enumerate(runs):
-        if not run.evals:
-            continue
-        head = ["epoch", "step", *run.metrics, "time", ""]
-        rows = [
-            [
-                "" if (epoch := epoch_of(line)) is None else str(epoch),
-                f"{int(line.get('step') or 0):,}",
-                *(_value(line.get("metrics", {}).get(m)) for m in run.metrics),
-                duration(float(line.get("time_s") or 0.0)),
-                Markup('<span class="best">best so far</span>') if line.get("best") else "",
-            ]
-            for line in run.evals[-_MAX_ROWS:]
-        ]
-        title = f"<h3>{_label(names, i)}</h3>" if len(runs) > 1 else ""
-        cut = (
-            f'<p class="note">The last {_MAX_ROWS} of {len(run.evals)}.</p>'
-            if len(run.evals) > _MAX_ROWS
-            else ""
-        )
-        shown = table(head, rows, numbers=range(len(run.metrics) + 3), label=f"Evaluations of {names[i]}")
-        parts.append(title + shown + cut)
-    return section("Evaluations", *parts)
-
-
-def _events(runs: Sequence[RunRecord], names: Sequence[str]) -> str:
-    rows: list[list[object]] = []
-    for i, run in enumerate(runs):
-        for event in run.events[:_MAX_ROWS]:
-            kind = str(event.get("event", "?"))
-            if kind == "checkpoint":  # as regular as the epochs: no news
-                continue
-            known = {"kind", "event", "step", "attempted", "epoch", "batch", "time_s"}
-            details = ", ".join(
-                f"{k.replace('_', ' ')} {short(v)}"
-                for k, v in event.items()
-                if k not in known and v is not None
-            )
-            at = event.get("attempted", event.get("step", ""))
-            place = (
-                f"epoch {event['epoch'] + 1}, batch {event['batch']}"
-                if {"epoch", "batch"} <= event.keys()
-                else ""
-            )
-            label = [_label(names, i)] if len(runs) > 1 else []
-            rows.append([*label, kind.replace("_", " "), str(at), place, details])
-    if not rows:
-        clean = all(run.skipped == 0 for run in runs)
-        return (
-            section("Skipped steps and events", "<p>No step was skipped: every gradient was finite.</p>")
-            if clean
-            else ""
-        )
-    head = [*(["run"] if len(runs) > 1 else []), "what", "attempted step", "where", ""]
-    replay = ""
-    if any(run.skipped for run in runs):
-        replay = (
-            '<p class="note">A skipped step changed neither parameters nor optimizer. '
-            "<code>steploop replay CAPSULE</code> runs one again, from the capsules/ directory of the run.</p>"
-        )
-    return section(
-        "Skipped steps and events", table(head, rows, numbers=[len(head) - 3], label="Events"), replay
-    )
-
-
-def _times(runs: Sequence[RunRecord], names: Sequence[str]) -> str:
-    bars = []
-    for i, run in enumerate(runs):
-        spent = phases(run)
-        if spent.total <= 0:
-            continue
-        kinds = (
-            ("starting", spent.starting, 7),
-            ("steps", spent.training, 0),
-            ("waiting for data", spent.waiting, 1),
-            ("evaluation", spent.evaluation, 2),
-        )
-        bar = "".join(f'<span class="b{c}" style="flex-grow:{s:.6f}"></span>' for _, s, c in kinds if s > 0)
-        legend = "".join(
-            f'<li><span class="key line b{c}"></span>{what} {duration(s)} ({s / spent.total:.0%})</li>'
-            for what, s, c in kinds
-            if s > 0
-        )
-        title = f"<h3>{text(names[i])}</h3>" if len(runs) > 1 else ""
-        bars.append(f'{title}<div class="bar" aria-hidden="true">{bar}</div><ul class="legend">{legend}</ul>')
-    return section("Time per phase", *bars)
-
-
-def _what_ran(runs: Sequence[RunRecord], names: Sequence[str]) -> str:
-    parts = []
-    for i, run in enumerate(runs):
-        recipe = run.config.get("recipe")
-        facts: dict[str, object] = {"recipe": run.recipe, "directory": run.path}
-        if isinstance(recipe, dict):
-            facts |= {"file": recipe.get("path"), "SHA-256": recipe.get("sha256")}
-        for key in ("data", "device", "precision", "compile", "git_commit", "steploop"):
-            facts[key.replace("_", " ")] = run.config.get(key)
-        for key in ("versions", "tuning"):
-            values = run.config.get(key)
-            if isinstance(values, dict):
-                facts[key] = ", ".join(f"{k} {short(v)}" for k, v in values.items())
-        fields = {key: short(value) for key, value in run.fields.items()}
-        title = f"<h3>{_label(names, i)}</h3>" if len(runs) > 1 else ""
-        config = f"<h4>Config</h4>{definitions(fields)}" if fields else ""
-        parts.append(f"{title}{config}<h4>Run</h4>{definitions(facts)}")
-    return section("What ran", *parts)
-
-
-def _reproduce(runs: Sequence[RunRecord], names: Sequence[str]) -> str:
-    parts = []
-    for i, run in enumerate(runs):
-        lines = "\n".join(how_to_reproduce(run))
-        if lines:
-            title = f"<h3>{_label(names, i)}</h3>" if len(runs) > 1 else ""
-            parts.append(
-                f'{title}<pre class="shell" tabindex="0" role="region" aria-label="Commands"><code>{text(lines)}</code></pre>'
-            )
-    return section("How to reproduce it", *parts)
-
-
-def _sources(runs: Sequence[RunRecord], names: Sequence[str]) -> str:
-    parts = []
-    by_source: dict[str, list[int]] = {}
-    for i, run in enumerate(runs):
-        if run.source is not None:
-            by_source.setdefault(run.source, []).append(i)
-    for source, who in by_source.items():
-        whose = ", ".join(names[i] for i in who) if len(by_source) > 1 else runs[who[0]].recipe
-        shown = " open" if len(by_source) == 1 else ""
-        parts.append(
-            f"<details{shown}><summary>{text(whose)} ({len(source.splitlines())} lines)</summary>{highlighted(source)}</details>"
-        )
-    return section("The recipe", *parts, identity="recipe")

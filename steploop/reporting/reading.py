@@ -14,10 +14,9 @@ from typing import Any
 import attrs
 
 from steploop.errors import ConfigError, DataError
+from steploop.reporting.journals import Journal, Line, attempted_of, is_number
 
-__all__ = ["Curve", "RunRecord", "find_runs", "is_run", "read_run"]
-
-Line = Mapping[str, Any]
+__all__ = ["Curve", "Line", "RunRecord", "find_runs", "is_run", "read_run"]
 
 
 @attrs.frozen
@@ -91,7 +90,7 @@ class RunRecord:
     @property
     def attempted(self) -> int:
         """Attempted steps, by the last line."""
-        return max((_attempted(line) for line in (*self.train, *self.evals)), default=0)
+        return max((attempted_of(line) for line in (*self.train, *self.evals)), default=0)
 
     @property
     def steps(self) -> int:
@@ -108,7 +107,7 @@ class RunRecord:
     def time_s(self) -> float:
         """Seconds of training and evaluation; the parts of a resumed run added up."""
         total = last = 0.0
-        for line in sorted((*self.train, *self.evals), key=_attempted):
+        for line in sorted((*self.train, *self.evals), key=attempted_of):
             now = float(line.get("time_s") or 0.0)
             total += now - last if now >= last else now  # a resume may start its clock anew
             last = now
@@ -121,30 +120,30 @@ class RunRecord:
 
     def train_keys(self) -> tuple[str, ...]:
         """Names of all numbers in the lines of training."""
-        keys = dict.fromkeys(k for line in self.train for k, v in line.items() if _is_number(v) or v is None)
+        keys = dict.fromkeys(k for line in self.train for k, v in line.items() if is_number(v) or v is None)
         for line in self.train:
             keys.update(dict.fromkeys(line.get("nonfinite") or ()))
         return tuple(k for k in keys if k not in _COUNTERS)
 
     def train_curve(self, key: str) -> Curve:
         """A number of the training lines over the attempted steps."""
-        return _curve((_attempted(line), line.get(key)) for line in self.train if key in line)
+        return _curve((attempted_of(line), line.get(key)) for line in self.train if key in line)
 
     def eval_curve(self, metric: str) -> Curve:
         """A metric of the evaluations over the attempted steps."""
-        pairs = ((_attempted(line), line.get("metrics") or {}) for line in self.evals)
+        pairs = ((attempted_of(line), line.get("metrics") or {}) for line in self.evals)
         return _curve((step, metrics[metric]) for step, metrics in pairs if metric in metrics)
 
     def skipped_steps(self) -> tuple[int, ...]:
         """Attempted steps that were not taken; where no event tells, the first line that counts them."""
-        told = tuple(_attempted(e) for e in self.events if e.get("event") == "skipped")
+        told = tuple(attempted_of(e) for e in self.events if e.get("event") == "skipped")
         if told:
             return tuple(sorted(set(told)))
         found, before = [], 0
         for line in self.train:
             now = int(line.get("skipped") or 0)
             if now > before:
-                found.append(_attempted(line))
+                found.append(attempted_of(line))
             before = now
         return tuple(found)
 
@@ -166,18 +165,8 @@ def _alive(pid: int) -> bool:
     return True
 
 
-def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
-
-
-def _attempted(line: Line) -> int:
-    """Where a line stands; an event may know only the applied steps."""
-    value = line.get("attempted", line.get("step"))
-    return int(value) if _is_number(value) else 0
-
-
 def _curve(pairs: Iterator[tuple[int, Any]]) -> Curve:
-    points = [(step, float(value) if _is_number(value) else None) for step, value in pairs]
+    points = [(step, float(value) if is_number(value) else None) for step, value in pairs]
     return Curve(tuple(p[0] for p in points), tuple(p[1] for p in points))
 
 
@@ -218,7 +207,7 @@ def read_run(path: Path) -> RunRecord:
             f"{path} is not a run directory: expected config.json or metrics.jsonl in it. `steploop runs DIR` lists those below DIR."
         )
     lines = list(_lines(path / "metrics.jsonl"))
-    journal = _Journal()
+    journal = Journal()
     for line in lines:
         if line is not None:
             journal.add(line)
@@ -234,48 +223,6 @@ def read_run(path: Path) -> RunRecord:
         pictures=tuple(sorted(path.glob("*.png"))),
         damaged_lines=lines.count(None),
     )
-
-
-class _Journal:
-    """The lines in one order of attempted steps, whatever crashes and phases the run went through."""
-
-    def __init__(self) -> None:
-        self.train: list[Line] = []
-        self.evals: list[Line] = []
-        self.events: list[Line] = []
-        self._phase = 0
-        self._newest = (0, 0)  # attempted and applied steps of this phase, by the last line
-        self._before = (0, 0)  # the same of the phases before
-
-    def add(self, line: Line) -> None:
-        kind, at, phase = line.get("kind"), _attempted(line), int(line.get("phase") or 0)
-        if phase > self._phase:  # it counts its steps from 0 again
-            self._before = (self._before[0] + self._newest[0], self._before[1] + self._newest[1])
-            self._phase, self._newest = phase, (0, 0)
-        if kind not in {"train", "eval"}:
-            self._place(self.events, line)
-            return
-        if (
-            at < self._newest[0]
-        ):  # what was done after the last checkpoint was done again: the later lines count
-            start = at + self._before[0]
-            for lines in (self.train, self.evals, self.events):
-                lines[:] = [old for old in lines if _attempted(old) < start or old.get("event") == "resumed"]
-        self._newest = (at, int(line.get("step") or 0))
-        self._place(self.train if kind == "train" else self.evals, line)
-
-    def _place(self, lines: list[Line], line: Line) -> None:
-        attempted, applied = self._before
-        if attempted and "attempted" in line:
-            line = {
-                **line,
-                "attempted": _attempted(line) + attempted,
-                "step": int(line.get("step") or 0) + applied,
-            }
-        # an evaluation that was interrupted is made again after the resume
-        if lines is not self.events and lines and _attempted(lines[-1]) == _attempted(line):
-            lines.pop()
-        lines.append(line)
 
 
 def _lines(path: Path) -> Iterator[Line | None]:
