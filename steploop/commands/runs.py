@@ -46,7 +46,9 @@ def runs(root: Annotated[Path, ROOT] = Path("runs"), as_json: Annotated[bool, JS
     for record in records:
         entry = _entry(record)
         # what tells it from the other runs of its recipe
-        different = differences([other for other in records if other.recipe == record.recipe and other.fields])
+        different = differences(
+            [other for other in records if other.recipe == record.recipe and other.fields]
+        )
         settings = " ".join(f"{k}={short(record.fields[k])}" for k in different if k in record.fields)
         metric = (
             ""
