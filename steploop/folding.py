@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from steploop.errors import EmptyDataError, ObjectiveError
-from steploop.forwarding import Objective, forward
+from steploop.forwarding import Objective, TrainingPasses
 from steploop.shielding import shielded
 from steploop.state import Gradients, TrainState
 from steploop.steps import gradients, seed_of
@@ -53,30 +53,21 @@ def accumulate(state: TrainState, micro_batches: Iterable[Any], objective: Objec
     sizes = [count_samples(part) for part in parts]
     # Known beforehand, the weights go into the backward pass as w_i / Σ w; an objective that gives its own overrides.
     total = float(sum(size or 0 for size in sizes)) or 1.0
-    current, losses, outputs, weights = state, [], [], []
+    losses, outputs, weights = [], [], []
     grads: list[Tensor | None] = []
-    own_weights, unit = False, 1.0
-    for index, (part, size) in enumerate(zip(parts, sizes, strict=True)):
-        loss, out, given, buffers = forward(current, part, objective, draw=index)
-        if index and own_weights != (given is not None):
-            raise ObjectiveError(
-                "accumulate: the objective gave a weight for some micro-batches and none for others."
-            )
-        own_weights = given is not None
-        if given is None and size is None:
-            raise ObjectiveError(
-                "accumulate: cannot count the samples of a batch without a tensor. Return (loss, outputs, weight) from the objective."
-            )
-        if given is not None and index == 0:
-            unit = _unit(given, len(parts))
-        weight = (size or 0) / total if given is None else given / unit
-        grads = gradients(
-            state, loss, seed_of(state, loss, weight), keep=index > 0, take=index == len(parts) - 1
-        )
-        losses.append(loss.detach())
-        outputs.append(out)
-        weights.append(weight)
-        current = state.replace(_buffers=buffers)
+    own_weights, unit, last = False, 1.0, len(parts) - 1
+    with TrainingPasses(state) as passes:
+        for index, (part, size) in enumerate(zip(parts, sizes, strict=True)):
+            loss, out, given = passes.run(part, objective, draw=index)
+            if index == 0 and given is not None:
+                own_weights, unit = True, _unit(given, len(parts))
+            _check_weight(given, size, own_weights=own_weights)
+            weight = (size or 0) / total if given is None else given / unit
+            grads = gradients(state, loss, seed_of(state, loss, weight), keep=index > 0, take=index == last)
+            losses.append(loss.detach())
+            outputs.append(out)
+            weights.append(weight)
+        buffers = passes.buffers()
     loss = _weighted_sum(losses, weights)
     if own_weights:
         whole = sum(weights)
@@ -87,9 +78,21 @@ def accumulate(state: TrainState, micro_batches: Iterable[Any], objective: Objec
         loss = loss / whole
         torch._foreach_div_([g for g in grads if g is not None], whole)
     return state.replace(
-        loss=loss, outputs=outputs, _graph=None, _buffers=current._buffers, _old_buffers=state._buffers,
+        loss=loss, outputs=outputs, _graph=None, _buffers=buffers, _old_buffers=state._buffers,
         _grads=Gradients(grads), grad_norm=None, clipped_norm=None, finite=None,
     )  # fmt: skip
+
+
+def _check_weight(given: Any, size: int | None, *, own_weights: bool) -> None:
+    if own_weights != (given is not None):
+        raise ObjectiveError(
+            "accumulate: the objective gave a weight for some micro-batches and none for others."
+        )
+    if given is None and size is None:
+        raise ObjectiveError(
+            "accumulate: cannot count the samples of a batch without a tensor. Return (loss, outputs, weight) from the "
+            "objective."
+        )
 
 
 def _unit(weight: float | Tensor, parts: int) -> Any:
@@ -104,8 +107,12 @@ def _unit(weight: float | Tensor, parts: int) -> Any:
 
 def _weighted_sum(losses: list[Tensor], weights: list[Any]) -> Tensor:
     loss = torch.stack(losses)
+    if weights.count(weights[0]) == len(weights) and isinstance(weights[0], float) and weights[0] > 0:
+        return loss.sum().mul_(weights[0])  # parts of one size, the usual case
     if any(isinstance(weight, Tensor) for weight in weights):
-        weight = torch.stack([torch.as_tensor(weight, dtype=loss.dtype, device=loss.device) for weight in weights])
+        weight = torch.stack(
+            [torch.as_tensor(weight, dtype=loss.dtype, device=loss.device) for weight in weights]
+        )
     else:
         weight = torch.tensor(weights, dtype=loss.dtype, device=loss.device)
     # the mean over nothing is nan: with a weight of 0 it counts for nothing

@@ -1,8 +1,8 @@
 """One call of an objective on a state's values, shielded from whatever the caller's surroundings are."""
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager, ExitStack, nullcontext
-from typing import Any
+from contextlib import AbstractContextManager, ExitStack
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -15,12 +15,11 @@ from steploop.state import TrainState
 from steploop.traced import TracedCount
 from steploop.trees import map_tensors, shapes
 
-__all__ = ["Objective", "SeededGenerators", "forward", "read_objective", "surroundings", "translated"]
+__all__ = ["Objective", "SeededGenerators", "TrainingPasses", "read_objective", "surroundings", "translated"]
 
 # objective(model, batch) -> loss | (loss, outputs) | (loss, outputs, weight)
 Objective = Callable[[nn.Module, Any], Any]
 
-_NO_SEEDING: AbstractContextManager[None] = nullcontext()
 _OUT_OF_MEMORY = ("DefaultCPUAllocator", "out of memory", "can't allocate memory")
 
 
@@ -35,10 +34,7 @@ def generators_of(device: torch.device) -> tuple[torch.Generator, ...]:
 
 
 class SeededGenerators:
-    """Seeds the generators that a forward pass draws from; afterwards they stand where the caller had them.
-
-    ``torch.manual_seed`` and ``fork_rng`` cost 100 us and more a call; this costs 3.
-    """
+    """Seeds the generators that a computation draws from; afterwards they stand where the caller had them."""
 
     __slots__ = ("_generators", "_seed", "_states")
 
@@ -85,54 +81,65 @@ def read_objective(result: Any) -> tuple[Tensor, Any, float | Tensor | None]:
     return loss, outputs, weight
 
 
-def forward(
-    state: TrainState, batch: Any, objective: Objective, draw: int = 0
-) -> tuple[Tensor, Any, Any, dict[str, Tensor]]:
-    """Run ``objective`` in training mode on the state's values.
+class TrainingPasses:
+    """Forward passes in training mode on a state's values; the module and the generators are put back on leaving.
 
-    Args:
-        state: is left as it is: the forward pass works on a copy of its buffers.
-        batch: handed to the objective.
-        objective: see ``forward_loss``.
-        draw: tells apart several forward passes of one step; the generators are seeded from
-            (seed, attempted_steps, draw).
+    The state is left as it is: the passes work on a copy of its buffers. Several passes of one step go on from each
+    other's buffers, and are told apart by ``draw``: the generators are seeded from (seed, attempted_steps, draw).
 
-    Returns:
-        The loss with its graph, the outputs detached, the objective's weight or None, and the new buffers.
+    Saving and restoring a generator costs 1 us, where ``torch.random.fork_rng`` costs 100 and more.
     """
-    machine = state._machine
-    module = machine.module
-    before = module.point(state._lease, state._params)
-    buffers = state._buffers
-    if buffers:
-        # BatchNorm updates its statistics in place: the old state keeps its own
-        buffers = {name: b.clone() for name, b in buffers.items()}
-        module.place_buffers(buffers)
-    module.set_training(training=True)
-    try:
-        with (
-            surroundings(machine, state.precision),
-            # while a step is traced nothing is drawn: whoever runs the graph seeds before
-            _NO_SEEDING
-            if isinstance(state.attempted_steps, TracedCount)
-            else SeededGenerators(machine, state.seed, state.attempted_steps, draw),
-        ):
-            loss, outputs, weight = read_objective(objective(module.model, batch))
-        if buffers:
-            buffers = module.buffers()
-    except (RuntimeError, MemoryError, ValueError) as error:
-        if (ours := translated(error, machine, batch)) is None:
-            raise
-        raise ours from error
-    finally:
-        if before is not None:
-            module.place_params(before)
-    if not loss.requires_grad:
-        raise ObjectiveError(
-            "The loss depends on no parameter that requires a gradient: it was detached, computed under torch.no_grad(), "
-            "or does not use the model that the objective was given."
-        )
-    return loss, map_tensors(Tensor.detach, outputs), weight, buffers
+
+    __slots__ = ("_before", "_buffers", "_generators", "_kept", "_machine", "_state")
+
+    def __init__(self, state: TrainState) -> None:
+        self._state = state
+        self._machine = machine = state._machine
+        if machine.generators is None:
+            machine.generators = generators_of(machine.device)
+        # while a step is traced nothing is drawn: whoever runs the graph seeds before
+        self._generators = () if isinstance(state.attempted_steps, TracedCount) else machine.generators
+
+    def __enter__(self) -> Self:
+        state, module = self._state, self._machine.module
+        self._kept = [generator.get_state() for generator in self._generators]
+        self._before = module.point(state._lease, state._params)
+        self._buffers = state._buffers
+        if self._buffers:
+            # BatchNorm updates its statistics in place: the old state keeps its own
+            self._buffers = {name: b.clone() for name, b in self._buffers.items()}
+            module.place_buffers(self._buffers)
+        module.set_training(training=True)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for generator, kept in zip(self._generators, self._kept, strict=True):
+            generator.set_state(kept)
+        if self._before is not None:
+            self._machine.module.place_params(self._before)
+
+    def run(self, batch: Any, objective: Objective, draw: int = 0) -> tuple[Tensor, Any, Any]:
+        """The loss with its graph, the outputs detached, and the objective's weight or None."""
+        state, machine = self._state, self._machine
+        for generator in self._generators:
+            generator.manual_seed(fold_in(state.seed, state.attempted_steps, draw))
+        try:
+            with surroundings(machine, state.precision):
+                loss, outputs, weight = read_objective(objective(machine.model, batch))
+        except (RuntimeError, MemoryError, ValueError) as error:
+            if (ours := translated(error, machine, batch)) is None:
+                raise
+            raise ours from error
+        if not loss.requires_grad:
+            raise ObjectiveError(
+                "The loss depends on no parameter that requires a gradient: it was detached, computed under "
+                "torch.no_grad(), or does not use the model that the objective was given."
+            )
+        return loss, map_tensors(Tensor.detach, outputs), weight
+
+    def buffers(self) -> dict[str, Tensor]:
+        """The buffers after the passes so far: a module may have put new tensors in their places."""
+        return self._machine.module.buffers() if self._buffers else self._buffers
 
 
 def translated(error: Exception, machine: Machine, batch: Any) -> SteploopError | None:

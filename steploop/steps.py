@@ -19,7 +19,7 @@ from torch import Tensor
 
 from steploop.clip import check_bound, clip_adaptive, clip_norm, clip_value, global_norm
 from steploop.errors import ConfigError, SpentStateError, StepOrderError
-from steploop.forwarding import Objective, forward, translated
+from steploop.forwarding import Objective, TrainingPasses, translated
 from steploop.precision import on_host
 from steploop.shielding import shielded
 from steploop.state import Gradients, TrainState
@@ -50,7 +50,9 @@ def forward_loss(state: TrainState, batch: Any, objective: Objective) -> TrainSt
         SpentStateError: ``state`` was given away.
     """
     state.check_alive("forward_loss")
-    loss, outputs, _, buffers = forward(state, batch, objective)
+    with TrainingPasses(state) as passes:
+        loss, outputs, _ = passes.run(batch, objective)
+        buffers = passes.buffers()
     return state.replace(
         loss=loss.detach(), outputs=outputs, _graph=loss, _buffers=buffers, _old_buffers=state._buffers,
         _grads=None, grad_norm=None, clipped_norm=None, finite=None,
@@ -78,7 +80,14 @@ def backward_scaled(state: TrainState) -> TrainState:
         raise StepOrderError(
             "backward_scaled: this state has no loss to differentiate. Call forward_loss(state, batch, objective) before."
         )
-    grads = gradients(state, graph, seed_of(state, graph))
+    # activation checkpointing computes parts of the forward pass again: with this state's parameters
+    module = state._machine.module
+    before = module.point(state._lease, state._params)
+    try:
+        grads = gradients(state, graph, seed_of(state, graph))
+    finally:
+        if before is not None:
+            module.place_params(before)
     return state.replace(_graph=None, _grads=Gradients(grads))
 
 

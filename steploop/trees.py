@@ -57,6 +57,8 @@ def shapes(tree: Any) -> str:
 
 def count_samples(batch: Any) -> int | None:
     """The size of the first tensor's first axis, or None where there is no tensor with an axis."""
+    if isinstance(batch, (tuple, list)) and batch and isinstance(batch[0], Tensor) and batch[0].dim() > 0:
+        return batch[0].shape[0]  # (inputs, targets), without a walk
     for _, leaf in named_leaves(batch):
         if isinstance(leaf, Tensor) and leaf.dim() > 0:
             return leaf.shape[0]
