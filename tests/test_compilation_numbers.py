@@ -240,3 +240,23 @@ def test_float64_models_keep_their_precision():
     compiled = eager.clone()
     given = [(x.double(), y) for x, y in batches(20)]
     assert_alike(folded(train_step, eager, given), folded(compile(train_step), compiled, given), 1e-12)
+
+
+def test_an_optimizer_that_replaces_its_slots_agrees_with_eager():
+    class Replacing(torch.optim.Optimizer):
+        def __init__(self, params, lr):
+            super().__init__(params, {"lr": lr})
+
+        @torch.no_grad()
+        def step(self, closure=None):
+            for group in self.param_groups:
+                for p in group["params"]:
+                    before = self.state[p].get("mean", torch.zeros_like(p))
+                    self.state[p]["mean"] = 0.9 * before + p.grad
+                    p.sub_(self.state[p]["mean"], alpha=group["lr"])
+
+    eager = first_state(mlp(), Optimizer(Replacing, lr=0.05))
+    compiled, given = eager.clone(), batches(10)
+    a, b = folded(train_step, eager, given), folded(compile(train_step), compiled, given)
+    assert_alike(a, b, 1e-5)
+    assert float(b.slots["0.weight"]["mean"].abs().max()) > 0

@@ -1,6 +1,6 @@
 """Turns the states that a traced train step returned into outputs of the graph and a plan for the host."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -12,6 +12,7 @@ from steploop.compilation.rebuilding import Reference
 from steploop.compilation.traced_state import OwnedCount, TracedState
 from steploop.errors import CompileError, SteploopError
 from steploop.schedules import Schedule
+from steploop.state import TrainState
 from steploop.trees import map_tensors
 
 __all__ = ["SlotsGrew", "collect"]
@@ -25,18 +26,36 @@ class SlotsGrew(SteploopError):
 
 
 def collect(
-    old: TracedState, new: TracedState, given: list[Tensor], *, before: Sequence[Schedule], after: Sequence[Schedule], limit: int
+    real: TrainState,
+    old: TracedState,
+    came: Mapping[Place, Tensor],
+    new: TracedState,
+    given: list[Tensor],
+    *,
+    before: Sequence[Schedule],
+    after: Sequence[Schedule],
+    limit: int,
 ) -> StatePlan:
     """Append to ``given`` what the graph has to give for one state, and say how the host makes the state of it.
 
     A state whose tensors were donated has every changed tensor written into the one it came in; buffers too, which
     eager replaces: the graph then takes the same tensors at every step.
+
+    Args:
+        real: the state that the trace was made for.
+        old: the traced state that went in; an optimizer may have put other tensors into its slots since.
+        came: the tensors that went in.
+        new: the state that came back.
+        given: what the graph gives, so far.
+        before: schedules that the step called before the optimizer.
+        after: schedules that it called afterwards.
+        limit: steps in a row that may be not finite.
     """
     _check_finished(new)
     donated = not old.alive
     tensors: dict[Place, Reference] = {}
-    came, went = dict(places(old)), dict(places(new))
-    _check_slots(old, new)
+    _check_slots(real, new)
+    went = dict(places(new))
     if list(came) != list(went):
         raise CompileError(f"changed which parameters, buffers or averages the state holds: {_difference(came, went)}. Do that outside of the step.")
     with torch.no_grad():
@@ -82,7 +101,7 @@ def _check_finished(new: TracedState) -> None:
         raise CompileError(f"returned a state in the middle of a step. Call {missing} before returning it.")
 
 
-def _check_slots(old: TracedState, new: TracedState) -> None:
+def _check_slots(old: TrainState, new: TracedState) -> None:
     """The slots' structure must be as it was, and plain numbers in them unchanged."""
     for name, slot in new._slots.items():
         before = old._slots.get(name, {})
@@ -106,6 +125,6 @@ def _offset(new: TracedState, name: str) -> int:
     return count.offset
 
 
-def _difference(came: dict[Place, Tensor], went: dict[Place, Tensor]) -> str:
+def _difference(came: Mapping[Place, Tensor], went: Mapping[Place, Tensor]) -> str:
     changed = [place for place in (*came, *went) if (place in came) != (place in went)]
     return changed[0][1] if changed else "their order"

@@ -66,6 +66,7 @@ class CompiledStep:
         self._graphs: dict[Any, list[CompiledGraph]] = {}
         self._seen: dict[Any, int] = {}
         self._eager = False
+        self._gave_up = False  # more shapes than are worth a graph have come
 
     def __call__(self, state: Any, batch: Any) -> Any:
         """One step, like ``train_step(state, batch)``.
@@ -135,11 +136,12 @@ class CompiledStep:
         self._seen[key] = self._seen.get(key, 0) + 1
         if self._seen[key] < _COMPILED_WHEN_SEEN:
             return False
-        if len(self._graphs) >= _USUAL_SHAPES and self._seen[key] == _COMPILED_WHEN_SEEN:
+        if len(self._graphs) >= _USUAL_SHAPES and self._seen[key] == _COMPILED_WHEN_SEEN and not self._gave_up:
+            self._gave_up = len(self._graphs) >= _MOST_SHAPES
             shapes = "; ".join(describe(known) for known in (*self._graphs, key))
-            then = "is run in eager" if len(self._graphs) >= _MOST_SHAPES else "costs another graph"
+            then = "one more is run in eager" if self._gave_up else "each costs a graph"
             warnings.warn(
-                f"steploop.compile: batches of {len(self._graphs) + 1} shapes have come ({shapes}), and each {then}. Pad them to one "
+                f"steploop.compile: batches of {len(self._graphs) + 1} shapes have come ({shapes}); {then}. Pad them to one "
                 "or two shapes, or drop the short last batch.",
                 stacklevel=4,
             )

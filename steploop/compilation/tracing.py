@@ -191,12 +191,9 @@ def trace_step(
         trace.numbers = inputs[own]
         held = dict(zip(order, inputs[own + 1 :], strict=False))
         counts = dict(zip(counters, inputs[own + 1 + len(order) :], strict=True))
+        came = {owner: {place: t for (name, place), t in held.items() if name == owner} for owner in states}
         traced = {
-            owner: trace.traced(
-                owner,
-                {place: t for (name, place), t in held.items() if name == owner},
-                {counter: t for (name, counter), t in counts.items() if name == owner},
-            )
+            owner: trace.traced(owner, came[owner], {counter: t for (name, counter), t in counts.items() if name == owner})
             for owner in states
         }
         fake_batch = replace_tensors(batch, inputs[:own])
@@ -204,8 +201,9 @@ def trace_step(
         given: list[Tensor] = []
         for owner, new in _named(result, traced).items():
             plans[owner] = collect(
-                traced[owner], new, given, before=trace.before[owner], after=trace.after[owner], limit=trace.limits.get(owner, 0)
-            )
+                states[owner], traced[owner], came[owner], new, given,
+                before=trace.before[owner], after=trace.after[owner], limit=trace.limits.get(owner, 0),
+            )  # fmt: skip
         return given
 
     with ExitStack() as stack:
