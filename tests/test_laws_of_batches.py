@@ -27,6 +27,7 @@ from steploop.testing import (
     check_evaluation_ignores_partition,
     check_partition_gives_the_whole_gradient,
     check_ranks_partition_the_epoch,
+    require_same,
     split,
     strategies,
 )
@@ -287,3 +288,12 @@ def test_a_cursor_that_replays_fails_its_law():
 def test_a_split_must_be_of_the_whole_batch():
     with pytest.raises(AssertionError, match=r"the parts \[1, 1\] make up the 4 samples"):
         split(Task().batch(0, 4), [1, 1])
+
+
+def test_a_part_of_a_dataset_has_random_numbers_of_its_own_for_each_sample():
+    """Found by ``steploop check``: torch fetches a Subset at once, so that its samples were seeded by the batch."""
+    whole = Loader(torch.utils.data.Subset(Noisy(), range(6)), batch_size=6, seed=5, shuffle=False)
+    parts = Loader(torch.utils.data.Subset(Noisy(), range(6)), batch_size=4, seed=5, shuffle=False)
+    require_same(
+        torch.cat(list(parts.epoch(0))), torch.cat(list(whole.epoch(0))), "the batch size does not matter"
+    )

@@ -72,7 +72,8 @@ def _pure_step(s: Subject) -> Iterator[Case]:
 
 def _surroundings(s: Subject) -> Iterator[Case]:
     batches = [s.batches[0], s.batches[-1]]
-    for name in SURROUNDINGS:
+    # a step may prepare its batch by itself, and nobody can train on tensors that were made in inference mode
+    for name in (name for name in SURROUNDINGS if name != "torch.inference_mode()"):
         yield (
             f"{_run(s, 2)}, {name}",
             partial(check_surroundings, s.recipe.train_step, s.recipe.state, batches, name),
@@ -151,7 +152,7 @@ def _in_float32(state: Any) -> Any:
 
 def _evaluation_batch_size(s: Subject) -> Iterator[Case]:
     """Of the whole evaluation, through its loaders or the Config's batch sizes; and of the objective by itself."""
-    whole = s.samples - 1  # 7: an odd number has a short last batch for every size between
+    whole = s.samples - 1 + s.samples % 2  # an odd number, so that every size between has a short last batch
     state = _in_float32(s.recipe.state)
     measure = _evaluation(s.recipe)
     loaders = loaders_of(measure)

@@ -51,7 +51,7 @@ def _in_new_process(subject: Subject, cut: int, folder: Path) -> None:
     }  # fmt: skip
     done = subprocess.run(  # noqa: S603  (this interpreter, and a request of our own)
         [sys.executable, "-m", "steploop.checking.resuming", json.dumps(request)],
-        env={**os.environ, "PYTHONHASHSEED": "1"}, capture_output=True, text=True, check=False,
+        env={**os.environ, "PYTHONHASHSEED": "2" if os.environ.get("PYTHONHASHSEED") == "1" else "1"}, capture_output=True, text=True, check=False,
     )  # fmt: skip
     last = done.stderr.strip().rpartition("\n")[2]
     require(

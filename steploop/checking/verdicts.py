@@ -1,6 +1,6 @@
 """Verdicts: every law put to a recipe, with the smallest case in which it fails."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 import attrs
 
@@ -29,20 +29,23 @@ class Verdict:
     message: str = ""
 
 
-def examine(subject: Subject, show: Callable[[str], None] = lambda _: None) -> Iterator[Verdict]:
+def examine(
+    subject: Subject, show: Callable[[str], None] = lambda _: None, *, laws: Iterable[Law] | None = None
+) -> Iterator[Verdict]:
     """Put every law to the recipe.
 
     Args:
         subject: the recipe.
         show: told the name of each law before it is tried.
+        laws: which ones; all of them unless given.
     """
-    for law in LAWS:
+    for law in LAWS if laws is None else laws:
         show(law.name)
         yield _judge(law, subject)
 
 
 def _judge(law: Law, subject: Subject) -> Verdict:
-    tried, example = 0, "building the recipe"
+    tried, example = 0, "before the first case"
     try:
         for label, check in law.cases(subject):
             tried, example = tried + 1, label

@@ -40,6 +40,11 @@ __all__ = [
     "pure",
 ]
 
+_AGAIN = (
+    "the same state and batch give the same result again (else something outside of the state changes: a global, a closure, "
+    "an attribute of the model, or random numbers that the state does not seed)"
+)
+
 
 def check_input_stays_whole(step: Step, state: State, batch: Any) -> None:
     """Law 1. A pure step leaves the state that went in as it was, and can take it again.
@@ -57,7 +62,7 @@ def check_input_stays_whole(step: Step, state: State, batch: Any) -> None:
     require_same(batch, batch_before, "the batch stays as it was")
     result = copied(values(first))
     second = step(state, batch)
-    require_same(values(second), result, "the same state and batch give the same result again")
+    require_same(values(second), result, _AGAIN)
     require_same(values(first), result, "a result stays as it was when its input is used again")
 
 
@@ -133,8 +138,7 @@ def check_same_input_same_result(step: Step, state: State, batches: Sequence[Any
     require_same(
         second,
         first,
-        "the same state and batches give the same result (something outside of the state changes: a global, a closure, "
-        "an attribute of the model, or random numbers that are not torch's)",
+        _AGAIN,
     )
 
 
