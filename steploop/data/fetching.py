@@ -14,7 +14,7 @@ import attrs
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset, default_collate, get_worker_info
+from torch.utils.data import Dataset, Subset, default_collate, get_worker_info
 
 from steploop.data.order import AMBIENT, SAMPLE
 from steploop.errors import DataError
@@ -137,7 +137,7 @@ class Fetcher(Dataset[Any]):
             # a worker's own generators are nobody else's: there is nothing to put back
             with _ambient_generators_restored() if info is None else nullcontext():
                 samples: list[Any] = []
-                if hasattr(self._data, "__getitems__"):  # torch's protocol for fetching many at once
+                if _fetches_many(self._data):
                     _seed_ambient_generators(fold_in(self._seed, AMBIENT, request.epoch, at[0]))
                     samples = [self._transformed(s, request.epoch, i) for s, i in self._many(request.indices)]
                 else:
@@ -166,6 +166,16 @@ class Fetcher(Dataset[Any]):
         if self._transform is None:
             return sample
         return self._transform(sample, self._generator.manual_seed(fold_in(self._seed, SAMPLE, epoch, index)))
+
+
+def _fetches_many(data: Any) -> bool:
+    """Whether a dataset knows torch's protocol for fetching many samples at once, and not only passes it on.
+
+    A ``Subset`` always has the method. Fetched one by one, each sample of it has random numbers of its own.
+    """
+    while isinstance(data, Subset):
+        data = data.dataset
+    return hasattr(data, "__getitems__")
 
 
 def is_tensors(data: Any) -> bool:
