@@ -50,7 +50,8 @@ class Feed:
     def bind(self, states: Sequence[TrainState]) -> None:
         """Take the tensors of these states into the list."""
         self._fixed = [self._numbers] if self._takes_numbers else []
-        self._fixed += [tensor_at(states[i], place) for i, place in self._places]
+        # detached: kernels write into parameters that autograd would guard, and no call needs torch.no_grad around it
+        self._fixed += [tensor_at(states[i], place).detach() for i, place in self._places]
 
     def arguments(self, states: Sequence[TrainState], batch: list[Tensor]) -> list[Tensor]:
         """The inputs for one call, in the order of the pruned graph."""
@@ -72,7 +73,7 @@ class Feed:
         if part[0] == "batch":
             return batch[part[1]]
         if part[0] == "place":
-            return tensor_at(states[part[1]], part[2])
+            return tensor_at(states[part[1]], part[2]).detach()
         if part[0] == "counter":
             return self._counter(states, part)
         return self._numbers if part[0] == "numbers" else part[1]

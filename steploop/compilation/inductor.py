@@ -81,8 +81,11 @@ def _check_compiler(device: torch.device) -> None:
 def fake_mode() -> Any:
     """A mode for ``capture``: its tensors have shapes and dtypes and no memory."""
     from torch._subclasses.fake_tensor import FakeTensorMode
+    from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
-    return FakeTensorMode(allow_non_fake_inputs=True)
+    # Inductor's cache on disk asks for a shape environment; in this one every shape is a number
+    shapes = ShapeEnv(allow_scalar_outputs=False, allow_dynamic_output_shape_ops=False)
+    return FakeTensorMode(allow_non_fake_inputs=True, shape_env=shapes, static_shapes=True)
 
 
 def reads_a_value(error: BaseException) -> bool:
