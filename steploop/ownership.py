@@ -78,8 +78,9 @@ class ModuleMachine:
             where[key] = buffers[name]
 
     def layout(self) -> list[tuple[int, str]]:
-        """Where values stand: another layout means that something was added or taken away (a new head, say)."""
-        return [(id(where), key) for where, key, _ in (*self.param_places, *self.buffer_places)]
+        """Where values stand, and what stays in eval mode: another layout means a new head, say, or a thawed part."""
+        places = [(id(where), key) for where, key, _ in (*self.param_places, *self.buffer_places)]
+        return [*places, *((id(module), "eval") for module in self.frozen)]
 
     def __deepcopy__(self, memo: dict[int, Any]) -> None:
         """A copied module begins without a machine: nobody holds its values yet."""
@@ -139,6 +140,10 @@ def module_machine(model: nn.Module) -> ModuleMachine:
     """
     machine = model.__dict__.get(_ATTRIBUTE)
     fresh = ModuleMachine(model)
-    if not isinstance(machine, ModuleMachine) or machine.layout() != fresh.layout():
-        model.__dict__[_ATTRIBUTE] = machine = fresh
-    return machine
+    if isinstance(machine, ModuleMachine):
+        if machine.layout() == fresh.layout():
+            return machine
+        # what has stayed of the module may still be a living state's: the two machines have to know of each other
+        fresh.holder = machine.holder
+    model.__dict__[_ATTRIBUTE] = fresh
+    return fresh
