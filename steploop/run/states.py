@@ -35,18 +35,17 @@ def _all_replaced(state: State, **changes: Any) -> State:
 
 def attempted_steps(state: State) -> int:
     """Steps tried; of several states, the most that one of them has tried."""
-    if isinstance(state, Mapping):
-        return max(one.attempted_steps for one in state.values())
-    return state.attempted_steps
+    if isinstance(state, TrainState):  # asked first: a look at the abstract Mapping takes four times as long
+        return state.attempted_steps
+    return max(one.attempted_steps for one in state.values())
 
 
 def at_position(state: State, batch: int) -> State:
     """The state with its cursor at ``batch``: a step may call ``optimizer_step`` never, once or often per batch."""
-    if isinstance(state, Mapping):
-        return (
-            state if all(one.batch == batch for one in state.values()) else _all_replaced(state, batch=batch)
-        )
-    return state if state.batch == batch else state.replace(batch=batch)
+    if isinstance(state, TrainState):
+        return state if state.batch == batch else state.replace(batch=batch)
+    there = all(one.batch == batch for one in state.values())
+    return state if there else _all_replaced(state, batch=batch)
 
 
 def next_epoch(state: State) -> State:
