@@ -19,7 +19,17 @@ from typing import Final, TypeVar
 from steploop.checkpoint.filesystem import FileWriter, Fs
 from steploop.errors import CheckpointWriteError
 
-__all__ = ["OLD", "commit", "find", "quietly", "recover", "remove_tree", "write_error", "write_file"]
+__all__ = [
+    "OLD",
+    "commit",
+    "find",
+    "quietly",
+    "recover",
+    "remove_tree",
+    "write_bytes",
+    "write_error",
+    "write_file",
+]
 
 T = TypeVar("T")
 # Waiting helps against a full disk or a flaky one, not against these.
@@ -37,16 +47,25 @@ def write_error(message: str, error: OSError) -> CheckpointWriteError:
 
 
 def write_file(fs: Fs, path: Path, write: Callable[[FileWriter], T]) -> T:
-    """Create a file, let ``write`` fill it, and return its result once the file is on the disk."""
+    """Create a file, let ``write`` fill it and flush it to the disk, and close it; what ``write`` returned."""
     file = fs.create(path)
     try:
         result = write(file)
-        file.sync()
     except BaseException:
         quietly(file.close)
         raise
     file.close()
     return result
+
+
+def write_bytes(fs: Fs, path: Path, data: bytes) -> None:
+    """Create a file of these bytes, on the disk when this returns."""
+
+    def write(file: FileWriter) -> None:
+        file.write(data)
+        file.sync()
+
+    write_file(fs, path, write)
 
 
 def commit(
@@ -63,7 +82,7 @@ def commit(
     Args:
         fs: where.
         target: the directory that is to appear; its parent exists.
-        write: fills the directory it is given; each file through ``write_file``.
+        write: fills the directory it is given; each file through ``write_file`` or ``write_bytes``.
         overwrite: take the place of a directory that has the name, instead of refusing.
         tries: how often to begin again from nothing after a system error (a full disk may be freed by another).
         wait_s: seconds to wait before the second try; twice as long before each further one.

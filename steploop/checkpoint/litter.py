@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Final
 
-from steploop.checkpoint.commit import OLD, quietly, recover, remove_tree, write_error, write_file
+from steploop.checkpoint.commit import OLD, quietly, recover, remove_tree, write_bytes, write_error
 from steploop.checkpoint.filesystem import Fs
 
 __all__ = ["discard", "make_directories", "probe", "sweep"]
@@ -88,7 +88,7 @@ def probe(fs: Fs, directory: Path) -> None:
     try:
         remove_tree(fs, temporary)
         fs.make_directory(temporary)
-        write_file(fs, temporary / "probe", lambda file: file.write(bytes(4096)))
+        write_bytes(fs, temporary / "probe", bytes(4096))
         fs.sync_directory(temporary)
         renamed = temporary.with_name(f"{_TRASH}probe-{os.getpid()}")
         remove_tree(fs, renamed)

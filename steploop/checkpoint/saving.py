@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 
 from steploop.checkpoint.collecting import Collected, State, collect, members
-from steploop.checkpoint.commit import commit, write_file
+from steploop.checkpoint.commit import commit, write_bytes, write_file
 from steploop.checkpoint.environment import ENVIRONMENT, environment_bytes
 from steploop.checkpoint.filesystem import LOCAL, FileWriter, Fs
 from steploop.checkpoint.manifest import MANIFEST, Manifest
@@ -73,8 +73,8 @@ def write_collected(
             for file in collected.tensors
         }
         text, sha256 = _manifest(collected, files).seal()
-        write_file(fs, temporary / MANIFEST, lambda out: out.write(text))
-        write_file(fs, temporary / ENVIRONMENT, lambda out: out.write(environment_bytes(device)))
+        write_bytes(fs, temporary / MANIFEST, text)
+        write_bytes(fs, temporary / ENVIRONMENT, environment_bytes(device))
         return sha256
 
     return commit(fs, target, write, overwrite=overwrite, tries=tries, wait_s=wait_s)

@@ -115,7 +115,7 @@ def _blocks(
 def write_tensors(
     file: FileWriter, tensors: Mapping[str, Tensor], specs: Mapping[str, TensorSpec], metadata: str
 ) -> FileRecord:
-    """Write a safetensors file and hash it on the way; neither flushed nor closed here.
+    """Write a safetensors file, hash it on the way, and flush it; the hash ends while the disk is busy.
 
     Args:
         file: a new file.
@@ -125,7 +125,7 @@ def write_tensors(
 
     Raises:
         CheckpointUnsupportedError: too many tensors, before anything is written.
-        OSError: the file cannot be written.
+        OSError: the file cannot be written or flushed.
     """
     header = header_bytes(specs, metadata)
     with _Hasher(sum(spec.size for spec in specs.values())) as hasher:
@@ -135,6 +135,7 @@ def write_tensors(
             hasher.add(block)
             file.write(block)
             del block  # it may be all that holds a copy, and the next one is about to be made
+        file.sync()
         return hasher.record()
 
 
