@@ -9,7 +9,7 @@ from torch import Tensor
 from steploop.errors import ConfigError, StepOrderError
 from steploop.shielding import shielded
 from steploop.state import TrainState
-from steploop.traced import TracedCount
+from steploop.traced import trace_of
 
 __all__ = ["update_ema"]
 
@@ -45,9 +45,8 @@ def update_ema(state: TrainState, *, decay: float | Callable[[int], float]) -> T
         raise StepOrderError("update_ema: no optimizer step was taken before. Call it after optimizer_step.")
     d: Any = decay
     if callable(decay):
-        count: Any = state.attempted_steps
-        traced = isinstance(count, TracedCount)
-        d = count.trace.value_at_step(state, decay) if traced else decay(state.step)
+        trace = trace_of(state)
+        d = decay(state.step) if trace is None else trace.value_at_step(state, decay)
     if not 0.0 <= d < 1.0:
         raise ConfigError(f"update_ema: decay must lie in [0, 1), but is {d!r}.")
     if finite is False:

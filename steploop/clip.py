@@ -93,7 +93,9 @@ def clip_value(grads: list[Tensor], max_value: float) -> None:
 def _unit_norm(x: Tensor) -> Tensor:
     """The norm of each output unit: over all axes but the first, kept; of the whole for vectors and scalars."""
     per_unit = x.dim() > 1
-    norm: Tensor = torch.linalg.vector_norm(x, dim=tuple(range(1, x.dim())) if per_unit else None, keepdim=per_unit)
+    norm: Tensor = torch.linalg.vector_norm(
+        x, dim=tuple(range(1, x.dim())) if per_unit else None, keepdim=per_unit
+    )
     return norm
 
 

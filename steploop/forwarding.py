@@ -12,7 +12,7 @@ from steploop.machine import Machine
 from steploop.precision import Precision, autocast
 from steploop.random_numbers import fold_in
 from steploop.state import TrainState
-from steploop.traced import TracedCount
+from steploop.traced import trace_of
 from steploop.trees import map_tensors, shapes
 
 __all__ = ["Objective", "SeededGenerators", "TrainingPasses", "read_objective", "surroundings", "translated"]
@@ -98,7 +98,7 @@ class TrainingPasses:
         if machine.generators is None:
             machine.generators = generators_of(machine.device)
         # while a step is traced nothing is drawn: whoever runs the graph seeds before
-        self._generators = () if isinstance(state.attempted_steps, TracedCount) else machine.generators
+        self._generators = machine.generators if trace_of(state) is None else ()
 
     def __enter__(self) -> Self:
         state, module = self._state, self._machine.module

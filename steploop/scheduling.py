@@ -10,7 +10,7 @@ from torch import Tensor
 from steploop.errors import ConfigError
 from steploop.schedules import Rates, Schedule
 from steploop.state import TrainState
-from steploop.traced import TracedCount
+from steploop.traced import trace_of
 
 __all__ = ["schedule", "set_rates"]
 
@@ -32,8 +32,9 @@ def schedule(state: TrainState, learning_rate: Schedule) -> TrainState:
     state.check_alive("schedule")
     taken = state.applied_steps
     if isinstance(taken, Tensor):
-        if isinstance(state.attempted_steps, TracedCount):
-            return state.attempted_steps.trace.schedule(state, learning_rate)  # type: ignore[no-any-return]  # a state
+        if (trace := trace_of(state)) is not None:
+            scheduled: TrainState = trace.schedule(state, learning_rate)
+            return scheduled
         return _scheduled_on_device(state, learning_rate, taken)
     value = learning_rate(taken)
     return (

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from steploop.errors import CompileError
 
-__all__ = ["Trace", "TracedCount"]
+__all__ = ["Trace", "TracedCount", "trace_of"]
 
 
 class Trace(Protocol):
@@ -63,3 +63,9 @@ class TracedCount:
     __eq__ = __ne__ = __lt__ = __le__ = __gt__ = __ge__ = _refuse
     __mod__ = __mul__ = __rmul__ = __floordiv__ = __truediv__ = __rtruediv__ = __rsub__ = __pow__ = _refuse
     __radd__ = __add__
+
+
+def trace_of(state: Any) -> Trace | None:
+    """The trace that a state belongs to; None in everyday life."""
+    count = state.attempted_steps
+    return count.trace if isinstance(count, TracedCount) else None

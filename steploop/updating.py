@@ -8,7 +8,7 @@ from torch import Tensor
 from steploop.errors import NonFiniteError, StepOrderError
 from steploop.shielding import shielded
 from steploop.state import TrainState
-from steploop.traced import TracedCount
+from steploop.traced import trace_of
 from steploop.trees import map_tensors
 
 __all__ = ["check_nonfinite", "first_nonfinite", "optimizer_step"]
@@ -52,8 +52,8 @@ def optimizer_step(state: TrainState, *, donate: bool = True, max_nonfinite_step
     elif type(finite) is Tensor:
         advanced = _decided_by_fused_optimizer(state, finite)
     else:
-        if isinstance(state.attempted_steps, TracedCount):
-            state.attempted_steps.trace.limit_nonfinite(state, max_nonfinite_steps)
+        if (trace := trace_of(state)) is not None:
+            trace.limit_nonfinite(state, max_nonfinite_steps)
         advanced = _selected(state, finite)  # type: ignore[arg-type]  # a tensor that is being traced
     scale = None if state.scale is None else state.scale.updated(finite)  # type: ignore[arg-type]
     new = state.donate(
