@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from steploop.averaging import update_ema as update_ema
+    from steploop.compilation import compile as compile  # noqa: A004  (steploop.compile, as in torch.compile)
     from steploop.early_stopping import EarlyStopping as EarlyStopping
     from steploop.errors import SteploopError as SteploopError
     from steploop.evaluation import accuracy as accuracy
@@ -39,6 +40,7 @@ _HOMES = {
     "accuracy": "evaluation",
     "evaluate": "evaluation",
     "accumulate": "folding",
+    "compile": "compilation",
     "Optimizer": "optim",
     "ReduceLROnPlateau": "plateau",
     "LossScale": "precision",

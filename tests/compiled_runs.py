@@ -57,7 +57,9 @@ def mlp(*, dropout: float = 0.0, norm: bool = False) -> nn.Module:
     )
 
 
-def first_state(model: nn.Module | None = None, optimizer: Optimizer | None = None, **settings: Any) -> TrainState:
+def first_state(
+    model: nn.Module | None = None, optimizer: Optimizer | None = None, **settings: Any
+) -> TrainState:
     described = optimizer or Optimizer(torch.optim.SGD, lr=0.05, momentum=0.9)
     return schedule(TrainState.create(model or mlp(), described, **settings), decaying)
 
@@ -100,7 +102,10 @@ def assert_alike(a: TrainState, b: TrainState, tolerance: float) -> None:
             if not isinstance(x, Tensor):
                 assert x == y, (field, name)
                 continue
-            assert (x.shape, x.dtype, x.stride(), x.device) == (y.shape, y.dtype, y.stride(), y.device), (field, name)
+            assert (x.shape, x.dtype, x.stride(), x.device) == (y.shape, y.dtype, y.stride(), y.device), (
+                field,
+                name,
+            )
             assert x.requires_grad == y.requires_grad, (field, name)
             assert x.isfinite().all() == y.isfinite().all(), (field, name)
             largest = float(x.detach().double().abs().max().clamp(min=1e-3)) if x.numel() else 1.0

@@ -9,7 +9,7 @@ from torch import nn
 from steploop import (
     Optimizer,
     backward_scaled,
-    compile,
+    compile,  # noqa: A004  (steploop.compile, as in torch.compile)
     forward_loss,
     optimizer_step,
     schedule,

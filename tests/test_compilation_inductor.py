@@ -27,7 +27,7 @@ from steploop import (
     TrainState,
     accumulate,
     backward_scaled,
-    compile,
+    compile,  # noqa: A004  (steploop.compile, as in torch.compile)
     forward_loss,
     optimizer_step,
     schedule,
@@ -126,7 +126,9 @@ def test_a_second_process_takes_the_graph_from_the_cache(tmp_path):
     environment = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": str(tmp_path)}
     command = [sys.executable, "-c", SECOND_PROCESS, str(Path(__file__).parent)]
     seen = [
-        subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout.split()[-2:]
+        subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout.split()[
+            -2:
+        ]
         for _ in range(2)
     ]
     assert seen == [["0", "1"], ["1", "0"]]

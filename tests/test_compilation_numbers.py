@@ -28,7 +28,7 @@ from steploop import (
     TrainState,
     accumulate,
     backward_scaled,
-    compile,
+    compile,  # noqa: A004  (steploop.compile, as in torch.compile)
     forward_loss,
     optimizer_step,
     schedule,
@@ -48,7 +48,11 @@ TOLERANCES = {
     "SGD": 1e-5, "Adam": 1e-4, "AdamW": 1e-4, "Adamax": 1e-5, "NAdam": 1e-4, "RAdam": 5e-3, "RMSprop": 1e-5,
     "Rprop": 1e-5, "ASGD": 1e-5, "Adagrad": 1e-5, "Adadelta": 1e-5, "Muon": 1e-3,
 }  # fmt: skip
-SETTINGS = {"SGD": {"momentum": 0.9, "nesterov": True}, "AdamW": {"amsgrad": True}, "RMSprop": {"momentum": 0.5}}
+SETTINGS = {
+    "SGD": {"momentum": 0.9, "nesterov": True},
+    "AdamW": {"amsgrad": True},
+    "RMSprop": {"momentum": 0.5},
+}
 
 
 @pytest.mark.parametrize("name", list(TOLERANCES))
@@ -67,13 +71,17 @@ def test_100_steps_of_every_traceable_optimizer_agree_with_eager(name):
 
 
 def test_groups_keep_their_own_rates_and_decays():
-    optimizer = Optimizer(torch.optim.AdamW, lr=0.05, weight_decay=0.1, no_decay=True, groups=[("4.*", {"lr": 0.01})])
+    optimizer = Optimizer(
+        torch.optim.AdamW, lr=0.05, weight_decay=0.1, no_decay=True, groups=[("4.*", {"lr": 0.01})]
+    )
     eager = first_state(mlp(), optimizer)
     compiled, given = eager.clone(), batches(12)
     assert_alike(folded(train_step, eager, given), folded(compile(train_step), compiled, given), 1e-4)
 
 
-@pytest.mark.parametrize("bound", [{"max_norm": 0.3}, {"max_value": 0.01}, {"adaptive": 0.05}, {"max_norm": math.inf}])
+@pytest.mark.parametrize(
+    "bound", [{"max_norm": 0.3}, {"max_value": 0.01}, {"adaptive": 0.05}, {"max_norm": math.inf}]
+)
 def test_every_way_of_clipping_agrees_with_eager(bound):
     def step(state, batch):
         state = backward_scaled(forward_loss(state, batch, objective))
@@ -121,7 +129,9 @@ def test_fp16_skips_the_steps_that_eager_skips_and_keeps_the_same_scale():
     for bad in (1, 4, 5, 9):
         given[bad] = blown(given[bad])
     scale = LossScale(scale=2.0**10, growth_interval=3)
-    eager = first_state(mlp(norm=True), Optimizer(torch.optim.AdamW, lr=0.05), precision="fp16", loss_scale=scale)
+    eager = first_state(
+        mlp(norm=True), Optimizer(torch.optim.AdamW, lr=0.05), precision="fp16", loss_scale=scale
+    )
     compiled, step = eager.clone(), compile(train_step)
     pattern = []
     for batch in given:
@@ -227,7 +237,10 @@ def test_two_states_train_in_one_graph():
         right = train_step(states["right"], (left.outputs["logits"].repeat(1, 2)[:, :6], batch[1]))
         return {"left": left, "right": right}
 
-    eager = {"left": first_state(mlp(norm=True)), "right": first_state(mlp(), Optimizer(torch.optim.Adam, lr=0.05))}
+    eager = {
+        "left": first_state(mlp(norm=True)),
+        "right": first_state(mlp(), Optimizer(torch.optim.Adam, lr=0.05)),
+    }
     compiled = {name: one.clone() for name, one in eager.items()}
     given = batches(8)
     a, b = folded(step, eager, given), folded(compile(step), compiled, given)

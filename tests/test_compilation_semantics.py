@@ -2,6 +2,7 @@
 
 import functools
 import warnings
+from itertools import pairwise
 
 import attrs
 import pytest
@@ -24,7 +25,7 @@ from steploop import (
     ReduceLROnPlateau,
     backward_scaled,
     checkpoint,
-    compile,
+    compile,  # noqa: A004  (steploop.compile, as in torch.compile)
     constant,
     evaluate,
     forward_loss,
@@ -45,7 +46,9 @@ def test_a_compiled_step_folds():
     given = batches(6)
     eager, compiled = first_state(), first_state(mlp())
     assert_alike(
-        functools.reduce(train_step, given, eager), functools.reduce(compile(train_step), given, compiled), 1e-5
+        functools.reduce(train_step, given, eager),
+        functools.reduce(compile(train_step), given, compiled),
+        1e-5,
     )
 
 
@@ -53,7 +56,9 @@ def test_the_state_that_went_in_is_spent():
     step, given = compile(train_step), batches(3)
     state = folded(step, first_state(), given[:2])
     new = step(state, given[2])
-    with pytest.raises(SpentStateError, match="this state is spent: a compiled train step at attempted step 2") as excinfo:
+    with pytest.raises(
+        SpentStateError, match="this state is spent: a compiled train step at attempted step 2"
+    ) as excinfo:
         step(state, given[2])
     assert "state.clone()" in str(excinfo.value)
     with pytest.raises(SpentStateError):
@@ -128,7 +133,9 @@ def test_the_model_and_evaluation_see_the_newest_values():
     step, given = compile(train_step), batches(6)
     state = folded(step, first_state(mlp(norm=True)), given)
     twin = folded(train_step, first_state(mlp(norm=True)), given)
-    assert evaluate(state, given, objective)["loss"] == pytest.approx(evaluate(twin, given, objective)["loss"], rel=1e-4)
+    assert evaluate(state, given, objective)["loss"] == pytest.approx(
+        evaluate(twin, given, objective)["loss"], rel=1e-4
+    )
     assert state.model.get_parameter("0.weight") is state.params["0.weight"]
     assert not isinstance(next(state.model.buffers()), torch._subclasses.FakeTensor)
 
@@ -145,7 +152,9 @@ def test_an_epoch_moved_by_hand_costs_no_graph():
 def test_a_step_that_reads_the_epoch_is_traced_again_when_it_changes():
     def step(state, batch):
         bound = 1.0 if state.epoch < 1 else 0.01
-        return optimizer_step(unscale_and_clip(backward_scaled(forward_loss(state, batch, objective)), max_norm=bound))
+        return optimizer_step(
+            unscale_and_clip(backward_scaled(forward_loss(state, batch, objective)), max_norm=bound)
+        )
 
     fast, given = compile(step), batches(4)
     eager = first_state()
@@ -154,7 +163,9 @@ def test_a_step_that_reads_the_epoch_is_traced_again_when_it_changes():
         eager = attrs.evolve(folded(step, eager, given), epoch=epoch + 1)
         compiled = attrs.evolve(folded(fast, compiled, given), epoch=epoch + 1)
     assert_alike(eager, compiled, 1e-5)
-    assert len(fast.figures.compile_s) == 3  # one more for epoch 2: its graph is epoch 1's, and not compiled again
+    assert (
+        len(fast.figures.compile_s) == 3
+    )  # one more for epoch 2: its graph is epoch 1's, and not compiled again
 
 
 def test_a_rate_from_the_plateau_follows_the_plateau():
@@ -195,7 +206,9 @@ def test_tensors_of_the_surroundings_are_read_at_every_step():
         return F.cross_entropy(model(batch[0]), batch[1], weight=weights)
 
     def step(state, batch):
-        return optimizer_step(unscale_and_clip(backward_scaled(forward_loss(state, batch, weighted)), max_norm=1.0))
+        return optimizer_step(
+            unscale_and_clip(backward_scaled(forward_loss(state, batch, weighted)), max_norm=1.0)
+        )
 
     fast, given = compile(step), batches(6)
     eager = first_state()
@@ -211,10 +224,17 @@ def test_outputs_may_hold_the_batch_itself_and_plain_numbers():
     def with_outputs(model, batch):
         logits = model(batch["inputs"])
         loss = F.cross_entropy(logits, batch["labels"])
-        return loss, {"labels": batch["labels"], "parts": [logits, loss], "count": len(batch["labels"]), "none": None}
+        return loss, {
+            "labels": batch["labels"],
+            "parts": [logits, loss],
+            "count": len(batch["labels"]),
+            "none": None,
+        }
 
     def step(state, batch):
-        return optimizer_step(unscale_and_clip(backward_scaled(forward_loss(state, batch, with_outputs)), max_norm=1.0))
+        return optimizer_step(
+            unscale_and_clip(backward_scaled(forward_loss(state, batch, with_outputs)), max_norm=1.0)
+        )
 
     fast = compile(step)
     given = [{"inputs": x, "labels": y, "name": "train"} for x, y in batches(3)]
@@ -235,7 +255,9 @@ def test_too_many_steps_that_are_not_finite_raise_with_the_culprit():
     state = folded(fast, first_state(), given[:2])
     bad = (given[0][0] * float("nan"), given[0][1])
     state = folded(fast, state, [bad, bad])
-    with pytest.raises(NonFiniteError, match=r"3 steps in a row .* The first gradient that is not finite: 0\.weight"):
+    with pytest.raises(
+        NonFiniteError, match=r"3 steps in a row .* The first gradient that is not finite: 0\.weight"
+    ):
         fast(state, bad)
 
 
@@ -259,7 +281,9 @@ def test_a_third_shape_is_compiled_with_a_warning_that_names_it():
     step, state = compile(train_step), first_state()
     for size in (10, 7):
         state = folded(step, state, batches(4, size))
-    with pytest.warns(UserWarning, match=r"batches of 3 shapes have come .*\(10, 6\).*\(7, 6\).*\(5, 6\).* Pad them"):
+    with pytest.warns(
+        UserWarning, match=r"batches of 3 shapes have come .*\(10, 6\).*\(7, 6\).*\(5, 6\).* Pad them"
+    ):
         state = folded(step, state, batches(4, 5))
     assert len(step.figures.compile_s) == 3
 
@@ -349,9 +373,11 @@ def test_measuring_takes_turns():
 
         return step
 
-    took = choosing.measure({"a": form("a"), "b": form("b")}, folded(train_step, first_state(), batches(1)), batches(1)[0])
+    took = choosing.measure(
+        {"a": form("a"), "b": form("b")}, folded(train_step, first_state(), batches(1)), batches(1)[0]
+    )
     assert set(took) == {"a", "b"}
-    changes = sum(x != y for x, y in zip(order, order[1:], strict=False))
+    changes = sum(x != y for x, y in pairwise(order))
     assert changes >= 9
 
 

@@ -27,7 +27,9 @@ class Advance:
     def __init__(self, plan: StatePlan, where: Sequence[int]) -> None:
         self._plan = plan
         self._constant = {**_EMPTY, **plan.changed}
-        self._given: list[tuple[str, Build]] = [(name, builder(_moved(value, where))) for name, value in plan.given.items()]
+        self._given: list[tuple[str, Build]] = [
+            (name, builder(_moved(value, where))) for name, value in plan.given.items()
+        ]
         self._tensors = [(place, where[reference.index]) for place, reference in plan.tensors.items()]
 
     def __call__(self, state: TrainState, given: Sequence[Tensor]) -> TrainState:
@@ -101,6 +103,11 @@ def _moved(template: Any, where: Sequence[int]) -> Any:
         return type(template)(_moved(value, where) for value in template)
     if attrs.has(type(template)):
         return attrs.evolve(
-            template, **{f.alias: _moved(getattr(template, f.name), where) for f in attrs.fields(type(template)) if f.init}
+            template,
+            **{
+                f.alias: _moved(getattr(template, f.name), where)
+                for f in attrs.fields(type(template))
+                if f.init
+            },
         )
     return template

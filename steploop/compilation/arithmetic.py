@@ -18,7 +18,10 @@ _PRODUCTS: dict[Any, Any] = {
     Tensor.addcmul: (Tensor.add, torch.mul), Tensor.addcmul_: (Tensor.add_, torch.mul), torch.addcmul: (torch.add, torch.mul),
     Tensor.addcdiv: (Tensor.add, torch.div), Tensor.addcdiv_: (Tensor.add_, torch.div), torch.addcdiv: (torch.add, torch.div),
 }  # fmt: skip
-_FOREACH_SUMS = {torch._foreach_add_: torch._foreach_add_, torch._foreach_add: torch._foreach_add}
+_FOREACH_SUMS: dict[Any, Any] = {
+    torch._foreach_add_: torch._foreach_add_,
+    torch._foreach_add: torch._foreach_add,
+}
 # by name: a comparison comes as the method or as its operator, which are different objects
 _COMPARISONS: dict[str, Callable[[Any, Any], bool]] = {
     "eq": operator.eq, "ne": operator.ne, "lt": operator.lt, "le": operator.le, "gt": operator.gt, "ge": operator.ge,
@@ -52,7 +55,8 @@ class TensorScalars(TorchFunctionMode):
                 return compare(left, right)
         if func in _SUMS and isinstance(alpha := named.get("alpha"), Tensor):
             del named["alpha"]
-            other = args[1].to(torch.result_type(args[0], args[1]))  # as the sum itself would, before it multiplies
+            # promoted before it multiplies, as the sum itself would
+            other = args[1].to(torch.result_type(args[0], args[1]))
             return _SUMS[func](args[0], other * alpha, **named)
         if func in _FOREACH_SUMS and isinstance(alpha := named.get("alpha"), Tensor):
             return _FOREACH_SUMS[func](args[0], torch._foreach_mul(args[1], alpha))

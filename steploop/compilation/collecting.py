@@ -21,7 +21,7 @@ _IN_FLIGHT = ("loss", "outputs", "grad_norm", "clipped_norm", "finite")
 _PLAIN = ("seed", "epoch", "early_stopping", "plateau", "best", "precision")
 
 
-class SlotsGrew(SteploopError):
+class SlotsGrew(SteploopError):  # noqa: N818  (it says what happened: nothing is wrong)
     """The optimizer made new slots in this step: it has to run in eager once, and is captured afterwards."""
 
 
@@ -57,12 +57,16 @@ def collect(
     _check_slots(real, new)
     went = dict(places(new))
     if list(came) != list(went):
-        raise CompileError(f"changed which parameters, buffers or averages the state holds: {_difference(came, went)}. Do that outside of the step.")
+        raise CompileError(
+            f"changed which parameters, buffers or averages the state holds: {_difference(came, went)}. Do that outside of the step."
+        )
     with torch.no_grad():
         for place, tensor in came.items():
             result = went[place]
             if (result.shape, result.dtype) != (tensor.shape, tensor.dtype):
-                raise CompileError(f"changed the shape or dtype of {place[1]}, from {tuple(tensor.shape)} {tensor.dtype} to {tuple(result.shape)} {result.dtype}.")
+                raise CompileError(
+                    f"changed the shape or dtype of {place[1]}, from {tuple(tensor.shape)} {tensor.dtype} to {tuple(result.shape)} {result.dtype}."
+                )
             if not donated:
                 tensors[place] = _give(result, given)
             elif result is not tensor:
@@ -70,7 +74,9 @@ def collect(
     attempts, batches = _offset(new, "attempted_steps"), _offset(new, "batch")
     on_host = new.device.type == "cpu"
     if on_host and attempts > 1:
-        raise CompileError(f"takes {attempts} optimizer steps on one state; a compiled step takes one at most. Split it into several.")
+        raise CompileError(
+            f"takes {attempts} optimizer steps on one state; a compiled step takes one at most. Split it into several."
+        )
     fields: dict[str, Any] = {name: getattr(new, name) for name in _IN_FLIGHT}
     if not on_host:
         fields |= {"applied_steps": new.applied_steps, "nonfinite_steps": new.nonfinite_steps}
@@ -121,7 +127,9 @@ def _check_slots(old: TrainState, new: TracedState) -> None:
 def _offset(new: TracedState, name: str) -> int:
     count = new.__dict__[name]
     if not isinstance(count, OwnedCount):
-        raise CompileError(f"set {name} to {count!r}. Leave counting to optimizer_step, and set it outside of the step.")
+        raise CompileError(
+            f"set {name} to {count!r}. Leave counting to optimizer_step, and set it outside of the step."
+        )
     return count.offset
 
 

@@ -8,7 +8,7 @@ from typing import Any, Literal
 import attrs
 from torch import Tensor
 
-from steploop.compilation.choosing import cloned, measure
+from steploop.compilation.choosing import measure
 from steploop.compilation.collecting import SlotsGrew
 from steploop.compilation.diagnosis import diagnosed
 from steploop.compilation.inductor import Run, check_torch, compile_graph
@@ -21,7 +21,9 @@ from steploop.state import TrainState
 
 __all__ = ["CompiledStep", "Figures"]
 
-_COMPILED_WHEN_SEEN = 3  # a shape other than the first is compiled when it comes for this time: a last batch costs no graph
+_COMPILED_WHEN_SEEN = (
+    3  # a shape other than the first is compiled when it comes for this time: a last batch costs no graph
+)
 _USUAL_SHAPES = 2  # more shapes than this are compiled with a warning,
 _MOST_SHAPES = 8  # and more than this run in eager
 
@@ -55,7 +57,10 @@ class CompiledStep:
     """
 
     def __init__(
-        self, train_step: Callable[[Any, Any], Any], mode: Literal[True, "auto"], report: Callable[[str], None] | None
+        self,
+        train_step: Callable[[Any, Any], Any],
+        mode: Literal[True, "auto"],
+        report: Callable[[str], None] | None,
     ) -> None:
         self.train_step = train_step
         self.mode = mode
@@ -96,7 +101,9 @@ class CompiledStep:
 
     # -- finding or making a graph ---------------------------------------------------------------------------
 
-    def _find(self, state: Any, states: list[TrainState], batch: Any, tensors: list[Tensor], key: Any) -> CompiledGraph | None:
+    def _find(
+        self, state: Any, states: list[TrainState], batch: Any, tensors: list[Tensor], key: Any
+    ) -> CompiledGraph | None:
         """The graph for these states and this batch, made if need be; None where this step runs in eager."""
         for graph in self._graphs.get(key, ()):
             if graph.fits(states):
@@ -136,7 +143,11 @@ class CompiledStep:
         self._seen[key] = self._seen.get(key, 0) + 1
         if self._seen[key] < _COMPILED_WHEN_SEEN:
             return False
-        if len(self._graphs) >= _USUAL_SHAPES and self._seen[key] == _COMPILED_WHEN_SEEN and not self._gave_up:
+        if (
+            len(self._graphs) >= _USUAL_SHAPES
+            and self._seen[key] == _COMPILED_WHEN_SEEN
+            and not self._gave_up
+        ):
             self._gave_up = len(self._graphs) >= _MOST_SHAPES
             shapes = "; ".join(describe(known) for known in (*self._graphs, key))
             then = "one more is run in eager" if self._gave_up else "each costs a graph"
@@ -147,14 +158,18 @@ class CompiledStep:
             )
         return len(self._graphs) < _MOST_SHAPES
 
-    def _make(self, state: Any, states: list[TrainState], batch: Any, tensors: list[Tensor], key: Any) -> CompiledGraph:
+    def _make(
+        self, state: Any, states: list[TrainState], batch: Any, tensors: list[Tensor], key: Any
+    ) -> CompiledGraph:
         """Trace and compile; an equal graph that was compiled before is taken again."""
         check_torch()
         names = [""] if isinstance(state, TrainState) else list(state)
         self._report(f"compiling the train step for a batch of {describe(key)}")
         begin = time.perf_counter()
         try:
-            plan = trace_step(self.train_step, dict(zip(names, states, strict=True)), batch, tensors, cycled=False)
+            plan = trace_step(
+                self.train_step, dict(zip(names, states, strict=True)), batch, tensors, cycled=False
+            )
         except SlotsGrew:
             raise
         except Exception as error:
@@ -204,15 +219,22 @@ class CompiledStep:
 
     # -- failures ------------------------------------------------------------------------------------------------
 
-    def _raise_nonfinite(self, state: Any, states: list[TrainState], new: list[TrainState], batch: Any) -> None:
+    def _raise_nonfinite(
+        self, state: Any, states: list[TrainState], new: list[TrainState], batch: Any
+    ) -> None:
         """Take the skipped step again in eager, which names the gradient; the parameters are as they were before it."""
         again = [
             n.clone().replace(
-                attempted_steps=s.attempted_steps, batch=s.batch, nonfinite_steps=s.nonfinite_steps, scale=s.scale
+                attempted_steps=s.attempted_steps,
+                batch=s.batch,
+                nonfinite_steps=s.nonfinite_steps,
+                scale=s.scale,
             )
             for s, n in zip(states, new, strict=True)
         ]
-        self.train_step(again[0] if isinstance(state, TrainState) else dict(zip(state, again, strict=True)), batch)
+        self.train_step(
+            again[0] if isinstance(state, TrainState) else dict(zip(state, again, strict=True)), batch
+        )
         raise NonFiniteError(
             f"{max(int(n.nonfinite_steps) for n in new)} steps in a row had gradients that were not finite when compiled; in eager "
             "the last one is finite. Lower the learning rate, clip, or train without compiling."

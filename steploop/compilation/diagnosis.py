@@ -14,9 +14,7 @@ from steploop.errors import CompileError
 __all__ = ["TRACEABLE", "diagnosed"]
 
 # compared with eager over 100 steps in the tests
-TRACEABLE = (
-    "SGD, Adam, AdamW, Adamax, NAdam, RAdam, RMSprop, Rprop, ASGD, Adagrad, Adadelta and Muon"  # of torch.optim
-)
+TRACEABLE = "SGD, Adam, AdamW, Adamax, NAdam, RAdam, RMSprop, Rprop, ASGD, Adagrad, Adadelta and Muon"  # of torch.optim
 _LIBRARIES = tuple(str(Path(module.__file__).parent) for module in (torch, steploop, attr) if module.__file__)
 _OPTIMIZERS = str(Path(torch.optim.__file__).parent)
 _READS = "reads a tensor's value in Python (.item(), float(), bool(), `if`, a mask as an index), but a graph runs without Python."

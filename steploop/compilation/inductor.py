@@ -12,13 +12,16 @@ import attrs
 import torch
 from torch import Tensor, fx
 
-from steploop.compilation.pruning import Wiring, prune
+from steploop.compilation.narrow import in_float32
+from steploop.compilation.pruning import Wiring, constants_to_inputs, prune
 from steploop.errors import CompileError
 
 __all__ = ["CapturedGraph", "Run", "capture", "check_torch", "compile_graph", "fake_mode", "reads_a_value"]
 
 _TORCH = "2.14"
-_CACHE_TAG = "steploop-1"  # what is marked on the graph is no part of torch's own cache key: change it with _KEPT
+_CACHE_TAG = (
+    "steploop-1"  # what is marked on the graph is no part of torch's own cache key: change it with _KEPT
+)
 
 # A compiled graph: takes its inputs as a list, which it empties, and gives its outputs.
 Run = Callable[[list[Tensor]], Sequence[Tensor]]
@@ -98,7 +101,10 @@ def reads_a_value(error: BaseException) -> bool:
 
 
 def capture(
-    function: Callable[..., Sequence[Tensor]], inputs: Sequence[Tensor], mode: Any, surroundings: AbstractContextManager[Any]
+    function: Callable[..., Sequence[Tensor]],
+    inputs: Sequence[Tensor],
+    mode: Any,
+    surroundings: AbstractContextManager[Any],
 ) -> CapturedGraph:
     """Trace ``function`` twice: as it is, autograd and all, and then without mutation and decomposed.
 
@@ -119,16 +125,19 @@ def capture(
     # the python dispatcher replaces native_batch_norm, whose schema hides that it writes, by one that tells
     with mode, _compile_session_context(), enable_python_dispatcher(), surroundings:
         first = make_fx(function)(*inputs)
-    constants = _constants_to_inputs(first)
+    constants = constants_to_inputs(first)
     with mode, torch.no_grad(), enable_python_dispatcher(), config.patch(_options(inputs)):
         plain = [t.detach() for t in inputs]
-        for constant in constants:
-            plain.append(torch.empty_strided(constant.shape, constant.stride(), dtype=constant.dtype, device=constant.device))
-        functional = make_fx(torch.func.functionalize(first, remove="mutations"), decomposition_table=_decompositions())(*plain)
+        plain += [torch.empty_strided(c.shape, c.stride(), dtype=c.dtype, device=c.device) for c in constants]
+        functional = make_fx(
+            torch.func.functionalize(first, remove="mutations"), decomposition_table=_decompositions()
+        )(*plain)
     wiring = prune(functional)
     taken = [plain[i] for i in wiring.inputs]
     shapes = [(tuple(t.shape), t.stride(), t.dtype, t.device) for t in taken]
-    return CapturedGraph(functional, taken, constants, wiring, _draws(functional), f"{functional.code}{shapes}")
+    return CapturedGraph(
+        functional, taken, constants, wiring, _draws(functional), f"{functional.code}{shapes}"
+    )
 
 
 def _norms(tensors: list[Tensor], ord: float = 2, dtype: torch.dtype | None = None) -> list[Tensor]:  # noqa: A002 (torch's name)
@@ -144,6 +153,7 @@ def _decompositions() -> dict[Any, Callable[..., Any]]:
     for op in _kept_ops():
         table.pop(op, None)
     table[torch.ops.aten._foreach_norm.Scalar] = _norms
+    table.update(in_float32())
     return table
 
 
@@ -155,28 +165,10 @@ def _kept_ops() -> list[Any]:
     return found
 
 
-def _constants_to_inputs(graph: fx.GraphModule) -> list[Tensor]:
-    """Make every tensor that the graph holds an input at the end: it may change between two calls."""
-    constants: list[Tensor] = []
-    last = [node for node in graph.graph.nodes if node.op == "placeholder"][-1]
-    by_name: dict[str, fx.Node] = {}
-    for node in list(graph.graph.nodes):
-        if node.op != "get_attr":
-            continue
-        name = str(node.target)
-        if name not in by_name:
-            with graph.graph.inserting_after(last):
-                last = by_name[name] = graph.graph.placeholder(f"constant_{len(constants)}")
-            constants.append(getattr(graph, name))
-        node.replace_all_uses_with(by_name[name])
-        graph.graph.erase_node(node)
-    graph.recompile()
-    return constants
-
-
 def _draws(graph: fx.GraphModule) -> bool:
     return any(
-        isinstance(node.target, torch._ops.OpOverload) and torch.Tag.nondeterministic_seeded in node.target.tags
+        isinstance(node.target, torch._ops.OpOverload)
+        and torch.Tag.nondeterministic_seeded in node.target.tags
         for node in graph.graph.nodes
     )
 
@@ -209,6 +201,7 @@ def compile_graph(graph: CapturedGraph, mode: Any) -> Run:
     device = graph.inputs[0].device
     _check_compiler(device)
     module = graph.module
+    settings: Any = torch.compiler.config
     options = _options(graph.inputs)
     if options["cpp_wrapper"]:
         kept = set(_kept_ops())
@@ -216,7 +209,7 @@ def compile_graph(graph: CapturedGraph, mode: Any) -> Run:
             if node.target in kept:
                 node.meta["should_fallback"] = True
     with (
-        torch.compiler.config.patch(cache_key_tag=_CACHE_TAG),
+        settings.patch(cache_key_tag=_CACHE_TAG),
         config.patch(options),
         V.set_fake_mode(mode),
         tracing(TracingContext(mode)),
@@ -224,7 +217,7 @@ def compile_graph(graph: CapturedGraph, mode: Any) -> Run:
     ):
         try:
             module = _recursive_joint_graph_passes(module, input_device=device) or module
-            output = module.graph.output_node()
+            output: Any = module.graph.output_node()
             output.meta["user_visible_output_idxs"] = list(range(len(output.args[0])))
             compiled = compile_fx_inner(
                 module,

@@ -1,6 +1,7 @@
 """Where the tensors of a state are: the order in which graphs take them, and what else a graph depends on."""
 
 from collections.abc import Iterator, Mapping
+from itertools import pairwise
 from typing import Any
 
 from torch import Tensor
@@ -8,7 +9,7 @@ from torch import Tensor
 from steploop.errors import CompileError
 from steploop.state import TrainState
 
-__all__ = ["Place", "constants_of", "overlapping", "places", "signature", "tensor_at"]
+__all__ = ["Place", "constants_of", "places", "refuse_overlap", "signature", "tensor_at"]
 
 # (field, parameter or buffer name, slot name or None)
 Place = tuple[str, str, str | None]
@@ -40,19 +41,18 @@ def tensor_at(state: TrainState, place: Place) -> Tensor:
     return held if key is None else held[key]  # type: ignore[no-any-return]  # places hold tensors
 
 
-def overlapping(tensors: Mapping[Place, Tensor]) -> tuple[Place, Place] | None:
-    """Two places whose tensors share memory, or None: a graph that writes one would not see the other change."""
+def refuse_overlap(state: TrainState) -> None:
+    """Raise CompileError where two tensors share memory: a graph that writes one would not see the other change."""
     spans = sorted(
-        (t.data_ptr(), t.data_ptr() + t.untyped_storage().nbytes() - t.storage_offset() * t.element_size(), place)
-        for place, t in tensors.items()
+        (t.data_ptr(), t.data_ptr() + t.numel() * t.element_size(), place[1])
+        for place, t in places(state)
         if t.numel()
     )
-    for (_, end, first), (start, _, second) in zip(spans, spans[1:], strict=False):
-        if start < end and tensors[first].untyped_storage().data_ptr() == tensors[second].untyped_storage().data_ptr():
-            whole = tensors[first].data_ptr() + tensors[first].numel() * tensors[first].element_size()
-            if start < whole:
-                return first, second
-    return None
+    for (_, end, first), (start, _, second) in pairwise(spans):
+        if start < end:
+            raise CompileError(
+                f"is given a state whose {first} and {second} share memory. Clone one of them."
+            )
 
 
 def constants_of(hyper: tuple[Mapping[str, Any], ...], *, cycled: bool) -> tuple[Any, ...]:
@@ -79,7 +79,9 @@ def signature(state: TrainState) -> tuple[Any, ...]:
     return (
         state._machine,
         state.precision,
-        None if scale is None else (scale.growth_factor, scale.backoff_factor, scale.growth_interval, scale.floor),
+        None
+        if scale is None
+        else (scale.growth_factor, scale.backoff_factor, scale.growth_interval, scale.floor),
         state._ema is None,
         tuple(
             (place, tuple(t.shape), t.stride(), t.dtype, t.device, t.requires_grad)

@@ -4,9 +4,9 @@ from typing import Any
 
 import attrs
 import torch
-from torch import fx
+from torch import Tensor, fx
 
-__all__ = ["Wiring", "prune"]
+__all__ = ["Wiring", "constants_to_inputs", "prune"]
 
 
 @attrs.frozen
@@ -51,3 +51,22 @@ def prune(module: fx.GraphModule) -> Wiring:
             graph.erase_node(node)
     module.recompile()
     return Wiring(tuple(inputs), tuple(given))
+
+
+def constants_to_inputs(graph: fx.GraphModule) -> list[Tensor]:
+    """Make every tensor that the graph holds an input at the end: it may change between two calls."""
+    constants: list[Tensor] = []
+    last = [node for node in graph.graph.nodes if node.op == "placeholder"][-1]
+    by_name: dict[str, fx.Node] = {}
+    for node in list(graph.graph.nodes):
+        if node.op != "get_attr":
+            continue
+        name = str(node.target)
+        if name not in by_name:
+            with graph.graph.inserting_after(last):
+                last = by_name[name] = graph.graph.placeholder(f"constant_{len(constants)}")
+            constants.append(getattr(graph, name))
+        node.replace_all_uses_with(by_name[name])
+        graph.graph.erase_node(node)
+    graph.recompile()
+    return constants

@@ -67,7 +67,9 @@ class CompiledGraph:
         self.run = run
         self._like = [signature(state) for state in states]
         self._constants = [constants_of(state.hyper, cycled=plan.cycled) for state in states]
-        self._reads = [(names.index(name), attrgetter(path), value) for (name, path), value in plan.reads.items()]
+        self._reads = [
+            (names.index(name), attrgetter(path), value) for (name, path), value in plan.reads.items()
+        ]
         given = plan.graph.wiring.given
         outputs = 1 + max((where for where in given if where >= 0), default=-1)
         passed = iter(range(outputs, outputs + len(given)))
@@ -84,10 +86,7 @@ class CompiledGraph:
 
     def reads_as_traced(self, states: Sequence[TrainState]) -> bool:
         """Whether the plain values that the step read while it was traced are what they were."""
-        for i, read, value in self._reads:
-            if read(states[i]) != value:
-                return False
-        return True
+        return not self._reads or all(read(states[i]) == value for i, read, value in self._reads)
 
     def fits(self, states: Sequence[TrainState]) -> bool:
         """Whether the graph holds for these states; looks at everything, so it is asked when other states come."""

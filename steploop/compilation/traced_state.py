@@ -67,8 +67,8 @@ def _noting(field: str) -> property:
 class TracedState(TrainState):
     """A state whose tensors are fake and whose counters are not known; what else is read of it is noted."""
 
-    seed = _noting("seed")  # type: ignore[assignment]  # the base class has a field, which lives on in the dictionary
-    epoch = _noting("epoch")  # type: ignore[assignment]
-    plateau = _noting("plateau")  # type: ignore[assignment]
-    early_stopping = _noting("early_stopping")  # type: ignore[assignment]
-    best = _noting("best")  # type: ignore[assignment]
+    seed = _noting("seed")  # the base class has a field, which lives on in the dictionary
+    epoch = _noting("epoch")
+    plateau = _noting("plateau")
+    early_stopping = _noting("early_stopping")
+    best = _noting("best")

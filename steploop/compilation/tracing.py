@@ -1,7 +1,7 @@
 """Runs a train step once on fake tensors: what becomes the graph, and what stays for the host to do around it."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from typing import Any
 
 import attrs
@@ -11,12 +11,12 @@ from torch import Tensor
 from steploop.compilation.arithmetic import TensorScalars
 from steploop.compilation.collecting import collect
 from steploop.compilation.inductor import capture, fake_mode
-from steploop.compilation.leaves import Place, places
+from steploop.compilation.leaves import Place, places, refuse_overlap
 from steploop.compilation.plans import COUNTERS, HostValue, StatePlan, StepPlan
 from steploop.compilation.rebuilding import replace_tensors
+from steploop.compilation.restoring import restored
 from steploop.compilation.traced_state import Notes, OwnedCount, TracedState
 from steploop.errors import CompileError
-from steploop.machine import Machine
 from steploop.ownership import Lease
 from steploop.schedules import Rates, Schedule
 from steploop.state import TrainState, read_host
@@ -76,7 +76,9 @@ class _StepTrace:
 
     def _number(self, value: HostValue, dtype: torch.dtype = torch.float64) -> Tensor:
         if self.numbers is None or len(self.values) == self.numbers.numel():
-            raise CompileError(f"asks the host for more than {_SPARE_VALUES} numbers that depend on the step. Use fewer such functions.")
+            raise CompileError(
+                f"asks the host for more than {_SPARE_VALUES} numbers that depend on the step. Use fewer such functions."
+            )
         number = self.numbers[len(self.values)].to(dtype)
         self.values.append(value)
         self.scalars.values[id(number)] = float(value.read(self.states[value.owner]))
@@ -86,14 +88,19 @@ class _StepTrace:
     def _hyper(self, owner: str) -> tuple[dict[str, Any], ...]:
         """The hyperparameters, with those that a schedule sets as inputs of the graph."""
         state = self.states[owner]
-        dtype = torch.float64 if any(p.dtype == torch.float64 for p in state._params.values()) else torch.float32
+        dtype = (
+            torch.float64 if any(p.dtype == torch.float64 for p in state._params.values()) else torch.float32
+        )
         groups = []
         for index, group in enumerate(state.hyper):
             traced = dict(group)
             if group.get("lr") is not None:
                 traced["lr"] = self._number(HostValue(owner, _reader(index, "lr")), dtype)
             if self.cycled and "betas" in group:
-                traced["betas"] = (self._number(HostValue(owner, _reader(index, "betas")), dtype), *group["betas"][1:])
+                traced["betas"] = (
+                    self._number(HostValue(owner, _reader(index, "betas")), dtype),
+                    *group["betas"][1:],
+                )
             elif self.cycled and "momentum" in group:
                 traced["momentum"] = self._number(HostValue(owner, _reader(index, "momentum")), dtype)
             own = state._machine.optimizer.param_groups[index]
@@ -106,13 +113,19 @@ class _StepTrace:
             groups.append(traced)
         return tuple(groups)
 
-    def traced(self, owner: str, tensors: Mapping[Place, Tensor], counters: Mapping[str, Tensor]) -> TracedState:
+    def traced(
+        self, owner: str, tensors: Mapping[Place, Tensor], counters: Mapping[str, Tensor]
+    ) -> TracedState:
         """The state ``owner`` over these fake tensors."""
         state = self.states[owner]
         params = {name: tensors["_params", name, None] for name in state._params}
         scale = state.scale
         if scale is not None:
-            factor = self._number(HostValue(owner, _scale), torch.float32) if state.device.type == "cpu" else counters["scale"]
+            factor = (
+                self._number(HostValue(owner, _scale), torch.float32)
+                if state.device.type == "cpu"
+                else counters["scale"]
+            )
             scale = attrs.evolve(scale, scale=factor, growth_tracker=counters["growth_tracker"])
         traced = object.__new__(TracedState)
         traced.__dict__.update(state.__dict__)
@@ -156,7 +169,12 @@ def _fake(like: Tensor) -> Tensor:
 
 
 def trace_step(
-    train_step: Callable[[Any, Any], Any], states: Mapping[str, TrainState], batch: Any, tensors: Sequence[Tensor], *, cycled: bool
+    train_step: Callable[[Any, Any], Any],
+    states: Mapping[str, TrainState],
+    batch: Any,
+    tensors: Sequence[Tensor],
+    *,
+    cycled: bool,
 ) -> StepPlan:
     """Trace ``train_step`` on states and a batch like these; nothing of them is changed.
 
@@ -179,7 +197,7 @@ def trace_step(
     with mode:
         fakes = [_fake(t) for t in tensors]
         fakes.append(torch.empty(trace.size(), dtype=torch.float64, device=device))
-        for owner, state in states.items():
+        for state in states.values():
             fakes += [_fake(t) for _, t in places(state)]
         for owner, counter in counters:
             dtype = torch.float32 if counter == "scale" else torch.int64
@@ -193,7 +211,9 @@ def trace_step(
         counts = dict(zip(counters, inputs[own + 1 + len(order) :], strict=True))
         came = {owner: {place: t for (name, place), t in held.items() if name == owner} for owner in states}
         traced = {
-            owner: trace.traced(owner, came[owner], {counter: t for (name, counter), t in counts.items() if name == owner})
+            owner: trace.traced(
+                owner, came[owner], {counter: t for (name, counter), t in counts.items() if name == owner}
+            )
             for owner in states
         }
         fake_batch = replace_tensors(batch, inputs[:own])
@@ -208,7 +228,8 @@ def trace_step(
 
     with ExitStack() as stack:
         for state in states.values():
-            stack.enter_context(_restored(state._machine))
+            refuse_overlap(state)
+            stack.enter_context(restored(state._machine))
         graph = capture(run, fakes, mode, trace.scalars)
     if trace.cycles_momentum and not cycled:
         return trace_step(train_step, states, batch, tensors, cycled=True)
@@ -221,26 +242,13 @@ def trace_step(
 def _named(result: Any, traced: Mapping[str, TracedState]) -> dict[str, TracedState]:
     """The states that a train step returned, by name."""
     found = {"": result} if "" in traced else result
-    if not isinstance(found, Mapping) or list(found) != list(traced) or not all(isinstance(s, TracedState) for s in found.values()):
+    if (
+        not isinstance(found, Mapping)
+        or list(found) != list(traced)
+        or not all(isinstance(s, TracedState) for s in found.values())
+    ):
         expected = "a TrainState" if "" in traced else f"a mapping of the states {list(traced)}"
-        raise CompileError(f"must return {expected}, made from what it was given, but returned {type(result).__name__}.")
+        raise CompileError(
+            f"must return {expected}, made from what it was given, but returned {type(result).__name__}."
+        )
     return dict(found)
-
-
-@contextmanager
-def _restored(machine: Machine) -> Iterator[None]:
-    """Puts a module and an optimizer back as they were: tracing lends them fake tensors and other hyperparameters."""
-    module, optimizer = machine.module, machine.optimizer
-    params, buffers, modes = module.params(), module.buffers(), module.modes()
-    groups = [{**group, "params": list(group["params"])} for group in optimizer.param_groups]
-    held = (module.holder._lease, machine.holder._lease, machine._hyper, optimizer.state)
-    try:
-        yield
-    finally:
-        module.place_params(params)
-        module.place_buffers(buffers)
-        module.restore_modes(modes)
-        module.holder._lease, machine.holder._lease, machine._hyper, optimizer.state = held
-        for group, before in zip(optimizer.param_groups, groups, strict=True):
-            group["params"][:] = before.pop("params")
-            group.update(before)
