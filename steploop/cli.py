@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from steploop.commands.check import check
+from steploop.commands.diff import diff
 from steploop.commands.inspect import inspect
 from steploop.commands.lr_find import lr_find
 from steploop.commands.new import new
@@ -17,6 +18,7 @@ from steploop.commands.report import report
 from steploop.commands.run import resume, run
 from steploop.commands.runs import runs
 from steploop.commands.schedules import schedules
+from steploop.commands.status import status
 from steploop.errors import SteploopError
 from steploop.interruption import Interrupted
 
@@ -26,7 +28,22 @@ app = typer.Typer(
     add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},
 )  # fmt: skip
-for command in (run, resume, recipes, new, inspect, runs, report, plot, schedules, lr_find, replay, check):
+for command in (
+    run,
+    resume,
+    recipes,
+    new,
+    inspect,
+    diff,
+    status,
+    runs,
+    report,
+    plot,
+    schedules,
+    lr_find,
+    replay,
+    check,
+):
     app.command()(command)
 
 

@@ -13,7 +13,7 @@ from steploop.errors import ConfigError
 if TYPE_CHECKING:
     from steploop.checkpoint import Checkpoint
 
-__all__ = ["inspect"]
+__all__ = ["inspect", "newest_checkpoint"]
 
 _FOLDS = {"scale": "loss scale", "early_stopping": "early stopping", "plateau": "plateau", "best": "best"}
 
@@ -28,14 +28,14 @@ def inspect(
     """Verify CHECKPOINT and show what is in it: counters, optimizer, folds, and every tensor of the model."""
     from steploop.checkpoint import open_checkpoint
 
-    opened = open_checkpoint(_newest(checkpoint))
+    opened = open_checkpoint(newest_checkpoint(checkpoint))
     if as_json:
         sys.stdout.write(json.dumps(_as_json(opened)) + "\n")
     else:
         sys.stdout.write("\n".join(_describe(opened)) + "\n")
 
 
-def _newest(path: Path) -> Path:
+def newest_checkpoint(path: Path) -> Path:
     """The checkpoint itself, or the newest one of a run or of a directory of checkpoints."""
     if not path.is_dir():
         raise ConfigError(
