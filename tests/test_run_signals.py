@@ -149,4 +149,6 @@ def test_of_many_that_start_in_one_directory_one_trains(fork, tmp_path):
     arguments = ("run", POINTS, "--out", str(tmp_path / "run"), *SLOW, "--set", "step_s=0.05")
     children = [fork(folder, *arguments) for folder in folders]
     codes = sorted(child.end()[0] for child in children)
-    assert codes == [0, 6, 6, 6, 6, 6]
+    assert codes[0] == 0
+    # 6 while the winner holds the lock; one that comes when it is through finds a run there and is refused with 2
+    assert set(codes[1:]) <= {2, 6}

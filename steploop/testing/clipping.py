@@ -69,7 +69,9 @@ def check_norm_is_bounded(clip: Clip, grads: Mapping[str, Tensor], max_norm: flo
     """Law 6. ||clip(g, c)|| <= c, up to 8 roundings of float32 and those of a norm of n entries."""
     after = norm64(clip(grads, max_norm).values())
     count = sum(g.numel() for g in grads.values())
-    allowed = max_norm * (1 + (8 + count) * _EPS)
+    # below float32's normal numbers the unit is the smallest subnormal: in the bound, the quotient and each entry
+    tiny = 2**-149 * (1 + norm64(grads.values()) + count)
+    allowed = max_norm * (1 + (8 + count) * _EPS) + tiny
     require(after <= allowed, f"the norm after clipping is at most max_norm = {max_norm!r}, but is {after!r}")
 
 
