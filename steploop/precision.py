@@ -37,8 +37,8 @@ def _to_float32(value: Any) -> Any:
 
 
 def _scale_is_legal(owner: "LossScale", attribute: Any, value: Any) -> None:
-    # without a floor a scale can underflow to 0, as torch's does, and stays there
-    if value != 0 or owner.floor != 0:
+    # without a floor a scale can underflow to 0, as torch's does, and stays there; a tensor is not looked at
+    if not isinstance(value, Tensor) and (value != 0 or owner.floor != 0):
         _positive(owner, attribute, value)
 
 
