@@ -6,6 +6,7 @@ from typing import Annotated
 
 import typer
 
+from steploop.commands.bench import bench
 from steploop.commands.check import check
 from steploop.commands.diff import diff
 from steploop.commands.inspect import inspect
@@ -29,6 +30,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )  # fmt: skip
 for command in (
+    bench,
     run,
     resume,
     recipes,

@@ -21,7 +21,7 @@ FLOORS = [
     {"forwarding", "judging", "updating", "steps", "scheduling"},
     {"evaluation", "folding", "averaging", "compilation", "checkpoint", "run_lock", "data", "logs", "batch_files",
      "layer_norms", "recipe", "capsules"},
-    {"overrides", "recipe_files", "run", "testing", "checking", "reporting", "lr_finding", "replaying"},
+    {"benchmarking", "overrides", "recipe_files", "run", "testing", "checking", "reporting", "lr_finding", "replaying"},
     {"commands"},
     {"cli"},
 ]  # fmt: skip
