@@ -18,8 +18,10 @@ from steploop import (
     optimizer_step,
     schedule,
     unscale_and_clip,
+    updating,
 )
 from steploop.errors import NonFiniteError
+from steploop.state import Gradients
 from steploop.testing import (
     check_adaptive_clip_bounds_each_unit,
     check_clip_keeps_direction,
@@ -127,6 +129,48 @@ def test_too_many_steps_in_a_row_that_are_not_finite_stop_the_run():
         state._grads.taken_by = None
     with pytest.raises(NonFiniteError, match=r"^3 steps in a row .*limit 3.*: bad\."):
         optimizer_step(unscale_and_clip(state, max_norm=1.0), max_nonfinite_steps=3)
+
+
+@given(task=strategies.tasks(), data=st.data(), finite=st.booleans())
+def test_a_step_that_selects_is_the_step_that_decides(task, data, finite):
+    """Where nobody may look at the answer, as in a compiled step, both outcomes are computed and one is taken."""
+    kinds = strategies.optimizers(task.model()).filter(lambda o: o.torch_class is not torch.optim.LBFGS)
+    state = task.state(data.draw(kinds))
+    state = optimizer_step(
+        unscale_and_clip(backward_scaled(forward_loss(state, task.batch(0), classification)), max_norm=1.0)
+    )
+    state = unscale_and_clip(
+        backward_scaled(forward_loss(state, task.batch(1), classification)), max_norm=1.0
+    )
+    decided, selected = state.clone(), state.clone()
+    expected = updating._decided(decided, finite=finite)
+    found = updating._selected(selected, torch.tensor(finite))
+    require_same(dict(selected.params), dict(decided.params), "the parameters are the same")
+    require_same(found["_slots"], dict(decided.slots), "the slots are the same")
+    require_same(
+        found["_buffers"], dict(expected.get("_buffers", decided.buffers)), "the buffers are the same"
+    )
+    counts = (
+        expected.get("applied_steps", state.applied_steps),
+        expected["nonfinite_steps"],
+        expected["finite"],
+    )
+    assert (int(found["applied_steps"]), int(found["nonfinite_steps"]), bool(found["finite"])) == counts
+
+
+def test_sparse_gradients_are_clipped_by_the_norm_of_their_values():
+    """As an Embedding(sparse=True) gives them; the same rows twice count together."""
+    indices = torch.tensor([[0, 2, 0]])
+    rows = torch.tensor([[3.0, 0.0], [0.0, 4.0], [3.0, 0.0]])
+    sparse = torch.sparse_coo_tensor(indices, rows, (4, 2), check_invariants=True)
+    state = holding({"w": torch.ones(4, 2)}, optimizer=Optimizer(torch.optim.SGD, lr=1.0))
+    state = state.replace(_grads=Gradients([sparse]))
+    state = unscale_and_clip(state, max_norm=1.0)
+    assert state.grad_norm.item() == pytest.approx((6.0**2 + 4.0**2) ** 0.5)
+    assert state.grads["w"].to_dense().norm().item() == pytest.approx(1.0, rel=1e-5)
+    stepped = optimizer_step(state)
+    assert stepped.params["w"][1].tolist() == [1.0, 1.0]
+    assert stepped.params["w"][2].tolist() == pytest.approx([1.0, 1.0 - 4.0 / 52**0.5])
 
 
 # --- the loss scale -------------------------------------------------------------------------------------------------
