@@ -107,7 +107,7 @@ def _unit(weight: float | Tensor, parts: int) -> Any:
 
 def _weighted_sum(losses: list[Tensor], weights: list[Any]) -> Tensor:
     loss = torch.stack(losses)
-    if weights.count(weights[0]) == len(weights) and isinstance(weights[0], float) and weights[0] > 0:
+    if all(isinstance(w, float) and w == weights[0] > 0 for w in weights):
         return loss.sum().mul_(weights[0])  # parts of one size, the usual case
     if any(isinstance(weight, Tensor) for weight in weights):
         weight = torch.stack(
