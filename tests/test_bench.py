@@ -16,6 +16,8 @@ from steploop.benchmarking.measuring import Measured, Results, advice, measure
 from steploop.cli import call
 from steploop.errors import ConfigError
 
+pytestmark = pytest.mark.thorough  # starts processes that compile: minutes on two cores
+
 RECIPE = '''
 """A classifier of random points, as plain as a recipe can be."""
 

@@ -80,6 +80,7 @@ def small_cnn() -> nn.Module:
     )  # fmt: skip
 
 
+@pytest.mark.thorough  # compiles for a minute and more on two cores
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_a_convolutional_net_keeps_its_layout_and_the_masks_of_eager(precision):
     def plain(model, batch):
