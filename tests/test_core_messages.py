@@ -1,0 +1,245 @@
+"""What the core says when it refuses: whole sentences, with what was expected, what came and what to do."""
+
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from steploop import (
+    LossScale,
+    Optimizer,
+    TrainState,
+    backward_scaled,
+    forward_loss,
+    from_torch,
+    one_cycle,
+    optimizer_step,
+    schedule,
+    unscale_and_clip,
+)
+from steploop.errors import (
+    ConfigError,
+    NonFiniteError,
+    ObjectiveError,
+    OutOfMemoryError,
+    SpentStateError,
+    StepOrderError,
+)
+from steploop.forwarding import translated
+from steploop.ownership import module_machine
+from steploop.testing import holding
+from steploop.testing.strategies import Task, classification
+
+SGD = Optimizer(torch.optim.SGD, lr=0.1)
+NAMES = "a.0.weight, a.0.bias, a.1.weight, a.1.bias, a.2.weight, ... (6 in all)"
+
+
+def create(model=None, optimizer=SGD, **options):
+    return TrainState.create(model or nn.Linear(2, 1), optimizer, **options)
+
+
+def deep():
+    model = nn.Module()
+    model.a = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2), nn.Linear(2, 2))
+    return model
+
+
+def with_loss(objective=classification, **parts):
+    task = Task(**parts)
+    return forward_loss(task.state(), task.batch(0), objective)
+
+
+def with_grads():
+    return backward_scaled(with_loss())
+
+
+def frozen():
+    model = nn.Linear(2, 1)
+    for p in model.parameters():
+        p.requires_grad = False
+    return model
+
+
+def moved_twice():
+    model = nn.Linear(2, 1)
+    first = create(model)
+    try:
+        create(model, device="cpu")
+    finally:
+        assert first.alive
+
+
+def sum_of_outputs(model, batch):
+    return model(batch[0]).sum(-1)
+
+
+def used_twice():
+    state = with_loss()
+    backward_scaled(state)
+    backward_scaled(state)
+
+
+def clipped_twice():
+    state = with_grads()
+    unscale_and_clip(state, max_norm=1.0)
+    unscale_and_clip(state, max_norm=1.0)
+
+
+def read_after_clipping():
+    state = with_grads()
+    unscale_and_clip(state, max_norm=1.0)
+    _ = state.grads
+
+
+def used_after_donation():
+    state = unscale_and_clip(with_grads(), max_norm=1.0)
+    optimizer_step(state)
+    _ = state.params
+
+
+def too_many(scale=None):
+    options = {} if scale is None else {"precision": "fp16", "loss_scale": LossScale(scale=scale)}
+    state = holding({"good": torch.ones(2), "bad": torch.tensor([math.nan])}, **options)
+    optimizer_step(unscale_and_clip(state, max_norm=1.0), max_nonfinite_steps=1)
+
+
+def norm_overflows():
+    state = holding({"w": torch.tensor([3e38, 3e38])})
+    optimizer_step(unscale_and_clip(state, max_norm=1.0), max_nonfinite_steps=1)
+
+
+def one_sample():
+    task = Task(batch_norm=True)
+    forward_loss(task.state(), task.batch(0, 1), classification)
+
+
+NOT_FINITE = (
+    "1 steps in a row had gradients that were not finite (limit 1), up to attempted step 0{}. The first gradient that is "
+    "not finite: {}. The parameters are those of the last finite step. Lower the learning rate, clip, or look for a "
+    "division or logarithm of 0 in the loss."
+)
+EXACTLY_ONE = (
+    "unscale_and_clip: give exactly one of max_norm, max_value and adaptive, but got {}. max_norm=float('inf') measures the "
+    "norm and clips nothing."
+)
+ONE_LOSS = "An objective's loss must be a floating-point tensor of shape (), but is {}. Reduce it, as with loss.mean()."
+SEED = "TrainState.create: seed must be an int in 0 .. 2**63 - 1, but is {}."
+
+REFUSALS = [
+    (lambda: create(seed=-1), ConfigError, SEED.format(-1)),
+    (lambda: create(seed=2**63), ConfigError, SEED.format(2**63)),
+    (lambda: create(seed=0.5), ConfigError, SEED.format(0.5)),
+    (moved_twice, ConfigError, "TrainState.create: another state trains this model; clone or drop that one before moving it."),
+    (lambda: create(nn.Linear(2, 1).half(), precision="fp16"), ConfigError, "TrainState.create: weight is float16. precision='fp16' computes in float16 under autocast and keeps parameters in float32: call model.float() first."),
+    (lambda: create(nn.LazyLinear(1)), ConfigError, "TrainState.create: weight is lazy and has no shape yet. Run the model on one batch first."),
+    (lambda: create(nn.Linear(2, 1, device="meta")), ConfigError, "TrainState.create: weight is on the meta device. Call model.to_empty(device=...) and initialise it."),
+    (lambda: create(loss_scale=LossScale(scale=2.0)), ConfigError, "TrainState: fp16 needs a LossScale and fp32 has none, but precision is 'fp32' and scale is LossScale(scale=2.0, growth_tracker=0, growth_factor=2.0, backoff_factor=0.5, growth_interval=2000, floor=1.0). Make a new state with TrainState.create(..., precision=...)."),
+    (lambda: Optimizer("SGD"), ConfigError, "Optimizer: expected a subclass of torch.optim.Optimizer, but got 'SGD'. Pass the class itself, as in Optimizer(torch.optim.SGD, lr=0.1)."),
+    (lambda: create(optimizer=Optimizer(torch.optim.SGD, lr=0.1, groups=[("head.*", {})])), ConfigError, "Optimizer: group 0 ('head.*') takes no parameter that is left. The trainable parameters are weight, bias."),
+    (lambda: create(deep(), Optimizer(torch.optim.SGD, lr=0.1, groups=[("head.*", {})])), ConfigError, f"Optimizer: group 0 ('head.*') takes no parameter that is left. The trainable parameters are {NAMES}."),
+    (lambda: create(optimizer=Optimizer(torch.optim.SGD, lr=0.1, no_decay="head")), ConfigError, "Optimizer: no_decay='head' takes no parameter. The trainable parameters are weight, bias."),
+    (lambda: create(frozen()), ConfigError, "Optimizer: the model has no parameter that requires a gradient, so there is nothing to train."),
+    (lambda: create(optimizer=Optimizer(torch.optim.SGD, lr=-1.0)), ConfigError, "Optimizer(SGD, lr=-1.0): SGD refuses this: Invalid learning rate: -1.0"),
+    (lambda: create(optimizer=Optimizer(torch.optim.SGD, lr=0.1, groups=[("weight", {"beta": 1})])), ConfigError, "Optimizer(SGD, lr=0.1, groups=[('weight', {'beta': 1})]): ['beta'] is no hyperparameter of SGD, which has dampening, differentiable, foreach, fused, lr, maximize, momentum, nesterov, weight_decay."),
+    (lambda: schedule(create(optimizer=Optimizer(torch.optim.Adagrad, lr=0.1)), one_cycle(0.1, total_steps=5, momentum=(0.8, 0.9))), ConfigError, "schedule: this schedule cycles the momentum, but the optimizer has neither momentum nor betas. Pass momentum=None to the schedule, or use an optimizer that has one."),
+    (lambda: backward_scaled(create()), StepOrderError, "backward_scaled: this state has no loss to differentiate. Call forward_loss(state, batch, objective) before."),
+    (used_twice, SpentStateError, "backward_scaled: the graph of this loss was used up by another backward pass. Call forward_loss again."),
+    (lambda: unscale_and_clip(create(), max_norm=1.0), StepOrderError, "unscale_and_clip: this state has no gradients. Call backward_scaled(state) before."),
+    (lambda: unscale_and_clip(unscale_and_clip(with_grads(), max_norm=1.0), max_norm=1.0), StepOrderError, "unscale_and_clip: these gradients are unscaled and clipped already. Call it once, after backward_scaled."),
+    (clipped_twice, SpentStateError, "unscale_and_clip: the gradients of this state were given to unscale_and_clip already."),
+    (read_after_clipping, SpentStateError, "The gradients of this state were given to unscale_and_clip, which works on them in place. Read them from the state that it returned."),
+    (lambda: unscale_and_clip(with_grads()), ConfigError, EXACTLY_ONE.format("none")),
+    (lambda: unscale_and_clip(with_grads(), max_norm=1.0, adaptive=1.0), ConfigError, EXACTLY_ONE.format("max_norm, adaptive")),
+    (lambda: unscale_and_clip(with_grads(), max_value=0.0), ConfigError, "unscale_and_clip: max_value must be > 0 (inf measures the norm and clips nothing), but is 0.0."),
+    (lambda: unscale_and_clip(with_grads(), max_norm=math.nan), ConfigError, "unscale_and_clip: max_norm must be > 0 (inf measures the norm and clips nothing), but is nan."),
+    (lambda: optimizer_step(create()), StepOrderError, "optimizer_step: this state has no unscaled gradients. Call backward_scaled and then unscale_and_clip before."),
+    (lambda: optimizer_step(with_grads()), StepOrderError, "optimizer_step: this state has no unscaled gradients. Call unscale_and_clip before."),
+    (used_after_donation, SpentStateError, "params: this state is spent: optimizer_step at attempted step 0 updated its tensors in place and gave them to the state it returned. Go on with that one, keep a copy beforehand with state.clone(), or leave the old state whole with optimizer_step(state, donate=False)."),
+    (too_many, NonFiniteError, NOT_FINITE.format("", "bad")),
+    (lambda: too_many(8.0), NonFiniteError, NOT_FINITE.format(", loss scale 4", "bad")),
+    (norm_overflows, NonFiniteError, NOT_FINITE.format("", "none (their norm overflows float32)")),
+    (lambda: with_loss(lambda model, batch: ()), ObjectiveError, "An objective returns loss, (loss, outputs) or (loss, outputs, weight), but returned 0 values."),
+    (lambda: with_loss(lambda model, batch: (1, 2, 3, 4)), ObjectiveError, "An objective returns loss, (loss, outputs) or (loss, outputs, weight), but returned 4 values."),
+    (lambda: with_loss(sum_of_outputs), ObjectiveError, ONE_LOSS.format("(4,) torch.float32")),
+    (lambda: with_loss(lambda model, batch: batch[1][0]), ObjectiveError, ONE_LOSS.format("() torch.int64")),
+    (lambda: with_loss(lambda model, batch: 0.5), ObjectiveError, ONE_LOSS.format("float")),
+    (lambda: with_loss(lambda model, batch: torch.ones(())), ObjectiveError, "The loss depends on no parameter that requires a gradient: it was detached, computed under torch.no_grad(), or does not use the model that the objective was given."),
+    (one_sample, ObjectiveError, "The layer norm (BatchNorm1d) needs more than one value per channel in training, but the batch holds (1, 3) float32, (1,) int64. Drop the short last batch (drop_last=True) or use larger batches."),
+    (lambda: from_torch("StepLR", 3), ConfigError, "from_torch: make_scheduler must be a function from an optimizer to a torch scheduler, got 'StepLR'. Give for instance lambda optimizer: StepLR(optimizer, step_size=30)."),
+    (lambda: from_torch(lambda optimizer: None, 3), ConfigError, "from_torch: make_scheduler must return a torch.optim.lr_scheduler.LRScheduler, got None. Return the scheduler that it builds."),
+    (lambda: from_torch(torch.optim.lr_scheduler.ReduceLROnPlateau, 3), ConfigError, "from_torch: make_scheduler must return a scheduler that is a function of the step, got ReduceLROnPlateau, which follows a metric. Use steploop.plateau.ReduceLROnPlateau, a fold over the metric."),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("refused", "error", "message"), REFUSALS, ids=range(len(REFUSALS)))
+def test_a_refusal_is_a_whole_sentence(refused, error, message):
+    with pytest.raises(error) as excinfo:
+        refused()
+    assert str(excinfo.value) == message
+
+
+def test_a_step_that_does_not_fit_says_the_shapes_of_the_batch_and_what_to_do():
+    machine = Task().state()._machine
+    found = translated(RuntimeError("DefaultCPUAllocator: can't allocate memory"), machine, Task().batch(0))
+    assert isinstance(found, OutOfMemoryError)
+    assert str(found) == (
+        "A step did not fit into the memory of cpu: the batch holds (4, 3) float32, (4,) int64. The state is as it was. Use "
+        "smaller batches, accumulate(state, micro_batches, objective), or precision='bf16'."
+    )
+    assert isinstance(translated(MemoryError(), machine, None), OutOfMemoryError)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        RuntimeError("something else"),
+        ValueError("something else"),
+        RuntimeError("more than 1 value per channel"),
+    ],
+)
+def test_other_errors_are_left_to_torch(error):
+    assert translated(error, Task().state()._machine, None) is None
+
+
+def test_where_the_layer_is_not_known_it_is_called_a_batchnorm_layer():
+    found = translated(
+        ValueError("Expected more than 1 value per channel"), Task().state()._machine, [torch.zeros(1)]
+    )
+    assert str(found).startswith("A BatchNorm layer needs more than one value per channel in training")
+
+
+def test_a_state_prints_where_it_stands_and_whether_it_is_spent():
+    state = Task().state(precision="bf16")
+    after = optimizer_step(
+        unscale_and_clip(backward_scaled(forward_loss(state, Task().batch(0), classification)), max_norm=1.0)
+    )
+    assert (
+        repr(after)
+        == "TrainState(step=1, attempted=1, epoch=0, batch=1, precision='bf16', 31 parameters on cpu)"
+    )
+    assert (
+        repr(state)
+        == "TrainState(step=0, attempted=0, epoch=0, batch=0, precision='bf16', 31 parameters on cpu) (spent)"
+    )
+
+
+def test_an_optimizer_prints_as_it_was_written():
+    optimizer = Optimizer(torch.optim.SGD, lr=0.1, no_decay=True, groups=[("head.*", {"lr": 0.2})])
+    assert repr(optimizer) == "Optimizer(SGD, lr=0.1, no_decay=True, groups=[('head.*', {'lr': 0.2})])"
+
+
+def test_a_part_that_is_thawed_changes_the_layout_of_the_machine():
+    model = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2), nn.BatchNorm1d(2))
+    model[1].eval()
+    first = module_machine(model)
+    assert module_machine(model) is first
+    model[1].train()
+    model[2].eval()
+    assert module_machine(model) is not first
+    assert (id(model[2]), "eval") in module_machine(model).layout()
+
+
+def test_from_torch_uses_the_rate_and_momentum_of_sgd_unless_told_otherwise():
+    table = from_torch(lambda o: torch.optim.lr_scheduler.LambdaLR(o, lambda t: 1.0), 2)
+    assert table(0) == 0.1
