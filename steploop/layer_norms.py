@@ -106,6 +106,8 @@ class LayerNorms:
                 for name, param in zip(own, group["params"], strict=True)
                 if param.grad is not None
             }
+            if any(type(grad) is not Tensor for grad in grads.values()):
+                return  # the step is being traced: these have no values, and the graph will run no hook
             prefix = f"{owner}." if owner else ""
             self._found |= {
                 f"{prefix}{group}": norm for group, norm in layer_norms(grads, depth=self._depth).items()

@@ -16,8 +16,6 @@ from steploop.benchmarking.measuring import Measured, Results, advice, measure
 from steploop.cli import call
 from steploop.errors import ConfigError
 
-pytestmark = pytest.mark.thorough  # starts processes that compile: minutes on two cores
-
 RECIPE = '''
 """A classifier of random points, as plain as a recipe can be."""
 
@@ -124,6 +122,7 @@ def test_a_contender_counts_samples_memory_and_waiting(recipe):
     assert (peak is None) or peak > 10.0
 
 
+@pytest.mark.thorough  # compiles twice: a minute on two cores
 @needs_compiler
 def test_the_compiled_contenders_train(recipe):
     for name in (COMPILED, COMPILED_MODEL):

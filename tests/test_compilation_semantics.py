@@ -21,6 +21,7 @@ from compiled_runs import (
 )
 
 from steploop import (
+    LossScale,
     Optimizer,
     ReduceLROnPlateau,
     backward_scaled,
@@ -29,12 +30,15 @@ from steploop import (
     constant,
     evaluate,
     forward_loss,
+    one_cycle,
     optimizer_step,
     schedule,
     unscale_and_clip,
+    update_ema,
 )
-from steploop.compilation import choosing, compiled_step
+from steploop.compilation import choosing, collecting, compiled_step, running, tracing
 from steploop.errors import ConfigError, NonFiniteError, SpentStateError
+from steploop.layer_norms import LayerNorms
 
 
 @pytest.fixture(autouse=True)
@@ -390,3 +394,48 @@ def test_an_unknown_mode_is_refused(mode):
 def test_something_else_than_a_step_is_refused():
     with pytest.raises(ConfigError, match="expected a train step"):
         compile(3)
+
+
+def test_layer_norms_that_are_wanted_while_tracing_are_not_found():
+    given, step = batches(4), compile(train_step)
+    state = folded(step, first_state(), given[:1])
+    with LayerNorms(state) as norms:
+        norms.request()
+        state = folded(step, state, given)
+        assert norms.read() == {}
+    assert state.applied_steps == 5
+
+
+# -- a device's path, walked on the CPU ---------------------------------------------------------------------------
+
+
+def test_where_reading_costs_a_wait_the_graph_counts_and_scales_and_nothing_is_read(monkeypatch):
+    """Counters, loss scale and rates stay tensors from step to step; settled, they are eager's."""
+    for module in (collecting, running, tracing):
+        monkeypatch.setattr(module, "counted_on_host", lambda _: False)
+    scale = LossScale(scale=2.0**10, growth_interval=3)
+    rate = one_cycle(0.1, total_steps=40)
+    optimizer = Optimizer(torch.optim.AdamW, lr=0.1)
+
+    def step(state, batch):
+        state = backward_scaled(forward_loss(state, batch, objective))
+        state = optimizer_step(unscale_and_clip(state, max_norm=1.0))
+        return schedule(update_ema(state, decay=0.9), rate)
+
+    eager = schedule(
+        first_state(mlp(norm=True), optimizer, precision="fp16", loss_scale=scale, ema=True), rate
+    )
+    compiled, fast, given = eager.clone(), compile(step), batches(12)
+    for bad in (2, 5, 6):
+        given[bad] = (given[bad][0] * 1e30, given[bad][1])
+    for number, batch in enumerate(given):
+        eager, compiled = step(eager, batch), fast(compiled, batch)
+        if number > 1:
+            assert isinstance(compiled.applied_steps, torch.Tensor)
+            assert isinstance(compiled.scale.scale, torch.Tensor)
+            assert isinstance(compiled.finite, torch.Tensor)
+            assert isinstance(compiled.hyper[0]["lr"], torch.Tensor)
+    settled = compiled.settle()
+    assert float(settled.hyper[0]["lr"]) == pytest.approx(eager.learning_rate, rel=1e-5)
+    assert (settled.applied_steps, settled.attempted_steps) == (9, 12)
+    assert_alike(eager, settled.replace(hyper=eager.hyper), 3e-2)

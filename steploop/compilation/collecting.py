@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from steploop.compilation.leaves import Place, places
+from steploop.compilation.leaves import Place, counted_on_host, places
 from steploop.compilation.plans import StatePlan
 from steploop.compilation.rebuilding import Reference
 from steploop.compilation.traced_state import OwnedCount, TracedState
@@ -72,7 +72,7 @@ def collect(
             elif result is not tensor:
                 tensor.copy_(result)
     attempts, batches = _offset(new, "attempted_steps"), _offset(new, "batch")
-    on_host = new.device.type == "cpu"
+    on_host = counted_on_host(real)
     if on_host and attempts > 1:
         raise CompileError(
             f"takes {attempts} optimizer steps on one state; a compiled step takes one at most. Split it into several."

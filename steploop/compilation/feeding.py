@@ -20,15 +20,18 @@ class Feed:
         plan: says which inputs the graph takes.
         names: of the states, in their order.
         device: of the states.
+        on_host: whether the host knows every number without waiting.
     """
 
-    def __init__(self, plan: StepPlan, names: Sequence[str], device: torch.device) -> None:
+    def __init__(self, plan: StepPlan, names: Sequence[str], device: torch.device, *, on_host: bool) -> None:
         index = {name: i for i, name in enumerate(names)}
-        self._numbers = torch.zeros(plan.size, dtype=torch.float64)
-        numbers: Any = self._numbers.numpy()
-        self._view = memoryview(numbers)  # writing through it costs a twentieth of fill_()
+        self._numbers = torch.zeros(plan.size, dtype=torch.float64, device=device)
         self._device = device
-        self._on_host = device.type == "cpu"
+        self._view: Any = None
+        if on_host:
+            numbers: Any = self._numbers.numpy()
+            self._view = memoryview(numbers)  # writing through it costs a twentieth of fill_()
+        self._written: dict[int, float] = {}
         self._values = [(i, index[value.owner], value.read) for i, value in enumerate(plan.values)]
         own = plan.batch_tensors
         # what stands at each position of all inputs: ("batch", i), ("numbers",), a place, a counter or a constant
@@ -57,14 +60,26 @@ class Feed:
     def arguments(self, states: Sequence[TrainState], batch: list[Tensor]) -> list[Tensor]:
         """The inputs for one call, in the order of the pruned graph."""
         view = self._view
-        for position, i, read in self._values:
-            view[position] = read(states[i])
-        if not self._on_host and self._takes_numbers:
-            self._fixed[0] = self._numbers.to(self._device)
+        if view is None:
+            self._write_on_device(states)
+        else:
+            for position, i, read in self._values:
+                view[position] = read(states[i])
         chosen = batch if self._whole_batch else [batch[i] for i in self._batch]
         if not self._extends:
             return chosen + self._fixed
         return [*chosen, *self._fixed, *(self._counter(states, part) for part in self._changing), *self._last]
+
+    def _write_on_device(self, states: Sequence[TrainState]) -> None:
+        """The numbers without a wait: those that are on the device are copied there, others written where they changed."""
+        for position, i, read in self._values:
+            value = read(states[i])
+            if isinstance(value, Tensor):
+                self._numbers[position].copy_(value)
+                self._written.pop(position, None)
+            elif self._written.get(position) != value:
+                self._numbers[position].fill_(value)
+                self._written[position] = value
 
     def passed(self, states: Sequence[TrainState], batch: list[Tensor]) -> list[Tensor]:
         """The inputs that are outputs as they came, in the order of the outputs."""

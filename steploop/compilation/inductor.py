@@ -126,12 +126,13 @@ def capture(
     with mode, _compile_session_context(), enable_python_dispatcher(), surroundings:
         first = make_fx(function)(*inputs)
     constants = constants_to_inputs(first)
-    with mode, torch.no_grad(), enable_python_dispatcher(), config.patch(_options(inputs)):
+    with mode, torch.no_grad(), enable_python_dispatcher(), config.patch(_options(cpp_wrapper=False)):
+        table = _decompositions_on_cpu() if _on_cpu(inputs) else _decompositions()
         plain = [t.detach() for t in inputs]
         plain += [torch.empty_strided(c.shape, c.stride(), dtype=c.dtype, device=c.device) for c in constants]
-        functional = make_fx(
-            torch.func.functionalize(first, remove="mutations"), decomposition_table=_decompositions()
-        )(*plain)
+        functional = make_fx(torch.func.functionalize(first, remove="mutations"), decomposition_table=table)(
+            *plain
+        )
     wiring = prune(functional)
     taken = [plain[i] for i in wiring.inputs]
     shapes = [(tuple(t.shape), t.stride(), t.dtype, t.device) for t in taken]
@@ -146,14 +147,17 @@ def _norms(tensors: list[Tensor], ord: float = 2, dtype: torch.dtype | None = No
 
 
 def _decompositions() -> dict[Any, Callable[..., Any]]:
-    """Inductor's table without what is kept; by name, as the key of Inductor's cache holds it."""
+    """Inductor's table, and ours."""
     from torch._inductor.decomposition import select_decomp_table
 
-    table = dict(select_decomp_table())
+    return {**select_decomp_table(), torch.ops.aten._foreach_norm.Scalar: _norms}
+
+
+def _decompositions_on_cpu() -> dict[Any, Callable[..., Any]]:
+    """The same without what is kept; a function with a name, since the key of Inductor's cache holds it."""
+    table = {**_decompositions(), **in_float32()}
     for op in _kept_ops():
         table.pop(op, None)
-    table[torch.ops.aten._foreach_norm.Scalar] = _norms
-    table.update(in_float32())
     return table
 
 
@@ -173,8 +177,11 @@ def _draws(graph: fx.GraphModule) -> bool:
     )
 
 
-def _options(inputs: Sequence[Tensor]) -> dict[str, Any]:
-    on_cpu = all(t.device.type == "cpu" for t in inputs)
+def _on_cpu(inputs: Sequence[Tensor]) -> bool:
+    return all(t.device.type == "cpu" for t in inputs)
+
+
+def _options(*, cpp_wrapper: bool) -> dict[str, Any]:
     return {
         # torch's own generators, so that a seed gives the numbers that eager draws
         "fallback_random": True,
@@ -182,8 +189,8 @@ def _options(inputs: Sequence[Tensor]) -> dict[str, Any]:
         "size_asserts": False,
         "scalar_asserts": False,
         "nan_asserts": False,
-        # the wrapper between the kernels in C++ too: 39 us a step instead of 62 on a small model
-        "cpp_wrapper": on_cpu,
+        # what calls the kernels, in C++ too: 39 us a step instead of 62 on a small model
+        "cpp_wrapper": cpp_wrapper,
     }
 
 
@@ -202,12 +209,12 @@ def compile_graph(graph: CapturedGraph, mode: Any) -> Run:
     _check_compiler(device)
     module = graph.module
     settings: Any = torch.compiler.config
-    options = _options(graph.inputs)
-    if options["cpp_wrapper"]:
-        kept = set(_kept_ops())
-        for node in module.graph.nodes:
-            if node.target in kept:
-                node.meta["should_fallback"] = True
+    on_cpu = _on_cpu(graph.inputs)
+    kept = [node for node in module.graph.nodes if on_cpu and node.target in _kept_ops()]
+    for node in kept:
+        node.meta["should_fallback"] = True
+    # C++ reaches some of the kept calls only through Python again
+    options = _options(cpp_wrapper=on_cpu and not kept)
     with (
         settings.patch(cache_key_tag=_CACHE_TAG),
         config.patch(options),
@@ -224,7 +231,7 @@ def compile_graph(graph: CapturedGraph, mode: Any) -> Run:
                 graph.inputs,
                 is_inference=True,
                 cpp_wrapper=options["cpp_wrapper"],
-                get_decomp_fn=_decompositions,
+                get_decomp_fn=_decompositions_on_cpu if on_cpu else _decompositions,
             )
         except Exception as error:
             raise CompileError(

@@ -9,10 +9,15 @@ from torch import Tensor
 from steploop.errors import CompileError
 from steploop.state import TrainState
 
-__all__ = ["Place", "constants_of", "places", "refuse_overlap", "signature", "tensor_at"]
+__all__ = ["Place", "constants_of", "counted_on_host", "places", "refuse_overlap", "signature", "tensor_at"]
 
 # (field, parameter or buffer name, slot name or None)
 Place = tuple[str, str, str | None]
+
+
+def counted_on_host(state: TrainState) -> bool:
+    """Whether the host counts a state's steps and keeps its loss scale: where reading a tensor costs no wait."""
+    return state.device.type == "cpu"
 
 
 def places(state: TrainState) -> Iterator[tuple[Place, Tensor]]:

@@ -10,7 +10,7 @@ from torch import Tensor
 from steploop.compilation.advancing import Advance
 from steploop.compilation.feeding import Feed
 from steploop.compilation.inductor import Run
-from steploop.compilation.leaves import constants_of, signature
+from steploop.compilation.leaves import constants_of, counted_on_host, signature
 from steploop.compilation.plans import StepPlan
 from steploop.forwarding import SeededGenerators
 from steploop.scheduling import schedule
@@ -81,7 +81,7 @@ class CompiledGraph:
         self._before = [(i, fn) for i, p in enumerate(plans) for fn in p.before]
         self._after = [(i, fn) for i, p in enumerate(plans) for fn in p.after]
         self._limits = [(i, p.limit) for i, p in enumerate(plans) if p.limit and p.on_host]
-        self._feed = Feed(plan, names, states[0].device)
+        self._feed = Feed(plan, names, states[0].device, on_host=all(map(counted_on_host, states)))
         self._generation = -1
 
     def reads_as_traced(self, states: Sequence[TrainState]) -> bool:

@@ -11,7 +11,7 @@ from torch import Tensor
 from steploop.compilation.arithmetic import TensorScalars
 from steploop.compilation.collecting import collect
 from steploop.compilation.inductor import capture, fake_mode
-from steploop.compilation.leaves import Place, places, refuse_overlap
+from steploop.compilation.leaves import Place, counted_on_host, places, refuse_overlap
 from steploop.compilation.plans import COUNTERS, HostValue, StatePlan, StepPlan
 from steploop.compilation.rebuilding import replace_tensors
 from steploop.compilation.restoring import restored
@@ -123,7 +123,7 @@ class _StepTrace:
         if scale is not None:
             factor = (
                 self._number(HostValue(owner, _scale), torch.float32)
-                if state.device.type == "cpu"
+                if counted_on_host(state)
                 else counters["scale"]
             )
             scale = attrs.evolve(scale, scale=factor, growth_tracker=counters["growth_tracker"])
