@@ -184,9 +184,11 @@ def test_another_torch_is_refused(monkeypatch):
 
 def test_a_missing_compiler_is_named(monkeypatch):
     monkeypatch.undo()
-    monkeypatch.setattr(torch._inductor.config.cpp, "cxx", ("no-such-compiler",))
     torch._inductor.cpp_builder.cpp_compiler_search.cache_clear()
-    with pytest.raises(CompileError, match=r"needs a C\+\+ compiler .* Install g\+\+"):
+    with (
+        torch._inductor.config.patch({"cpp.cxx": ("no-such-compiler",)}),
+        pytest.raises(CompileError, match=r"needs a C\+\+ compiler .* Install g\+\+"),
+    ):
         folded(compile(train_step), first_state(), batches(2))
     torch._inductor.cpp_builder.cpp_compiler_search.cache_clear()
     assert compiled_step.compile_graph is inductor.compile_graph
