@@ -84,7 +84,7 @@ def _coefficient(norm: Tensor, value: float, max_norm: float) -> float:
 def clip_value(grads: list[Tensor], max_value: float) -> None:
     """Clamp every entry to [-max_value, max_value] in place, as ``torch.nn.utils.clip_grad_value_``; nan stays."""
     # torch cannot convert a bound that the dtype does not hold: no finite entry exceeds it
-    grads = [g for g in grads if max_value == math.inf or max_value <= torch.finfo(g.dtype).max]
+    grads = [g for g in grads if max_value <= torch.finfo(g.dtype).max]
     if grads:
         torch._foreach_clamp_min_(grads, -max_value)
         torch._foreach_clamp_max_(grads, max_value)

@@ -52,12 +52,12 @@ def initial_fields(
     params = {n: copy_leaf(p) if shared else p for n, p in model.named_parameters()}
     buffers = {n: b.clone() if shared else b for n, b in model.named_buffers()}
     where = _one_device([*params.values(), *buffers.values()])
-    if precision == "fp16" and (
-        half := next((n for n, p in params.items() if p.dtype == torch.float16), None)
-    ):
+    halves = {n: p.dtype for n, p in params.items() if p.dtype in {torch.float16, torch.bfloat16}}
+    if precision == "fp16" and halves:
+        name, dtype = next(iter(halves.items()))
         raise ConfigError(
-            f"TrainState.create: {half} is float16. precision='fp16' computes in float16 under autocast and keeps "
-            "parameters in float32: call model.float() first."
+            f"TrainState.create: {name} is {str(dtype).removeprefix('torch.')}. precision='fp16' computes in float16 under "
+            "autocast and keeps parameters in float32: call model.float() first."
         )
     scale = (loss_scale or LossScale()) if precision == "fp16" else loss_scale
     trainable = {n: p for n, p in params.items() if p.requires_grad}

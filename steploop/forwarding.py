@@ -143,12 +143,16 @@ class TrainingPasses:
 
 
 def translated(error: Exception, machine: Machine, batch: Any) -> SteploopError | None:
-    """Our error for the two failures of a forward or backward pass that torch's text does not explain; else None."""
+    """Our error for the two failures of a forward or backward pass that torch's text does not explain; else None.
+
+    ``batch`` is None where it is not known, in a backward pass.
+    """
     text = str(error)
     if isinstance(error, MemoryError) or any(sign in text for sign in _OUT_OF_MEMORY):
+        held = "" if batch is None else f": the batch holds {shapes(batch)}"
         return OutOfMemoryError(
-            f"A step did not fit into the memory of {machine.device}: the batch holds {shapes(batch)}. The state is as it "
-            "was. Use smaller batches, accumulate(state, micro_batches, objective), or precision='bf16'."
+            f"A step did not fit into the memory of {machine.device}{held}. The state is as it was. Use smaller batches, "
+            "accumulate(state, micro_batches, objective), or precision='bf16'."
         )
     if isinstance(error, ValueError) and "more than 1 value per channel" in text:
         return ObjectiveError(

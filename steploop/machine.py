@@ -120,13 +120,9 @@ class Machine:
 
 def _rate_factors(optimizer: torch.optim.Optimizer) -> tuple[float, ...]:
     """The lr of each group over the optimizer's own lr: the proportion that a schedule keeps."""
-    if "lr" not in optimizer.defaults:
-        return tuple(1.0 for _ in optimizer.param_groups)
-    base = optimizer.defaults["lr"]
-    # Adafactor may have lr=None and tensors are legal: the same object is in proportion 1 to itself
-    return tuple(
-        1.0 if g["lr"] is base or not base else float(g["lr"]) / float(base) for g in optimizer.param_groups
-    )
+    base = optimizer.defaults.get("lr")
+    # no rate of its own (others' Adafactor has lr=None), or one of 0: there is no proportion to keep
+    return tuple(float(group["lr"]) / float(base) if base else 1.0 for group in optimizer.param_groups)
 
 
 def _settle_implementation(optimizer: torch.optim.Optimizer, device: torch.device) -> None:

@@ -28,8 +28,8 @@ class Lease:
 class Holder:
     """Remembers whose values a machine holds, without keeping them alive."""
 
-    def __init__(self, lease: Lease | None = None) -> None:
-        self._lease: weakref.ref[Lease] | None = None if lease is None else weakref.ref(lease)
+    def __init__(self) -> None:
+        self._lease: weakref.ref[Lease] | None = None
 
     def holds(self, lease: Lease) -> bool:
         """Whether the values are those of ``lease``."""

@@ -27,6 +27,14 @@ settings.register_profile(
     print_blob=True,
     suppress_health_check=_SLOW,
 )
+# For ``mutmut run``: a mutant is killed or it is not, no smaller example is looked for.
+settings.register_profile(
+    "mutation",
+    settings.get_profile("ci"),
+    phases=[Phase.explicit, Phase.generate],
+    max_examples=15,
+    report_multiple_bugs=False,
+)
 settings.load_profile("ci")
 
 # The tensors here have a handful of entries: threads would only wait for each other.

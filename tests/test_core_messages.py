@@ -2,24 +2,33 @@
 
 import math
 
+import attrs
 import pytest
 import torch
 from torch import nn
+from torch.optim.lr_scheduler import CyclicLR, LambdaLR
 
 from steploop import (
     LossScale,
     Optimizer,
     TrainState,
     backward_scaled,
+    cosine_annealing,
     forward_loss,
     from_torch,
     one_cycle,
     optimizer_step,
     schedule,
     unscale_and_clip,
+    warmup_cosine,
 )
+from steploop.checks import boolean, integer, one_of, real
+from steploop.creation import _one_device
+from steploop.data.order import batch_indices, epoch_order
+from steploop.early_stopping import Best, EarlyStopping, is_better
 from steploop.errors import (
     ConfigError,
+    DataError,
     NonFiniteError,
     ObjectiveError,
     OutOfMemoryError,
@@ -28,6 +37,7 @@ from steploop.errors import (
 )
 from steploop.forwarding import translated
 from steploop.ownership import module_machine
+from steploop.plateau import ReduceLROnPlateau
 from steploop.testing import holding
 from steploop.testing.strategies import Task, classification
 
@@ -43,6 +53,10 @@ def deep():
     model = nn.Module()
     model.a = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2), nn.Linear(2, 2))
     return model
+
+
+def five():
+    return nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2), nn.Linear(2, 2, bias=False))
 
 
 def with_loss(objective=classification, **parts):
@@ -125,19 +139,35 @@ EXACTLY_ONE = (
 )
 ONE_LOSS = "An objective's loss must be a floating-point tensor of shape (), but is {}. Reduce it, as with loss.mean()."
 SEED = "TrainState.create: seed must be an int in 0 .. 2**63 - 1, but is {}."
+HALF = (
+    "TrainState.create: weight is {}. precision='fp16' computes in float16 under autocast and keeps parameters in float32: "
+    "call model.float() first."
+)
+CYCLE = {"max_lr": 0.5, "total_steps": 10}
+OUT_OF_RANGE = (
+    "from_torch: the scheduler must give a finite learning rate >= 0 and a momentum in [0, 1) at every step, got "
+    "Rates(learning_rate={}, momentum={}) at step {}. Correct its arguments, or give fewer total_steps."
+)
+
+
+def tabulated(factor_of, **options):
+    return from_torch(lambda optimizer: LambdaLR(optimizer, factor_of), 3, **options)
+
 
 REFUSALS = [
     (lambda: create(seed=-1), ConfigError, SEED.format(-1)),
     (lambda: create(seed=2**63), ConfigError, SEED.format(2**63)),
     (lambda: create(seed=0.5), ConfigError, SEED.format(0.5)),
     (moved_twice, ConfigError, "TrainState.create: another state trains this model; clone or drop that one before moving it."),
-    (lambda: create(nn.Linear(2, 1).half(), precision="fp16"), ConfigError, "TrainState.create: weight is float16. precision='fp16' computes in float16 under autocast and keeps parameters in float32: call model.float() first."),
+    (lambda: create(nn.Linear(2, 1).half(), precision="fp16"), ConfigError, HALF.format("float16")),
+    (lambda: create(nn.Linear(2, 1).bfloat16(), precision="fp16"), ConfigError, HALF.format("bfloat16")),
     (lambda: create(nn.LazyLinear(1)), ConfigError, "TrainState.create: weight is lazy and has no shape yet. Run the model on one batch first."),
     (lambda: create(nn.Linear(2, 1, device="meta")), ConfigError, "TrainState.create: weight is on the meta device. Call model.to_empty(device=...) and initialise it."),
     (lambda: create(loss_scale=LossScale(scale=2.0)), ConfigError, "TrainState: fp16 needs a LossScale and fp32 has none, but precision is 'fp32' and scale is LossScale(scale=2.0, growth_tracker=0, growth_factor=2.0, backoff_factor=0.5, growth_interval=2000, floor=1.0). Make a new state with TrainState.create(..., precision=...)."),
     (lambda: Optimizer("SGD"), ConfigError, "Optimizer: expected a subclass of torch.optim.Optimizer, but got 'SGD'. Pass the class itself, as in Optimizer(torch.optim.SGD, lr=0.1)."),
     (lambda: create(optimizer=Optimizer(torch.optim.SGD, lr=0.1, groups=[("head.*", {})])), ConfigError, "Optimizer: group 0 ('head.*') takes no parameter that is left. The trainable parameters are weight, bias."),
     (lambda: create(deep(), Optimizer(torch.optim.SGD, lr=0.1, groups=[("head.*", {})])), ConfigError, f"Optimizer: group 0 ('head.*') takes no parameter that is left. The trainable parameters are {NAMES}."),
+    (lambda: create(five(), Optimizer(torch.optim.SGD, lr=0.1, groups=[("head.*", {})])), ConfigError, "Optimizer: group 0 ('head.*') takes no parameter that is left. The trainable parameters are 0.weight, 0.bias, 1.weight, 1.bias, 2.weight."),
     (lambda: create(optimizer=Optimizer(torch.optim.SGD, lr=0.1, no_decay="head")), ConfigError, "Optimizer: no_decay='head' takes no parameter. The trainable parameters are weight, bias."),
     (lambda: create(frozen()), ConfigError, "Optimizer: the model has no parameter that requires a gradient, so there is nothing to train."),
     (lambda: create(optimizer=Optimizer(torch.optim.SGD, lr=-1.0)), ConfigError, "Optimizer(SGD, lr=-1.0): SGD refuses this: Invalid learning rate: -1.0"),
@@ -169,6 +199,24 @@ REFUSALS = [
     (lambda: from_torch("StepLR", 3), ConfigError, "from_torch: make_scheduler must be a function from an optimizer to a torch scheduler, got 'StepLR'. Give for instance lambda optimizer: StepLR(optimizer, step_size=30)."),
     (lambda: from_torch(lambda optimizer: None, 3), ConfigError, "from_torch: make_scheduler must return a torch.optim.lr_scheduler.LRScheduler, got None. Return the scheduler that it builds."),
     (lambda: from_torch(torch.optim.lr_scheduler.ReduceLROnPlateau, 3), ConfigError, "from_torch: make_scheduler must return a scheduler that is a function of the step, got ReduceLROnPlateau, which follows a metric. Use steploop.plateau.ReduceLROnPlateau, a fold over the metric."),
+    (lambda: tabulated([1.0, 1.0].__getitem__), ConfigError, "from_torch: the scheduler must run for total_steps = 3 steps on an SGD of one parameter group, but at step 2 it failed with IndexError: list index out of range. Correct its arguments, or give fewer total_steps."),
+    (lambda: tabulated([1.0, -1.0].__getitem__), ConfigError, OUT_OF_RANGE.format(-0.1, 0.9, 1)),
+    (lambda: from_torch(lambda o: CyclicLR(o, 0.1, 0.2, max_momentum=-0.5), 3), ConfigError, OUT_OF_RANGE.format(0.1, -0.5, 0)),
+    (lambda: one_cycle(**CYCLE, div_factor=5e-324), ConfigError, "OneCycle: div_factor must be such that max_lr / div_factor is finite (max_lr is 0.5), got 5e-324. Torch's default is 25."),
+    (lambda: one_cycle(**CYCLE, final_div_factor=5e-324), ConfigError, "OneCycle: final_div_factor must be such that the last rate is finite (the first is 0.02), got 5e-324. Torch's default is 1e4."),
+    (lambda: one_cycle(**CYCLE, momentum=(0.9, 0.8)), ConfigError, "OneCycle: momentum must be None or two numbers (base, max) with 0 <= base <= max < 1, got (0.9, 0.8). Torch's defaults are (0.85, 0.95)."),
+    (lambda: cosine_annealing(0.5, total_steps=3, min_lr=0.75), ConfigError, "CosineAnnealing: min_lr must be <= the highest rate (0.5), got 0.75. Lower min_lr or raise the rate."),
+    (lambda: warmup_cosine(0.5, warmup_steps=4, total_steps=3), ConfigError, "WarmupCosine: warmup_steps must be <= total_steps (3), got 4. total_steps counts the warmup too."),
+    (lambda: ReduceLROnPlateau(lr=0.5, min_lr=0.75), ConfigError, "ReduceLROnPlateau: min_lr must be <= lr (0.5), got 0.75. Lower min_lr or raise lr."),
+    (lambda: ReduceLROnPlateau(lr=0.5, threshold=1.0), ConfigError, 'ReduceLROnPlateau: threshold must be below 1 where threshold_mode is "rel", got 1.0. Give threshold_mode="abs" for an amount.'),
+    (lambda: EarlyStopping(monitor=""), ConfigError, "EarlyStopping: monitor must be the name of a metric, got ''. Give for instance \"loss\"."),
+    (lambda: Best(value=math.nan, step=0), ConfigError, "Best: value must be a number, not NaN, got nan. A metric that is NaN is never the best; None stands for no value yet."),
+    (lambda: is_better(1.0, None, "least"), ConfigError, 'is_better: mode must be "min" or "max", got \'least\'. Give "min" for a loss.'),
+    (lambda: epoch_order(2**60 - 1, seed=0, epoch=0, shuffle=False), DataError, "the order of 1,152,921,504,606,846,975 samples takes 9,223,372,036,854,775,800 bytes, which cannot be had: a dataset that is infinite, or whose __len__ says so, has no permutation; make it a Stream with a length of your choice"),
+    (lambda: epoch_order(-1, seed=0, epoch=0), ConfigError, "n must be an integer >= 0, got -1"),
+    (lambda: batch_indices(torch.arange(4), -1, batch_size=2), ConfigError, "batch must be an integer in 0..1, got -1"),
+    # two real devices are more than a test can ask for: the meta device stands for the second
+    (lambda: _one_device([torch.zeros(1), torch.zeros(1, device="meta")]), ConfigError, "TrainState.create: expected all parameters and buffers on one device, but found ['cpu', 'meta']. Pass device=... to move them."),
 ]  # fmt: skip
 
 
@@ -243,3 +291,47 @@ def test_a_part_that_is_thawed_changes_the_layout_of_the_machine():
 def test_from_torch_uses_the_rate_and_momentum_of_sgd_unless_told_otherwise():
     table = from_torch(lambda o: torch.optim.lr_scheduler.LambdaLR(o, lambda t: 1.0), 2)
     assert table(0) == 0.1
+
+
+REAL = "a finite number"
+CLOSED, OPEN = {"at_least": -1.0, "at_most": 1.5}, {"above": -1.0, "below": 1.5}
+BETWEEN = "a finite number >= -1 and <= 1.5"
+INSIDE = "a finite number > -1 and < 1.5"
+
+
+@pytest.mark.parametrize(
+    ("validator", "value", "expected"),
+    [
+        (real(hint="Do."), 1.0, None),
+        (real(hint="Do."), -1e300, None),
+        (real(hint="Do."), 1, REAL),
+        (real(hint="Do."), "1", REAL),
+        (real(hint="Do."), math.inf, REAL),
+        (real(hint="Do."), math.nan, REAL),
+        (real(hint="Do.", **CLOSED), -1.0, None),
+        (real(hint="Do.", **CLOSED), 1.5, None),
+        (real(hint="Do.", **CLOSED), -1.25, BETWEEN),
+        (real(hint="Do.", **CLOSED), 1.75, BETWEEN),
+        (real(hint="Do.", **OPEN), -0.75, None),
+        (real(hint="Do.", **OPEN), 1.25, None),
+        (real(hint="Do.", **OPEN), -1.0, INSIDE),
+        (real(hint="Do.", **OPEN), 1.5, INSIDE),
+        (integer(at_least=2, hint="Do."), 2, None),
+        (integer(at_least=2, hint="Do."), 1, "an integer >= 2"),
+        (integer(at_least=2, hint="Do."), 3.0, "an integer >= 2"),
+        (integer(at_least=0, hint="Do."), True, "an integer >= 0"),
+        (one_of("ab", "c", hint="Do."), "ab", None),
+        (one_of("ab", "c", hint="Do."), "a", "one of 'ab', 'c'"),
+        (one_of("ab", "c", hint="Do."), 1, "one of 'ab', 'c'"),
+        (boolean(hint="Do."), False, None),
+        (boolean(hint="Do."), 0, "True or False"),
+    ],
+)
+def test_a_check_says_what_it_expected_what_came_and_what_to_do(validator, value, expected):
+    Checked = attrs.make_class("Checked", {"x": attrs.field(validator=validator)})  # noqa: N806  (a class)
+    if expected is None:
+        assert Checked(value).x == value
+    else:
+        with pytest.raises(ConfigError) as excinfo:
+            Checked(value)
+        assert str(excinfo.value) == f"Checked: x must be {expected}, got {value!r}. Do."

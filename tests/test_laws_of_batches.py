@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from steploop import (
     Optimizer,
+    TrainState,
     accumulate,
     accuracy,
     backward_scaled,
@@ -83,6 +84,21 @@ def test_parts_in_which_every_label_is_ignored_count_for_nothing(task, size, dat
     check_partition_gives_the_whole_gradient(task.state(), (inputs, labels), sizes, classification)
 
 
+@given(task=plain(), size=st.integers(1, 9), data=st.data())
+def test_a_model_in_float64_keeps_its_precision_in_every_part(task, size, data):
+    """A weight of 1/3 that went through float32 would be off by 1e-8."""
+    inputs, labels = task.batch(0, size)
+    state = TrainState.create(task.model().double(), Optimizer(torch.optim.SGD, lr=0.1))
+
+    def objective(model, batch):
+        return torch.nn.functional.cross_entropy(model(batch[0]), batch[1])
+
+    sizes = data.draw(strategies.partitions(size), label="sizes")
+    check_partition_gives_the_whole_gradient(
+        state, (inputs.double(), labels), sizes, objective, tolerance=1e-13
+    )
+
+
 def test_ragged_parts_are_weighted_by_their_samples():
     """The mean of the parts' means is wrong: 3.0 instead of 2.0 where one part has 3 samples and the other 1."""
 
@@ -90,8 +106,6 @@ def test_ragged_parts_are_weighted_by_their_samples():
         def __init__(self):
             super().__init__()
             self.w = torch.nn.Parameter(torch.ones(()))
-
-    from steploop import TrainState
 
     batch = torch.tensor([1.0, 1.0, 1.0, 5.0])
     state = TrainState.create(Sum(), Optimizer(torch.optim.SGD, lr=0.1))

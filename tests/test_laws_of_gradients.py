@@ -13,10 +13,12 @@ from steploop import (
     LossScale,
     Optimizer,
     backward_scaled,
+    clip,
     constant,
     forward_loss,
     optimizer_step,
     schedule,
+    steps,
     unscale_and_clip,
     updating,
 )
@@ -171,6 +173,67 @@ def test_sparse_gradients_are_clipped_by_the_norm_of_their_values():
     stepped = optimizer_step(state)
     assert stepped.params["w"][1].tolist() == [1.0, 1.0]
     assert stepped.params["w"][2].tolist() == pytest.approx([1.0, 1.0 - 4.0 / 52**0.5])
+
+
+def test_sparse_and_dense_gradients_have_one_norm():
+    sparse = torch.sparse_coo_tensor([[0, 2]], [[3.0, 0.0], [0.0, 4.0]], (4, 2), check_invariants=True)
+    assert clip.global_norm([sparse, torch.tensor([12.0])]).item() == pytest.approx(13.0)
+
+
+def test_where_no_parameter_has_a_gradient_the_norm_is_0():
+    """The loss may depend on a tensor outside of the model alone; an optimizer takes such a step."""
+    state = holding({"w": torch.ones(2)}, precision="fp16").replace(_grads=Gradients([None]))
+    for bound in ({"max_norm": 1.0}, {"max_value": 1.0}, {"adaptive": 1.0}):
+        found = unscale_and_clip(state.replace(_grads=Gradients([None])), **bound)
+        assert found.grad_norm.shape == ()
+        assert (found.grad_norm.item(), found.clipped_norm, found.finite) == (0.0, 0.0, True)
+    assert optimizer_step(found).params["w"].tolist() == [1.0, 1.0]
+
+
+@pytest.mark.parametrize("scale", [0.25, 0.5, 1.0, 2.0, 4.0])
+def test_gradients_are_divided_by_the_scale_whatever_it_is(scale):
+    grads = torch.tensor([3.0, -4.0])
+    state = holding({"w": grads * scale}, precision="fp16", loss_scale=LossScale(scale=scale))
+    state = unscale_and_clip(state, max_norm=math.inf)
+    assert state.grads["w"].tolist() == [3.0, -4.0]
+    assert state.grad_norm.item() == 5.0
+
+
+SOME = st.sampled_from([0.0, 1e-30, 1e-3, 0.4, 0.5, 0.6, 1e3, 3e38, math.inf, math.nan])
+
+
+@given(entries=st.lists(SOME, min_size=1, max_size=3), max_norm=st.sampled_from([0.5, 1.0, 1e36, math.inf]))
+def test_clipping_where_the_host_does_not_look_is_clipping_where_it_does(entries, max_norm):
+    """The path of a GPU: the factor is a tensor, and nothing is decided by an ``if``."""
+    grads = {"w": torch.tensor(entries), "v": torch.tensor([[0.1]])}
+    seen = unscale_and_clip(holding(grads), max_norm=max_norm)
+    with pytest.MonkeyPatch.context() as patch:
+        for module in (clip, steps):
+            patch.setattr(module, "on_host", lambda _: False)
+        unseen = unscale_and_clip(holding(grads), max_norm=max_norm)
+    require_same(dict(unseen.grads), dict(seen.grads), "the gradients are the same")
+    require_same(unseen.grad_norm, seen.grad_norm, "the norm is the same")
+    assert isinstance(unseen.finite, torch.Tensor)
+    assert bool(unseen.finite) == seen.finite
+    assert float(unseen.clipped_norm) == pytest.approx(float(seen.clipped_norm), rel=1e-6, nan_ok=True)
+
+
+@given(
+    entries=st.lists(st.floats(-1e3, 1e3), min_size=1, max_size=4), max_norm=st.sampled_from([0.1, 1.0, 1e30])
+)
+def test_gradients_in_float64_are_clipped_in_float64_as_torchs_are(entries, max_norm):
+    grads = torch.tensor(entries, dtype=torch.float64)
+    state = unscale_and_clip(holding({"w": grads}), max_norm=max_norm)
+    theirs = torch.nn.Parameter(torch.zeros_like(grads))
+    theirs.grad = grads.clone()
+    norm = torch.nn.utils.clip_grad_norm_([theirs], max_norm)
+    require_same(state.grad_norm, norm, "the norm is torch's")
+    require_same(state.grads["w"], theirs.grad, "the gradients are torch's")
+
+
+def test_adaptive_clipping_wants_a_parameter_for_every_gradient():
+    with pytest.raises(ValueError, match="argument"):
+        clip.clip_adaptive([torch.ones(2), torch.ones(2)], [torch.ones(2)], 0.1)
 
 
 # --- the loss scale -------------------------------------------------------------------------------------------------

@@ -8,6 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from loops import loops
 
+from steploop import backward_scaled, forward_loss, optimizer_step, shielding, unscale_and_clip
+from steploop.shielding import shielded
 from steploop.testing import (
     SURROUNDINGS,
     check_donation_equals_copy,
@@ -20,7 +22,7 @@ from steploop.testing import (
     require_same,
     strategies,
 )
-from steploop.testing.strategies import Task
+from steploop.testing.strategies import Task, classification
 
 
 @given(loop=loops())
@@ -78,3 +80,47 @@ def test_a_step_that_is_skipped_changes_no_value(loop):
     assert after.attempted_steps == kept.attempted_steps + 1
     assert after.batch == kept.batch + 1
     assert after.nonfinite_steps == kept.nonfinite_steps + 1
+
+
+def switched_on():
+    return torch.get_default_dtype(), torch.is_inference_mode_enabled(), torch.is_autocast_enabled("cpu")
+
+
+@pytest.mark.parametrize(
+    "name", ["torch.inference_mode()", "autocast", "float64 as the default dtype", "other random numbers"]
+)
+def test_a_function_of_ones_own_is_shielded_as_the_steps_are(name):
+    @shielded
+    def look(state, *arguments, **options):
+        return switched_on(), arguments, options
+
+    state = Task().state()
+    with SURROUNDINGS[name](state):
+        outside = switched_on()
+        assert look(state, 1, two=2) == ((torch.float32, False, False), (1,), {"two": 2})
+        assert switched_on() == outside
+    assert look.__name__ == "look"
+
+
+def test_a_shield_is_up_only_where_it_is_needed(monkeypatch):
+    """In the usual surroundings it would cost more than the step of a small model."""
+
+    def never(machine):
+        raise AssertionError("the shield is up")
+
+    monkeypatch.setattr(shielding, "_shield", never)
+    assert shielded(lambda state, x: x)(Task().state(), 3) == 3
+
+
+def test_under_the_callers_autocast_the_model_computes_with_the_newest_values():
+    """Autocast keeps its casts of the parameters until it ends: a step that changes them has to throw them away."""
+    task = Task()
+    state, inputs = task.state(precision="bf16"), task.batch(0)[0]
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        before = state.model(inputs)
+        state = backward_scaled(forward_loss(state, task.batch(1), classification))
+        state = optimizer_step(unscale_and_clip(state, max_norm=1.0))
+        after = state.model(inputs)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(after, state.model(inputs))
+    assert not torch.equal(after, before)

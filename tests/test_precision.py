@@ -8,6 +8,7 @@ import torch
 from steploop import LossScale
 from steploop.errors import ConfigError
 from steploop.precision import autocast, best_precision, check_precision
+from steploop.shielding import DefaultDtype
 
 
 @pytest.mark.parametrize(
@@ -30,6 +31,11 @@ def test_an_illegal_loss_scale_is_refused_by_its_name(name, value, expected):
     with pytest.raises(ConfigError) as excinfo:
         LossScale(**{name: value})
     assert str(excinfo.value) == expected
+
+
+def test_a_scale_below_0_is_refused_even_without_a_floor():
+    with pytest.raises(ConfigError, match=r"^LossScale: scale must be a finite number > 0, but is -1\.0\.$"):
+        LossScale(scale=-1.0, floor=0.0)
 
 
 def test_the_defaults_are_those_of_grad_scaler_with_a_floor_of_1():
@@ -65,6 +71,13 @@ def test_a_scale_on_the_device_is_read_by_nobody():
     scale = LossScale(scale=torch.tensor(8.0)).updated(finite=False)
     assert isinstance(scale.scale, torch.Tensor)
     assert (scale.scale.item(), scale.inverse().item()) == (4.0, 0.25)
+
+
+def test_a_scale_on_the_device_is_float32_whatever_the_default_dtype_is():
+    with DefaultDtype(torch.float64):
+        scale = LossScale(scale=8.0, growth_tracker=3).updated(torch.tensor([True])[0])
+    assert (scale.scale.dtype, scale.growth_tracker.dtype) == (torch.float32, torch.int64)
+    assert (scale.scale.item(), scale.growth_tracker.item()) == (8.0, 4)
 
 
 def test_an_unknown_precision_is_refused_with_those_there_are():

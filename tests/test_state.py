@@ -1,10 +1,13 @@
 """TrainState: what makes one, who owns its tensors, what it refuses."""
 
+import io
+
 import attrs
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 from steploop import (
     LossScale,
@@ -16,7 +19,10 @@ from steploop import (
     optimizer_step,
     unscale_and_clip,
 )
+from steploop.creation import copy_leaf
 from steploop.errors import ConfigError, SpentStateError
+from steploop.forwarding import generators_of
+from steploop.machine import _settle_implementation
 from steploop.trees import first_difference
 
 SGD = Optimizer(torch.optim.SGD, lr=0.1, momentum=0.9)
@@ -43,6 +49,45 @@ def step(state, data, *, donate=True):
 
 def values(state):
     return {"params": dict(state.params), "buffers": dict(state.buffers), "slots": dict(state.slots)}
+
+
+def test_a_state_begins_at_0_in_float32_unless_told_otherwise():
+    state = TrainState.create(network(), SGD)
+    assert (state.seed, state.precision, state.scale, state.ema) == (0, "fp32", None, None)
+    assert (state.epoch, state.batch, state.attempted_steps, state.applied_steps) == (0, 0, 0, 0)
+    assert TrainState.create(network(), SGD, precision="fp16").scale == LossScale()
+    assert (
+        TrainState.create(network(), SGD, precision="fp16", loss_scale=LossScale(scale=2.0)).scale.scale
+        == 2.0
+    )
+    highest = TrainState.create(network(), SGD, seed=2**63 - 1)
+    assert highest.seed == 2**63 - 1
+
+
+def test_a_model_is_moved_as_model_to_does_it():
+    model = nn.Sequential(nn.Conv2d(3, 4, 2), nn.BatchNorm2d(4))
+    state = TrainState.create(model, SGD, memory_format=torch.channels_last)
+    assert state.params["0.weight"].is_contiguous(memory_format=torch.channels_last)
+    moved = TrainState.create(network(), SGD, device="meta")
+    assert {t.device.type for t in (*moved.params.values(), *moved.buffers.values())} == {"meta"}
+    assert moved.device.type == "meta"
+
+
+def test_an_average_begins_as_a_copy_of_the_parameters():
+    state = TrainState.create(network(), SGD, ema=True)
+    assert first_difference(dict(state.ema), dict(state.params)) is None
+    assert all(t is not state.params[n] and not t.requires_grad for n, t in state.ema.items())
+
+
+@pytest.mark.parametrize("requires_grad", [True, False])
+@pytest.mark.parametrize("kind", [nn.Parameter, torch.Tensor])
+def test_a_copy_of_a_leaf_is_a_leaf_of_its_kind(kind, requires_grad):
+    leaf = kind([1.0, 2.0]) if kind is torch.Tensor else kind(torch.tensor([1.0, 2.0]))
+    leaf.requires_grad_(requires_grad)
+    copy = copy_leaf(leaf)
+    assert (type(copy), copy.is_leaf, copy.requires_grad) == (kind, True, requires_grad)
+    assert copy.data_ptr() != leaf.data_ptr()
+    assert torch.equal(copy, leaf)
 
 
 def test_the_model_computes_with_the_state_values_without_a_copy():
@@ -220,10 +265,24 @@ def test_hyper_holds_values_and_no_word_of_how_the_optimizer_computes():
     assert state.learning_rate == 0.1
 
 
-def test_a_step_hook_of_the_optimizer_is_called():
+@pytest.mark.parametrize(
+    "register",
+    [
+        lambda optimizer: optimizer.register_step_pre_hook,
+        lambda optimizer: optimizer.register_step_post_hook,
+        lambda _: register_optimizer_step_pre_hook,
+        lambda _: register_optimizer_step_post_hook,
+    ],
+    ids=["before", "after", "before any", "after any"],
+)
+def test_a_step_hook_of_the_optimizer_is_called(register):
     state = TrainState.create(network(), SGD)
     seen = []
-    state._machine.optimizer.register_step_post_hook(lambda *_: seen.append(1))
+    handle = register(state._machine.optimizer)(lambda *_: seen.append(1))
+    try:
+        state = step(state, batch())
+    finally:
+        handle.remove()
     step(state, batch())
     assert seen == [1]
 
@@ -236,3 +295,90 @@ def test_copying_a_trained_model_copies_no_claim_to_its_values():
     other = step(TrainState.create(twin, SGD), batch())
     assert other.model is twin
     assert first_difference(dict(state.params), dict(other.params)) is not None
+
+
+def test_a_model_that_is_saved_whole_and_loaded_belongs_to_nobody():
+    state = step(TrainState.create(network(), SGD), batch())
+    file = io.BytesIO()
+    torch.save(state.model, file)
+    file.seek(0)
+    twin = torch.load(file, weights_only=False)
+    other = TrainState.create(twin, SGD)
+    assert all(other.params[name] is p for name, p in twin.named_parameters())
+    assert first_difference(dict(state.params), dict(other.params)) is None
+
+
+def test_a_state_spent_by_another_function_names_it():
+    """Of those in between nothing is known but that they were steps."""
+    state = TrainState.create(network(), SGD)
+    second = state.donate("update_ema")
+    with pytest.raises(
+        SpentStateError, match=r"^params: this state is spent: update_ema at attempted step 0 "
+    ):
+        _ = state.params
+    second.donate("update_ema")
+    with pytest.raises(SpentStateError, match=r"^params: this state is spent: optimizer_step at "):
+        _ = state.params
+
+
+def factors(optimizer):
+    return TrainState.create(network(), optimizer)._machine.rate_factors
+
+
+def test_a_group_keeps_its_proportion_to_the_rate_of_the_optimizer():
+    head = [("4.*", {"lr": 0.05})]
+    assert factors(Optimizer(torch.optim.SGD, lr=0.1, groups=head)) == (1.0, 0.5)
+    assert factors(Optimizer(torch.optim.SGD, lr=torch.tensor(0.1), groups=head)) == pytest.approx((1.0, 0.5))
+    # a rate of 0 is in no proportion to another
+    assert factors(Optimizer(torch.optim.SGD, lr=0.0, groups=head)) == (1.0, 1.0)
+    assert factors(Optimizer(torch.optim.SGD, groups=head)) == pytest.approx((1.0, 0.05 / 1e-3))
+
+
+class Unrated(torch.optim.Optimizer):
+    """An optimizer without a learning rate, as those are that find it themselves; keeps new slots at every step."""
+
+    def __init__(self, params, weight_decay=0.0):
+        super().__init__(params, {"weight_decay": weight_decay})
+
+    def step(self):
+        for group in self.param_groups:
+            for p in group["params"]:
+                self.state[p] = {"seen": self.state[p].get("seen", 0) + 1}
+                p.data.sub_(p.grad)
+
+
+def test_an_optimizer_of_somebody_else_may_have_no_rate_and_put_new_slots_in_place_of_the_old():
+    optimizer = Optimizer(Unrated, groups=[("4.*", {"weight_decay": 0.1})])
+    assert factors(optimizer) == (1.0, 1.0)
+    state = step(step(TrainState.create(network(), optimizer), batch()), batch())
+    assert state.slots["0.weight"] == {"seen": 2}
+    assert TrainState.create(network(), SGD)._machine.replaces_slots is False
+
+
+@pytest.mark.parametrize(
+    ("options", "device", "expected"),
+    [
+        ({}, "cpu", (False, None)),
+        ({"fused": False}, "cpu", (False, False)),
+        ({"fused": True}, "cpu", (None, True)),
+        ({"foreach": True}, "cpu", (True, None)),
+        ({}, "meta", (None, None)),
+    ],
+)
+def test_how_an_optimizer_computes_is_decided_once_and_on_a_cpu_only(options, device, expected):
+    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=0.1, **options)
+    _settle_implementation(optimizer, torch.device(device))
+    group = optimizer.param_groups[0]
+    assert (group["foreach"], group["fused"]) == expected
+
+
+def test_a_device_has_a_generator_of_its_own_beside_the_hosts(monkeypatch):
+    """As a GPU has: the names stand for generators that only a machine with one has."""
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "default_generators", ("the first", "the second"))
+    monkeypatch.setattr(torch.mps, "_get_default_mps_generator", lambda: "Apple's")
+    host = torch.default_generator
+    assert generators_of(torch.device("cpu")) == (host,)
+    assert generators_of(torch.device("cuda")) == (host, "the second")
+    assert generators_of(torch.device("cuda:0")) == (host, "the first")
+    assert generators_of(torch.device("mps")) == (host, "Apple's")

@@ -31,6 +31,11 @@ from steploop.errors import (
     SpentStateError,
     StepOrderError,
 )
+from steploop.random_numbers import fold_in
+from steploop.scheduling import _Table
+from steploop.shielding import DefaultDtype
+from steploop.steps import seed_of
+from steploop.traced import TracedCount
 
 SGD = Optimizer(torch.optim.SGD, lr=0.1, momentum=0.9)
 
@@ -171,6 +176,21 @@ def test_a_parameter_the_loss_does_not_use_has_no_gradient_and_does_not_move():
     assert torch.equal(state.params["unused.weight"], kept)
 
 
+def test_what_an_objective_draws_is_a_function_of_seed_attempted_step_and_part():
+    """The same in every release: a run that was stopped goes on with the numbers that it would have had."""
+    drawn = []
+
+    def draws(model, data):
+        drawn.append(torch.rand(3))
+        return objective(model, data)
+
+    state = fresh(seed=7).replace(attempted_steps=3)
+    forward_loss(state, batch(), draws)
+    accumulate(state, [batch(), batch(4)], draws)
+    for part, found in zip([0, 0, 1], drawn, strict=True):
+        assert torch.equal(found, torch.rand(3, generator=torch.Generator().manual_seed(fold_in(7, 3, part))))
+
+
 def test_outputs_and_loss_carry_no_graph():
     state = forward_loss(fresh(), batch(), objective)
     assert not state.loss.requires_grad
@@ -240,6 +260,80 @@ def test_schedule_follows_the_steps_taken_and_keeps_groups_in_proportion():
     assert state.learning_rate == 2.0
 
 
+def test_a_rate_is_given_to_a_group_as_it_is_or_in_proportion():
+    groups = [("0.*", {"lr": 0.2}), ("2.bias", {"lr": 0.3})]
+    state = TrainState.create(network(), Optimizer(torch.optim.SGD, lr=0.1, groups=groups))
+    state = schedule(state, lambda step: 1)
+    assert type(state.hyper[0]["lr"]) is int
+    assert [group["lr"] for group in state.hyper] == pytest.approx([1, 2.0, 3.0])
+
+
+class Trace:
+    """Stands for the trace of a step that is being compiled, and notes what it is told."""
+
+    def __init__(self):
+        self.told = []
+
+    def schedule(self, state, learning_rate):
+        self.told.append((state, learning_rate))
+        return "scheduled"
+
+    def limit_nonfinite(self, state, limit):
+        self.told.append((state, limit))
+
+
+class Traced(torch.Tensor):
+    """A traced tensor is of a class of its own."""
+
+
+def test_a_step_that_is_traced_leaves_to_the_trace_what_the_host_has_to_do():
+    trace = Trace()
+    plain = TrainState.create(network(), Optimizer(torch.optim.SGD, lr=0.1))
+    state = unscale_and_clip(backward_scaled(forward_loss(plain, batch(), objective)), max_norm=1.0)
+    state = state.replace(
+        attempted_steps=TracedCount(trace, "attempted_steps"),
+        applied_steps=torch.zeros((), dtype=torch.int64),
+        finite=torch.tensor(True).as_subclass(Traced),  # noqa: FBT003  (the value itself)
+    )
+    # nothing is seeded by a count that is not known: whoever runs the graph does it
+    assert forward_loss(state, batch(), objective).loss == forward_loss(fresh(), batch(), objective).loss
+    rate = lambda step: 0.1  # noqa: E731
+    assert schedule(state, rate) == "scheduled"
+    after = optimizer_step(state, max_nonfinite_steps=7)
+    assert trace.told == [(state, rate), (state, 7)]
+    assert (after.attempted_steps.offset, int(after.applied_steps)) == (1, 1)
+
+
+def test_the_rates_on_a_device_are_looked_up_in_a_table_that_is_made_once_for_each_schedule():
+    asked = []
+
+    def rate(step):
+        asked.append(step)
+        return float(step)
+
+    state = fresh().replace(applied_steps=torch.tensor(3), _known=(2, 0))
+    assert float(schedule(state, rate).hyper[0]["lr"]) == 3.0
+    assert asked == list(range(2, 2 + 1024 + 1))
+    later = state.replace(applied_steps=torch.tensor(5))
+    assert float(schedule(later, rate).hyper[0]["lr"]) == 5.0
+    assert len(asked) == 1025
+    assert float(schedule(later, lambda step: step / 2).hyper[0]["lr"]) == 2.5
+    # the table ends 1,024 steps after the host last knew the count, which it reads then
+    last = state.replace(applied_steps=torch.tensor(2 + 1024), attempted_steps=1024)
+    assert isinstance(schedule(last, rate).applied_steps, torch.Tensor)
+    beyond = schedule(last.replace(attempted_steps=1025), rate)
+    assert (beyond.applied_steps, beyond.learning_rate) == (1026, 1026.0)
+
+
+def test_the_table_of_rates_is_float32_on_the_device_of_the_count():
+    with DefaultDtype(torch.float64):
+        table = _Table.of(one_cycle(0.1, total_steps=4, momentum=(0.8, 0.9)), 0, torch.device("meta"))
+        plain = _Table.of(lambda step: 0.5, 0, torch.device("cpu"))
+    for values in (table.rates, table.momenta):
+        assert (values.dtype, values.device.type) == (torch.float32, "meta")
+    assert (plain.rates.dtype, plain.momenta) == (torch.float32, None)
+
+
 def test_out_of_memory_says_the_shapes_of_the_batch_and_leaves_the_state_usable():
     def greedy(model, batch):
         torch.empty(2**60)
@@ -250,6 +344,70 @@ def test_out_of_memory_says_the_shapes_of_the_batch_and_leaves_the_state_usable(
         forward_loss(state, batch(), greedy)
     assert "(7, 4) float32, (7,) int64" in str(caught.value)
     assert run_step(state, objective).applied_steps == 1
+
+
+class Failing(torch.autograd.Function):
+    """The identity, whose backward pass fails as it was told to."""
+
+    @staticmethod
+    def forward(ctx, x, fail):
+        ctx.fail = fail
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, grad):
+        return ctx.fail(), None
+
+
+def fails_backwards(fail):
+    return lambda model, batch: Failing.apply(objective(model, batch)[0], fail)
+
+
+def test_out_of_memory_in_the_backward_pass_leaves_no_gradient_and_the_state_usable():
+    def greedy():
+        return torch.empty(2**60)
+
+    state = forward_loss(fresh(), batch(), fails_backwards(greedy))
+    with pytest.raises(OutOfMemoryError) as caught:
+        backward_scaled(state)
+    assert str(caught.value) == (
+        "A step did not fit into the memory of cpu. The state is as it was. Use smaller batches, accumulate(state, "
+        "micro_batches, objective), or precision='bf16'."
+    )
+    assert all(p.grad is None for p in state.params.values())
+    assert run_step(state, objective).applied_steps == 1
+
+
+def test_other_errors_of_a_backward_pass_come_out_as_they_are_and_leave_no_gradient():
+    def broken():
+        raise RuntimeError("something else")
+
+    def half(model, batch):
+        return objective(model, batch)[0] + Failing.apply(model[0].weight.sum(), broken)
+
+    state = forward_loss(fresh(), batch(), half)
+    with pytest.raises(RuntimeError, match=r"^something else$"):
+        backward_scaled(state)
+    assert all(p.grad is None for p in state.params.values())
+
+
+def test_what_a_loss_is_differentiated_with_is_kept_from_step_to_step():
+    state, loss = fresh(precision="fp16"), torch.ones(())
+    seed = seed_of(state, loss)
+    assert (seed.item(), seed.dtype, seed.shape) == (2.0**16, torch.float32, ())
+    assert seed_of(state, loss) is seed
+    assert seed_of(state, loss.double()).dtype is torch.float64
+    assert seed_of(state, loss, 0.5).item() == 2.0**15
+    assert seed_of(fresh(), loss).item() == 1.0
+    assert seed_of(fresh(), loss.double(), torch.tensor(0.5)).dtype is torch.float64
+
+
+def test_nothing_of_a_loss_that_is_being_traced_is_kept():
+    """What was made from it is of no use after the trace."""
+    state = fresh()
+    seed = seed_of(state, torch.ones((), dtype=torch.float64).as_subclass(Traced), 0.5)
+    assert (seed.item(), seed.dtype) == (0.5, torch.float64)
+    assert not state._machine.seeds
 
 
 def test_one_sample_in_a_batch_norm_names_the_layer_and_the_remedy():

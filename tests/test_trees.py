@@ -54,6 +54,26 @@ def test_samples_are_counted_in_the_first_tensor_that_has_an_axis():
     assert count_samples([1, torch.zeros(())]) is None
 
 
+@pytest.mark.parametrize(
+    ("batch", "expected"),
+    [
+        ((torch.zeros(5, 2), torch.zeros(5)), 5),
+        ([torch.zeros(5), "text"], 5),
+        ((torch.zeros(5),), 5),
+        ((1, torch.zeros(5)), 5),
+        ((torch.zeros(()), torch.zeros(5)), 5),
+        ({0: "text", 1: torch.zeros(5)}, 5),
+        (torch.zeros(5), 5),
+        (torch.zeros(()), None),
+        ((), None),
+        ([], None),
+        (None, None),
+    ],
+)
+def test_samples_are_counted_in_a_batch_of_any_form(batch, expected):
+    assert count_samples(batch) == expected
+
+
 def test_moving_a_tree_moves_its_tensors_without_waiting_unless_told_otherwise(monkeypatch):
     asked = []
     original = torch.Tensor.to
@@ -93,6 +113,12 @@ def test_moving_a_tree_moves_its_tensors_without_waiting_unless_told_otherwise(m
         ({"x": ONE}, {"z": 1, "x": ONE}, "z: only on one side"),
         ({"x": 1, "y": 2}, {"y": 2, "x": 1}, "the order of ['x', 'y']... differs"),
         ({"x": 1, "y": 1}, {"x": 1, "y": 3}, "y: 1 against 3"),
+        ({"x": float("nan")}, {"x": 1.0}, "x: nan against 1.0"),
+        ({"x": 1.0}, {"x": float("nan")}, "x: 1.0 against nan"),
+        ({"x": torch.tensor([torch.nan, 1.0])}, {"x": torch.tensor([2.0, 1.0])}, "x: 1 of 2 elements differ, the largest difference is nan"),
+        ({"x": torch.tensor([2.0, 1.0])}, {"x": torch.tensor([torch.nan, 1.0])}, "x: 1 of 2 elements differ, the largest difference is nan"),
+        (dict.fromkeys("abcd", 1), dict.fromkeys("dcba", 1), "the order of ['a', 'b', 'c']... differs"),
+        ({"x": torch.ones(2, requires_grad=True)}, {"x": torch.zeros(2)}, "x: 2 of 2 elements differ, the largest difference is 1.000e+00"),
     ],
 )  # fmt: skip
 def test_the_first_difference_is_named_and_measured(a, b, expected):
