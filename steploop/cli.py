@@ -16,7 +16,7 @@ from steploop.commands.plot import plot
 from steploop.commands.recipes import recipes
 from steploop.commands.replay import replay
 from steploop.commands.report import report
-from steploop.commands.run import resume, run
+from steploop.commands.run import RunCommand, resume, run
 from steploop.commands.runs import runs
 from steploop.commands.schedules import schedules
 from steploop.commands.status import status
@@ -29,9 +29,9 @@ app = typer.Typer(
     add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},
 )  # fmt: skip
+app.command(cls=RunCommand)(run)
 for command in (
     bench,
-    run,
     resume,
     recipes,
     new,

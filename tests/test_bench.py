@@ -11,7 +11,7 @@ import torch
 from compiled_runs import needs_compiler
 
 from steploop.benchmarking import handwritten, measuring, worker
-from steploop.benchmarking.jobs import COMPILED, COMPILED_MODEL, CONTENDERS, EAGER, HANDWRITTEN, Job
+from steploop.benchmarking.jobs import CASES, COMPILED, COMPILED_MODEL, CONTENDERS, EAGER, HANDWRITTEN, Job
 from steploop.benchmarking.measuring import Measured, Results, advice, measure
 from steploop.cli import call
 from steploop.errors import ConfigError
@@ -97,6 +97,19 @@ def test_the_handwritten_loop_does_the_work_of_the_recipes_step(recipe, precisio
     assert left[-1] < 0.9 * left[0]
 
 
+@pytest.mark.parametrize("settings", [["overhead"], ["smallcnn"], ["smallcnn", "channels_last=true"]])
+def test_the_yardsticks_train_to_the_bits_of_the_handwritten_loop(settings):
+    name, *overrides = settings
+    by_hand, ours = (
+        worker.Contender(job(CASES[name], "batch_size=4", *overrides), form) for form in (HANDWRITTEN, EAGER)
+    )
+    left = [by_hand._step(batch).item() for batch in by_hand.batches * 2]
+    right = [ours._step(batch).item() for batch in ours.batches * 2]
+    assert left == right
+    layout = torch.channels_last if overrides else torch.contiguous_format
+    assert ours.batches[0][0].dim() == 2 or ours.batches[0][0].is_contiguous(memory_format=layout)
+
+
 def test_the_handwritten_loop_averages_where_the_state_does(recipe):
     built, _ = job(recipe, "average=true").build()
     step = handwritten.handwritten_step(built.state, built.objective)
@@ -122,7 +135,6 @@ def test_a_contender_counts_samples_memory_and_waiting(recipe):
     assert (peak is None) or peak > 10.0
 
 
-@pytest.mark.thorough  # compiles twice: a minute on two cores
 @needs_compiler
 def test_the_compiled_contenders_train(recipe):
     for name in (COMPILED, COMPILED_MODEL):
@@ -249,6 +261,11 @@ def test_json_holds_every_number(recipe, capsys, fake_workers):
     assert all(len(r["us"]) == 3 and math.isclose(min(r["us"]), r["best_us"]) for r in found["rows"])
     assert found["waiting"] == 0.02
     assert "torch" in found["conditions"]
+
+
+def test_the_yardsticks_are_known_by_name(capsys, fake_workers):
+    assert call(["bench", "overhead", "--device", "cpu", "--rounds", "1"]) == 0
+    assert "overhead on cpu" in capsys.readouterr().out
 
 
 def test_a_mistake_in_the_settings_is_said_once(recipe, capsys):

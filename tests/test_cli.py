@@ -9,6 +9,7 @@ import types
 from pathlib import Path
 
 import pytest
+from compiled_runs import run_as_it_is
 from rich.console import Console
 from running import POINTS, Forked, digest, lines, train
 
@@ -317,3 +318,64 @@ def test_a_traceback_of_the_users_own_code_is_not_hidden(tmp_path):
     code, _, err = child.end()
     assert code == 1
     assert "KeyError: 'key'" in err
+
+
+def test_compile_auto_measures_both_forms_and_records_the_figures(tmp_path, capsys, monkeypatch):
+    """Whichever wins, the run goes on, and says in its record what was measured."""
+    run_as_it_is(monkeypatch)
+    assert (
+        call(
+            [
+                "run",
+                POINTS,
+                "--compile",
+                "auto",
+                "--set",
+                "precision=fp32",
+                "--out",
+                str(tmp_path / "run"),
+                *QUICK,
+            ]
+        )
+        == 0
+    )
+    events = [line for line in lines(tmp_path / "run") if line.get("event") == "compile"]
+    assert [event["form"] for event in events[:-1]] == ["undecided"] * (len(events) - 1)
+    chosen = events[-1]
+    faster = min(("eager_us", "compiled_us"), key=chosen.get)
+    assert chosen["form"] == faster.removesuffix("_us")
+    assert (
+        f"{chosen['compiled_us']:.0f} us a step compiled, {chosen['eager_us']:.0f} us in eager"
+        in chosen["note"]
+    )
+    assert len(chosen["compile_s"]) == 1
+    assert chosen["note"] in capsys.readouterr().out
+    assert json.loads((tmp_path / "run" / "config.json").read_bytes())["compile"] == "auto"
+
+
+@pytest.mark.parametrize(
+    ("words", "mode"),
+    [
+        (["--compile", POINTS], True),
+        (["--compile", "on", POINTS], True),
+        ([POINTS, "--compile"], True),
+        ([POINTS, "--compile=auto"], "auto"),
+        (["--compile", "off", POINTS], False),
+        ([POINTS], None),
+    ],
+)
+def test_compile_stands_alone_or_takes_a_mode(words, mode, tmp_path, monkeypatch):
+    seen = []
+
+    def carry_out(request, screen):
+        seen.append(request)
+        raise SystemExit(0)
+
+    monkeypatch.setattr("steploop.run.session.carry_out", carry_out)
+    assert call(["run", *words, "--out", str(tmp_path / "run"), *QUICK]) == 0
+    assert [request.compile for request in seen] == [mode]
+
+
+def test_another_mode_of_compile_is_refused(tmp_path, capsys):
+    assert call(["run", POINTS, "--compile=fast", "--out", str(tmp_path / "run")]) == 2
+    assert "'fast' is not one of 'on', 'off', 'auto'" in capsys.readouterr().err

@@ -5,6 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import attrs
 import pytest
 import torch
 import torch.nn.functional as F
@@ -34,6 +35,7 @@ from steploop import (
     unscale_and_clip,
     update_ema,
 )
+from steploop.trees import named_leaves
 
 pytestmark = needs_compiler
 
@@ -80,9 +82,19 @@ def small_cnn() -> nn.Module:
     )  # fmt: skip
 
 
-@pytest.mark.thorough  # compiles for a minute and more on two cores
+def furthest(a, b):
+    """The largest difference of a parameter or slot, relative to the largest entry of its tensor."""
+    pairs = zip(named_leaves([a.params, a.slots]), named_leaves([b.params, b.slots]), strict=True)
+    return max(
+        float((x - y).detach().abs().max() / x.detach().abs().max().clamp(min=1e-3))
+        for (_, x), (_, y) in pairs
+    )
+
+
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_a_convolutional_net_keeps_its_layout_and_the_masks_of_eager(precision):
+    """In bfloat16 equal entries of a pool may change places in either form: neither strays further from float32."""
+
     def plain(model, batch):
         return F.cross_entropy(model(batch[0]), batch[1])
 
@@ -103,8 +115,11 @@ def test_a_convolutional_net_keeps_its_layout_and_the_masks_of_eager(precision):
         for _ in range(6)
     ]
     compiled, fast = eager.clone(), compile(step)
+    exact = folded(step, attrs.evolve(eager.clone(), precision="fp32"), given)
     a, b = folded(step, eager, given), folded(fast, compiled, given)
-    assert_alike(a, b, 1e-4 if precision == "fp32" else 5e-2)
+    if precision == "fp32":
+        assert_alike(a, b, 1e-4)
+    assert furthest(exact, b) <= 2 * furthest(exact, a) + 1e-4
     assert b.params["0.weight"].is_contiguous(memory_format=torch.channels_last)
     (graph,) = fast._graphs[next(iter(fast._graphs))]
     called = {str(node.target) for node in graph.plan.graph.module.graph.nodes}

@@ -12,13 +12,16 @@ from steploop.recipe import Recipe
 from steploop.recipe_files import load_recipe_file
 from steploop.run.environment import find_device
 
-__all__ = ["CONTENDERS", "Job"]
+__all__ = ["CASES", "CONTENDERS", "Job"]
 
 HANDWRITTEN = "hand-written"
 COMPILED_MODEL = "torch.compile(model)"
 EAGER = "steploop"
 COMPILED = "steploop compiled"
 CONTENDERS = (HANDWRITTEN, COMPILED_MODEL, EAGER, COMPILED)
+
+# The yardsticks that come with the package: recipes with nothing to learn, by name.
+CASES = {name: Path(__file__).parent / "cases" / f"{name}.py" for name in ("overhead", "smallcnn")}
 
 
 @attrs.frozen(kw_only=True)

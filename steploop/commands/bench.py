@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 __all__ = ["bench"]
 
 RECIPE = typer.Argument(
-    help="A recipe file, or the name of a shipped recipe. Default: cifar_amp on synthetic images.",
+    help="A recipe file, the name of a shipped recipe, or overhead or smallcnn. Default: cifar_amp on synthetic images.",
     show_default=False,
 )
 SET = typer.Option(
@@ -41,7 +41,7 @@ def bench(
 ) -> None:
     """Time RECIPE's step beside a hand-written loop, on this machine: eager, compiled, and what is installed."""
     from steploop.benchmarking.handwritten import installed_peers
-    from steploop.benchmarking.jobs import CONTENDERS, Job
+    from steploop.benchmarking.jobs import CASES, CONTENDERS, Job
     from steploop.benchmarking.measuring import measure
     from steploop.recipe_files import find_recipe
 
@@ -49,7 +49,10 @@ def bench(
     if recipe is None:
         recipe, settings = "cifar_amp", ["data=synthetic", *settings]
     job = Job(
-        recipe=find_recipe(recipe).resolve(), overrides=tuple(settings), device=device, tune=not no_tune
+        recipe=(CASES.get(recipe) or find_recipe(recipe)).resolve(),
+        overrides=tuple(settings),
+        device=device,
+        tune=not no_tune,
     )
     built, _ = job.build()  # a mistake is said here, once, and not by every contender
     del built

@@ -2,17 +2,19 @@
 
 import json
 import sys
+from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from typer.core import TyperCommand
 
 from steploop.errors import ConfigError
 
 if TYPE_CHECKING:
     from steploop.run.summary import Summary
 
-__all__ = ["resume", "run"]
+__all__ = ["RunCommand", "resume", "run"]
 
 RECIPE = typer.Argument(
     help="A recipe file, or the name of a shipped recipe (see steploop recipes).", show_default=False
@@ -44,8 +46,8 @@ LAYERS = typer.Option(
     show_default=False,
 )
 COMPILE = typer.Option(
-    "--compile/--no-compile",
-    help="Compile the step into one graph; default: as the recipe says.",
+    help="Compile the step into one graph; alone: on. auto measures both forms and takes the faster one. "
+    "Default: as the recipe says.",
     show_default=False,
 )
 TUNE = typer.Option("--no-tune", help="Leave the memory allocator's thresholds as they are.")
@@ -59,6 +61,29 @@ LOG = typer.Option(
     show_default=False,
 )
 EXACT = typer.Option("--require-exact", help="Refuse to resume where the bits may come out differently.")
+
+_COMPILE = {"on": True, "off": False, "auto": "auto", None: None}
+
+
+class CompileMode(StrEnum):
+    """What may follow ``--compile``."""
+
+    on = "on"
+    off = "off"
+    auto = "auto"
+
+
+class RunCommand(TyperCommand):
+    """A command whose ``--compile`` may stand alone, without taking the next word for its value."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Spell a bare ``--compile`` out, then parse."""
+        following = [*args[1:], ""]
+        spelled = [
+            "--compile=on" if word == "--compile" and after not in _COMPILE else word
+            for word, after in zip(args, following, strict=True)
+        ]
+        return super().parse_args(ctx, spelled)
 
 
 def run(
@@ -79,7 +104,7 @@ def run(
     mlflow: Annotated[bool, MLFLOW] = False,
     wandb: Annotated[bool, WANDB] = False,
     layer_norms: Annotated[int | None, LAYERS] = None,
-    compile: Annotated[bool | None, COMPILE] = None,  # noqa: A002  (the option's name)
+    compile: Annotated[CompileMode | None, COMPILE] = None,  # noqa: A002  (the option's name)
     no_tune: Annotated[bool, TUNE] = False,
     require_exact: Annotated[bool, EXACT] = False,
 ) -> None:
@@ -97,7 +122,7 @@ def run(
     options: dict[str, Any] = {
         "device": device, "limit_steps": limit_steps, "checkpoint_every": checkpoint_every, "log_every": log_every,
         "tensorboard": tensorboard, "csv": csv, "mlflow": mlflow, "wandb": wandb, "layer_norms": layer_norms,
-        "compile": compile, "tune": not no_tune, "require_exact": require_exact,
+        "compile": _COMPILE[compile], "tune": not no_tune, "require_exact": require_exact,
     }  # fmt: skip
     if resume_from is not None:
         if out is not None:

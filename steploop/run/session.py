@@ -14,6 +14,7 @@ from steploop.logs import CsvTable, JsonLines, Logger, Loggers, TensorBoard, rea
 from steploop.logs.screens import Screen
 from steploop.overrides import to_json
 from steploop.recipe import Recipe, State
+from steploop.run.compiling import compiled
 from steploop.run.directory import Status, read_json, refuse_taken
 from steploop.run.journal import RunJournal
 from steploop.run.keeping import CheckpointKeeper
@@ -185,8 +186,9 @@ class _Session:
             self._continue_from(state, phase, journal, outlets.lines)
         elif phase:
             keeper.save(state, best=False)  # so that a resume finds this phase begun
+        mode = recipe.compile if self._request.compile is None else self._request.compile
         loop = Loop(
-            self._compiled(recipe),
+            compiled(recipe, mode, journal, screen),
             plan=self._request.plan,
             journal=journal,
             keeper=keeper,
@@ -204,17 +206,6 @@ class _Session:
             status.update(evaluation_due=loop.evaluation_due)
         self._metrics = loop.metrics or self._metrics
         return state, ending
-
-    def _compiled(self, recipe: Recipe) -> Recipe:
-        """The recipe with its step as one graph, where that is wanted."""
-        mode = recipe.compile if self._request.compile is None else self._request.compile
-        if mode is False:
-            return recipe
-        from steploop.compilation import compile as compile_step
-
-        return attrs.evolve(
-            recipe, train_step=compile_step(recipe.train_step, mode=mode, report=self._screen.note)
-        )
 
     def _continue_from(self, state: State, phase: int, journal: RunJournal, lines: JsonLines) -> None:
         """Drop the lines of steps that will be taken again, and say where the run goes on."""
