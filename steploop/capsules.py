@@ -197,7 +197,8 @@ class CapsuleWriter:
                 "loss_scale": None if (scale := states[name].scale) is None else float(scale.scale),
             }
         single = states[""] if list(states) == [""] else None
-        checkpoint.save(states if single is None else single, folder / "state")
+        # parameters that were not finite before the step are what a replay is to find
+        checkpoint.save(states if single is None else single, folder / "state", require_finite=False)
         lead = next(iter(states.values()))
         tensors: dict[str, Tensor] = {}
         structure, why = None, None

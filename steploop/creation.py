@@ -10,6 +10,7 @@ from steploop.errors import ConfigError
 from steploop.machine import Machine
 from steploop.ownership import Lease, module_machine
 from steploop.precision import LossScale, Precision, check_precision
+from steploop.sharing import shared_memory
 
 __all__ = ["OptimizerDescription", "copy_leaf", "initial_fields"]
 
@@ -40,6 +41,7 @@ def initial_fields(
     if not isinstance(seed, int) or not 0 <= seed < 2**63:
         raise ConfigError(f"TrainState.create: seed must be an int in 0 .. 2**63 - 1, but is {seed!r}.")
     _refuse_unready(model)
+    _refuse_shared_memory(model)
     module = module_machine(model)
     shared = not module.holder.free()
     if device is not None or memory_format is not None:
@@ -100,6 +102,17 @@ def _refuse_unready(model: nn.Module) -> None:
             raise ConfigError(
                 f"TrainState.create: {name} is on the meta device. Call model.to_empty(device=...) and initialise it."
             )
+
+
+def _refuse_shared_memory(model: nn.Module) -> None:
+    """Before anything is moved or copied, which would untie them without a word."""
+    shared = shared_memory(dict(model.named_parameters()), dict(model.named_buffers()))
+    if shared is not None:
+        raise ConfigError(
+            f"TrainState.create: {shared[0]} and {shared[1]} lie in the same memory but are two tensors. A step would update "
+            "it twice, and a copy or a checkpoint would untie them. To share a weight, assign the same Parameter in both "
+            "places (head.weight = embedding.weight); else give one of them memory of its own with clone()."
+        )
 
 
 def _one_device(tensors: list[Tensor]) -> torch.device:

@@ -6,7 +6,7 @@ SteploopError                     anything below; exit code 1
 ├── StepOrderError (RuntimeError) a step function was called before the one it needs
 ├── SpentStateError (RuntimeError) a state was used after its tensors were given away
 ├── ObjectiveError (TypeError)    an objective returned what cannot be trained on
-├── NonFiniteError (ArithmeticError)      too many steps in a row were not finite; exit code 5
+├── NonFiniteError (ArithmeticError)      too many steps in a row were not finite, or a parameter is not; exit code 5
 ├── OutOfMemoryError (MemoryError) a step did not fit; says the shapes of the batch
 ├── DataError (RuntimeError)      a dataset, worker or loader failed
 │   └── EmptyDataError (ValueError)       there is nothing to train or evaluate on
@@ -55,7 +55,7 @@ class ObjectiveError(SteploopError, TypeError):
 
 
 class NonFiniteError(SteploopError, ArithmeticError):
-    """Too many steps in a row had gradients that were not finite."""
+    """Too many steps in a row had gradients that were not finite, or a trained parameter that is to be saved is not."""
 
     exit_code: ClassVar[int] = 5
 

@@ -17,6 +17,20 @@ from steploop.run.session import carry_out
 from steploop.run.signals import StopFlag
 
 POINTS = str(Path(__file__).with_name("points_recipe.py"))
+CHANGES = {}  # what the recipe files of ``changed`` do to the points
+
+
+def changed(folder, change):
+    """A recipe file: the points, with ``change(recipe, config)`` made of it; for this process and its forks."""
+    name = f"change_{len(CHANGES)}"
+    CHANGES[name] = change
+    path = Path(folder) / f"{name}.py"
+    path.write_text(
+        "import points_recipe\nimport running\nfrom points_recipe import Config\n\n\n"
+        "def build(config, device):\n"
+        f"    return running.CHANGES[{name!r}](points_recipe.build(config, device), config)\n"
+    )
+    return str(path)
 
 
 class StopAt(QuietScreen):
@@ -47,6 +61,14 @@ class StopAtCheck(StopFlag):
         super().check()
 
 
+def wait_until(happened, timeout_s=60):
+    """Look about a hundred times a second whether it has happened; it must within ``timeout_s``."""
+    end = time.monotonic() + timeout_s
+    while not happened():
+        assert time.monotonic() < end, "it did not happen"
+        time.sleep(0.01)
+
+
 def train(out, values=None, *, resume=False, stop_at=None, flag=None, recipe=POINTS, screen=None, **options):
     """Train or go on in this process; the summary. Logs every step unless told otherwise."""
     options = {"log_every": 1, "tune": False, "device": "cpu", **options}
@@ -64,6 +86,30 @@ def digest(out, phase=""):
     newest = max((Path(out) / f"checkpoints{phase}").glob("step-*"))
     manifest = json.loads((newest / "state.json").read_bytes())
     return (newest / "state.json").read_bytes(), manifest["files"]["model.safetensors"]
+
+
+def steps(out):
+    """The steps that have a checkpoint; none while there is no directory."""
+    return sorted(int(path.name[5:]) for path in (Path(out) / "checkpoints").glob("step-*"))
+
+
+def kept(out):
+    """Step -> digest of every checkpoint that is there."""
+    found = (Path(out) / "checkpoints").glob("step-*")
+    return {int(path.name[5:]): json.loads((path / "state.json").read_bytes())["sha256"] for path in found}
+
+
+def hidden(out):
+    """What is being written, replaced or deleted among the checkpoints, or was found damaged."""
+    return sorted(path.name for path in (Path(out) / "checkpoints").iterdir() if path.name.startswith("."))
+
+
+def running(pid):
+    """Whether a process of that number runs; one that nobody has waited for yet does not."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
+    except (FileNotFoundError, ProcessLookupError):
+        return False
 
 
 def lines(out):

@@ -21,7 +21,6 @@ from steploop.early_stopping import Best
 from steploop.errors import (
     CheckpointDamagedError,
     CheckpointIncompatibleError,
-    CheckpointUnsupportedError,
     ConfigError,
     SpentStateError,
     StepOrderError,
@@ -228,42 +227,6 @@ def test_tied_weights_are_stored_once_and_are_one_parameter_after_loading(tmp_pa
     assert model.head.weight is model.again.weight is model.embedding.weight
     assert list(loaded.slots) == ["embedding.weight"]
     require_same(train_step(loaded, batch), train_step(state, batch), "a tied model goes on as it would have")
-
-
-class ViewTied(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.embedding = nn.Embedding(7, 4)
-        self.head = nn.Linear(4, 7, bias=False)
-        self.head.weight = nn.Parameter(self.embedding.weight.data[2:])
-
-
-def test_parameters_that_share_memory_without_being_one_are_refused_at_save(tmp_path):
-    """F3. They would move together before the save and apart after it."""
-    state = TrainState.create(ViewTied(), Optimizer(torch.optim.SGD, lr=0.1))
-    with pytest.raises(
-        CheckpointUnsupportedError, match=r"'embedding.weight' and 'head.weight' lie in the same memory"
-    ):
-        checkpoint.save(state, tmp_path / "a")
-    assert list(tmp_path.iterdir()) == []
-
-
-class Slices(nn.Module):
-    """Two parameters in one storage that do not overlap, and buffers that do."""
-
-    def __init__(self):
-        super().__init__()
-        flat = torch.arange(6.0)
-        self.a, self.b = nn.Parameter(flat[:2]), nn.Parameter(flat[2:])
-        positions = torch.arange(4)
-        self.register_buffer("all_positions", positions)
-        self.register_buffer("first_positions", positions[:2])
-
-
-def test_disjoint_slices_of_one_storage_and_overlapping_buffers_are_saved(tmp_path):
-    state = TrainState.create(Slices(), Optimizer(torch.optim.SGD, lr=0.1))
-    checkpoint.save(state, tmp_path / "a")
-    require_same(checkpoint.load(tmp_path / "a", like=state), state, "loading gives what was saved")
 
 
 class Odd(nn.Module):

@@ -17,7 +17,7 @@ PACKAGE = Path(steploop.__file__).parent
 FLOORS = [
     {"errors", "trees", "random_numbers", "checks", "interruption", "texts", "extras"},
     {"schedules", "early_stopping", "plateau", "precision", "clip", "optim"},
-    {"machine", "state", "ownership", "creation", "traced", "tensor_stats", "shielding", "tracing"},
+    {"machine", "state", "ownership", "creation", "sharing", "traced", "tensor_stats", "shielding", "tracing"},
     {"forwarding", "judging", "updating", "steps", "scheduling"},
     {"evaluation", "folding", "averaging", "compilation", "checkpoint", "run_lock", "data", "logs", "batch_files",
      "layer_norms", "recipe", "capsules"},

@@ -48,7 +48,9 @@ class BackgroundSaver:
         self._digest: str | None = None
         self._failure: BaseException | None = None
 
-    def save(self, state: State, directory: Path | str, *, overwrite: bool = False) -> None:
+    def save(
+        self, state: State, directory: Path | str, *, overwrite: bool = False, require_finite: bool = True
+    ) -> None:
         """Wait for the save before, copy the state, and begin to write the copy.
 
         The state may be trained on, or given away, as soon as this returns.
@@ -57,9 +59,11 @@ class BackgroundSaver:
             state: as for ``steploop.checkpoint.save``.
             directory: likewise.
             overwrite: likewise.
+            require_finite: likewise; looked at by the thread, so that training need not wait for it.
 
         Raises:
             CheckpointWriteError: the save *before* this one failed. This one was not begun.
+            NonFiniteError: a parameter of the save before this one was not finite. Likewise.
             CheckpointUnsupportedError: the state holds something that a checkpoint cannot.
             SpentStateError: the state gave its tensors away.
             StepOrderError: it holds gradients that no optimizer step has used.
@@ -67,7 +71,10 @@ class BackgroundSaver:
         self.wait()
         snapshot, device = self._snapshot(collect(state)), device_of(state)
         self._thread = threading.Thread(
-            target=self._write, args=(snapshot, Path(directory), device, overwrite), name="steploop-save"
+            target=self._write,
+            args=(snapshot, Path(directory), device),
+            kwargs={"overwrite": overwrite, "require_finite": require_finite},
+            name="steploop-save",
         )
         self._thread.start()
 
@@ -76,6 +83,7 @@ class BackgroundSaver:
 
         Raises:
             CheckpointWriteError: the last save failed. It is raised once.
+            NonFiniteError: it was refused, because a trained parameter is not finite. Likewise.
         """
         if self._thread is not None:
             self._thread.join()
@@ -100,9 +108,9 @@ class BackgroundSaver:
         elif self._thread is not None:
             self._thread.join()
 
-    def _write(self, snapshot: Collected, target: Path, device: torch.device, overwrite: bool) -> None:
+    def _write(self, snapshot: Collected, target: Path, device: torch.device, **how: bool) -> None:
         try:
-            self._digest = write_collected(self._fs, target, snapshot, device, overwrite=overwrite)
+            self._digest = write_collected(self._fs, target, snapshot, device, **how)
             if self._after is not None:
                 self._after()
         except BaseException as failure:  # noqa: BLE001  (whatever it is belongs to the training loop)

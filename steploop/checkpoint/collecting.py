@@ -3,7 +3,6 @@
 Everything is looked at here, before any file exists: what cannot be stored is refused with nothing written.
 """
 
-import itertools
 import json
 import warnings
 from collections.abc import Mapping
@@ -16,6 +15,7 @@ from steploop.checkpoint.layout import TensorSpec, header_bytes, spec_of
 from steploop.checkpoint.values import check_json, encode
 from steploop.errors import CheckpointUnsupportedError, ConfigError, StepOrderError
 from steploop.machine import Machine
+from steploop.sharing import shared_memory
 from steploop.state import TrainState
 
 __all__ = [
@@ -64,12 +64,14 @@ class Collected:
         tensors: file name -> tensor name -> tensor; the state's own tensors, not copies.
         specs: the same with the spec of each.
         metadata: file name -> the text in its header.
+        trained: the names of the parameters that are trained, as they stand in the model's file.
     """
 
     state: dict[str, Any]
     tensors: dict[str, dict[str, Tensor]]
     specs: dict[str, dict[str, TensorSpec]]
     metadata: dict[str, str]
+    trained: tuple[str, ...]
 
 
 def members(state: State) -> dict[str, TrainState]:
@@ -98,11 +100,12 @@ def collect(state: State) -> Collected:
     """
     tensors: dict[str, dict[str, Tensor]] = {MODEL_FILE: {}, OPTIMIZER_FILE: {}}
     aliases: dict[str, str] = {}
-    parts = {}
+    parts, trained = {}, []
     for name, one in members(state).items():
         prefix = f"{name}." if name else ""
         parts[name] = _collect_one(one, prefix, tensors)
         aliases |= {prefix + alias: prefix + target for alias, target in tied_names(one._machine).items()}
+        trained += [prefix + trainable for trainable in one._machine.trainable]
     specs = {file: {name: spec_of(name, t) for name, t in table.items()} for file, table in tensors.items()}
     metadata = {
         file: _metadata(table, aliases if file == MODEL_FILE else {}) for file, table in specs.items()
@@ -111,7 +114,7 @@ def collect(state: State) -> Collected:
         header_bytes(table, metadata[file])
     values = {"several": isinstance(state, Mapping), "states": parts}
     check_json(values)
-    return Collected(values, tensors, specs, metadata)
+    return Collected(values, tensors, specs, metadata, tuple(trained))
 
 
 def _metadata(specs: Mapping[str, TensorSpec], aliases: Mapping[str, str]) -> str:
@@ -175,23 +178,12 @@ def _non_persistent(machine: Machine) -> set[str]:
 
 
 def _refuse_shared_memory(state: TrainState) -> None:
-    """Two parameters in one memory move together, and two loaded ones would not."""
-    spans: dict[int, list[tuple[int, int, str]]] = {}
-    for name, t in (*state._params.items(), *state._buffers.items()):
-        if t.numel() and t.device.type != "meta":
-            reach = 1 + sum((n - 1) * s for n, s in zip(t.shape, t.stride(), strict=True))
-            start = t.data_ptr()
-            spans.setdefault(t.untyped_storage().data_ptr(), []).append(
-                (start, start + reach * t.element_size(), name)
-            )
-    for shared in spans.values():
-        shared.sort()
-        for (_, end, name), (start, _, other) in itertools.pairwise(shared):
-            if start < end and (name in state._params or other in state._params):
-                raise CheckpointUnsupportedError(
-                    f"{name!r} and {other!r} lie in the same memory but are two tensors, and would not be tied any more "
-                    "after loading. Assign the same Parameter in both places, or copy one with clone()."
-                )
+    """Two tensors in one memory move together, and two loaded ones would not."""
+    if (shared := shared_memory(state._params, state._buffers)) is not None:
+        raise CheckpointUnsupportedError(
+            f"{shared[0]!r} and {shared[1]!r} lie in the same memory but are two tensors, and would not be tied any more "
+            "after loading. Assign the same Parameter in both places, or copy one with clone()."
+        )
 
 
 def _warn_of_full_counters(state: TrainState) -> None:

@@ -10,6 +10,7 @@ from steploop.checkpoint.collecting import Collected, State, collect, members
 from steploop.checkpoint.commit import commit, write_bytes, write_file
 from steploop.checkpoint.environment import ENVIRONMENT, environment_bytes
 from steploop.checkpoint.filesystem import LOCAL, FileWriter, Fs
+from steploop.checkpoint.finiteness import refuse_nonfinite
 from steploop.checkpoint.manifest import MANIFEST, Manifest
 from steploop.checkpoint.tensors import FileRecord, hash_tensors, write_tensors
 from steploop.errors import CheckpointWriteError
@@ -17,7 +18,7 @@ from steploop.errors import CheckpointWriteError
 __all__ = ["digest", "save", "write_collected"]
 
 
-def save(state: State, directory: Path | str, *, overwrite: bool = False) -> str:
+def save(state: State, directory: Path | str, *, overwrite: bool = False, require_finite: bool = True) -> str:
     """Save a state, or several by name, as the checkpoint ``directory``.
 
     When this returns, the checkpoint is on the disk and outlives a power loss; while it runs, and if it fails, there
@@ -28,17 +29,27 @@ def save(state: State, directory: Path | str, *, overwrite: bool = False) -> str
         state: between two steps; or a mapping of names to states, stored as ``name.parameter``.
         directory: of the checkpoint itself; its parent exists.
         overwrite: take the place of a checkpoint that has the name.
+        require_finite: refuse a state whose trained parameters are nan or inf somewhere: nobody wants to go on from it,
+            and the checkpoint it takes the place of may be the last good one. Buffers may hold what they like.
 
     Returns:
         The checkpoint's digest: the SHA-256 of its ``state.json``. Equal states have equal digests.
 
     Raises:
         CheckpointUnsupportedError: the state holds something that a checkpoint cannot; nothing was written.
+        NonFiniteError: a trained parameter is not finite; nothing was written.
         CheckpointWriteError: the system refused, three times; ``errno`` says why. Nothing is left of it.
         SpentStateError: the state gave its tensors away.
         StepOrderError: it holds gradients that no optimizer step has used.
     """
-    return write_collected(LOCAL, Path(directory), collect(state), device_of(state), overwrite=overwrite)
+    return write_collected(
+        LOCAL,
+        Path(directory),
+        collect(state),
+        device_of(state),
+        overwrite=overwrite,
+        require_finite=require_finite,
+    )
 
 
 def device_of(state: State) -> torch.device:
@@ -53,12 +64,14 @@ def write_collected(
     device: torch.device,
     *,
     overwrite: bool,
+    require_finite: bool = True,
     tries: int = 3,
     wait_s: float = 0.5,
 ) -> str:
     """Commit what was collected as the directory ``target``; the digest.
 
     Raises:
+        NonFiniteError: a trained parameter is not finite, and ``require_finite``.
         CheckpointWriteError: it could not be written.
     """
     if not target.name or target.name.startswith("."):
@@ -66,6 +79,8 @@ def write_collected(
             f"{target} cannot be a checkpoint: its name must not begin with a dot, which marks unfinished ones. "
             "Give it another name."
         )
+    if require_finite:
+        refuse_nonfinite(collected)
 
     def write(temporary: Path) -> str:
         files = {

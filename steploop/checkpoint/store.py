@@ -98,6 +98,7 @@ class CheckpointStore:
 
         Raises:
             CheckpointWriteError: it could not be written; in the background: the one before it could not.
+            NonFiniteError: a trained parameter is not finite; in the background: of the one before it.
         """
         lead = next(iter(members(state).values()))
         if best:

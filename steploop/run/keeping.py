@@ -34,6 +34,7 @@ class CheckpointKeeper:
 
         Raises:
             CheckpointWriteError: the one before could not be written.
+            NonFiniteError: a trained parameter of the one before was not finite.
         """
         first = lead(state)
         place = (attempted_steps(state), first.epoch, first.batch)
@@ -65,5 +66,6 @@ class CheckpointKeeper:
 
         Raises:
             CheckpointWriteError: it could not be written.
+            NonFiniteError: a trained parameter in it is not finite.
         """
         self._store.wait()
