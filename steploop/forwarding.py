@@ -112,11 +112,15 @@ class TrainingPasses:
         module.set_training(training=True)
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, failure: object, *_: object) -> None:
         for generator, kept in zip(self._generators, self._kept, strict=True):
             generator.set_state(kept)
         if self._before is not None:
             self._machine.module.place_params(self._before)
+        if failure is not None:
+            # the parts before have left gradients, which may be what there is no room for
+            for leaf in self._state._leaves:
+                leaf.grad = None
 
     def run(self, batch: Any, objective: Objective, draw: int = 0) -> tuple[Tensor, Any, Any]:
         """The loss with its graph, the outputs detached, and the objective's weight or None."""

@@ -1,7 +1,22 @@
-"""A run that is stopped anywhere and resumed gives, bit for bit, what it would have given uninterrupted."""
+"""A run that is stopped anywhere and resumed gives, bit for bit, what it would have given uninterrupted (FAULTS B1 to B4).
 
+What these would catch: any field that a checkpoint lacks (patience, scale, averages, slots), a cursor off by one, an order
+or an augmentation that depends on who reads or on what was read before, a schedule that counts attempted steps.
+"""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+
+import attrs
 import pytest
-from running import POINTS, Forked, StopAtCheck, digest, lines, train
+import torch
+from points_recipe import Points
+from running import POINTS, Forked, StopAtCheck, changed, digest, lines, train
+
+from steploop.cli import call
 
 STEPS = 14  # two epochs of seven batches
 
@@ -34,6 +49,7 @@ def comparable(out):
 
 @pytest.mark.parametrize("stop", range(1, STEPS + 1))
 def test_a_run_stopped_after_any_step_ends_in_the_same_state(stop, golden, tmp_path):
+    """B1, B3, B4, through the run's functions: dropout, BatchNorm, augmentation, accumulation, schedule, EMA, scaler."""
     summary = train(tmp_path / "run", stop_at=stop)
     assert (summary.state, summary.exit_code, summary.steps_attempted) == ("interrupted", 75, stop)
     summary = train(tmp_path / "run", resume=True)
@@ -42,7 +58,62 @@ def test_a_run_stopped_after_any_step_ends_in_the_same_state(stop, golden, tmp_p
     assert comparable(tmp_path / "run") == comparable(golden)
 
 
+def signalled_in(step):
+    """A change of a recipe: the process is sent a SIGTERM in the middle of one attempted step."""
+
+    def change(recipe, _):
+        def train_step(state, batch):
+            if state.attempted_steps == step - 1:
+                os.kill(os.getpid(), signal.SIGTERM)
+            return recipe.train_step(state, batch)
+
+        return attrs.evolve(recipe, train_step=train_step)
+
+    return change
+
+
+@pytest.mark.parametrize("stop", range(1, STEPS + 1))
+def test_steploop_run_stopped_in_any_step_is_gone_on_with_by_steploop_resume(stop, golden, tmp_path, capsys):
+    """B1, B4, through the command line: a real signal, whose handler is the run's own."""
+    recipe, out = changed(tmp_path, signalled_in(stop)), str(tmp_path / "run")
+    words = ["--out", out, "--log-every", "1", "--no-tune", "--device", "cpu", "--quiet"]
+    assert call(["run", recipe, *words]) == 75
+    summary = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert (summary["state"], summary["steps_attempted"]) == ("interrupted", stop)
+    assert call(["resume", out, "--quiet"]) == 0
+    assert digest(out) == digest(golden)
+    assert comparable(out) == comparable(golden)
+
+
+RESUME = """
+import sys
+import torch
+from steploop.cli import call
+torch.set_num_threads(1)
+for out in sys.argv[1:]:
+    code = call(["resume", out, "--quiet", "--require-exact"])
+    if code:
+        sys.exit(code)
+"""
+
+
+def test_a_new_interpreter_with_another_hash_seed_goes_on_to_the_same_state(golden, tmp_path):
+    """B1. Nothing that a resume needs is in the memory of the process: stops early, at the end of an epoch, and late."""
+    outs = [tmp_path / str(stop) for stop in (2, 7, 12)]
+    for out in outs:
+        assert train(out, stop_at=int(out.name)).state == "interrupted"
+    command = [sys.executable, "-c", RESUME, *map(str, outs)]
+    done = subprocess.run(
+        command, env={**os.environ, "PYTHONHASHSEED": "7"}, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    for out in outs:
+        assert digest(out) == digest(golden)
+        assert comparable(out) == comparable(golden)
+
+
 def test_three_stops_in_one_epoch_repeat_nothing_and_skip_nothing(golden, tmp_path):
+    """B3. The first step, the last and one past it are among the stops of B1."""
     train(tmp_path / "run", stop_at=2)
     train(tmp_path / "run", stop_at=3, resume=True)
     train(tmp_path / "run", stop_at=6, resume=True)
@@ -54,9 +125,43 @@ def test_three_stops_in_one_epoch_repeat_nothing_and_skip_nothing(golden, tmp_pa
 
 
 def test_the_number_of_workers_may_change_at_a_resume(golden, tmp_path):
+    """B2."""
     train(tmp_path / "run", {"workers": "2"}, stop_at=4)
     train(tmp_path / "run", {"workers": "0"}, resume=True)
     assert digest(tmp_path / "run") == digest(golden)
+
+
+class Jittered(Points):
+    """Samples that are augmented by the worker, out of torch's global generator."""
+
+    def __getitem__(self, index):
+        x, y = super().__getitem__(index)
+        return x + 0.05 * torch.randn(x.shape), y
+
+
+@pytest.mark.filterwarnings("ignore:This DataLoader will create 3 worker processes")
+def test_workers_prefetching_and_their_persistence_change_neither_batches_nor_augmentations(tmp_path):
+    """B2. None, then two that stay and read three batches ahead, then three that do not."""
+    reading = {}
+
+    def change(recipe, _):
+        data = {"dataset": Jittered(28, 1), "transform": shifted, **reading}
+        return attrs.evolve(recipe, batches=attrs.evolve(recipe.batches, **data))
+
+    recipe = changed(tmp_path, change)
+    train(tmp_path / "whole", recipe=recipe)
+    train(tmp_path / "run", recipe=recipe, stop_at=3)
+    reading |= {"num_workers": 2, "prefetch": 3, "persistent_workers": True}
+    train(tmp_path / "run", resume=True, stop_at=9)
+    reading |= {"num_workers": 3, "prefetch": 1, "persistent_workers": False}
+    train(tmp_path / "run", resume=True)
+    assert digest(tmp_path / "run") == digest(tmp_path / "whole")
+    assert comparable(tmp_path / "run") == comparable(tmp_path / "whole")
+
+
+def shifted(sample, generator):
+    x, y = sample
+    return x + 0.05 * torch.randn(x.shape, generator=generator), y
 
 
 @pytest.mark.parametrize(
@@ -102,12 +207,6 @@ def test_an_evaluation_that_was_interrupted_is_made_up_for(eval_every, tmp_path)
     assert comparable(tmp_path / "run") == comparable(tmp_path / "whole")
 
 
-def test_watching_a_run_does_not_change_it(golden, tmp_path):
-    train(tmp_path / "watched", checkpoint_every=1, csv=True)
-    train(tmp_path / "unwatched", log_every=1000)
-    assert digest(tmp_path / "watched") == digest(golden) == digest(tmp_path / "unwatched")
-
-
 def test_a_limit_leaves_no_trace_in_what_follows(golden, tmp_path):
     summary = train(tmp_path / "run", limit_steps=5)
     assert (summary.state, summary.steps_attempted, set(summary.metrics)) == (
@@ -128,6 +227,7 @@ def test_a_finished_run_that_is_resumed_says_what_it_said(golden, tmp_path):
 
 
 def test_a_run_killed_in_the_middle_of_an_epoch_ends_in_the_same_state(golden, tmp_path):
+    """A1: what was not saved is taken again."""
     out = tmp_path / "run"
     arguments = [
         "--set",
@@ -153,12 +253,19 @@ def test_a_run_killed_in_the_middle_of_an_epoch_ends_in_the_same_state(golden, t
     assert comparable(out) == comparable(golden)
 
 
-def test_a_damaged_newest_checkpoint_costs_some_steps_and_nothing_else(golden, tmp_path):
+def test_a_damaged_newest_checkpoint_costs_some_steps_and_nothing_else(golden, tmp_path, capsys):
+    """C13. A warning, the damaged one put aside, the next older one taken: never a run that begins anew in silence."""
     train(tmp_path / "run", stop_at=9)
     newest = max((tmp_path / "run" / "checkpoints").glob("step-*"))
     model = newest / "model.safetensors"
     content = bytearray(model.read_bytes())
     content[-1] ^= 1
     model.write_bytes(content)
-    train(tmp_path / "run", resume=True)
+    assert call(["inspect", str(newest)]) == 3
+    assert call(["resume", str(tmp_path / "run")]) == 0
+    said = capsys.readouterr().out
+    assert f"warning: {model} has the SHA-256" in said
+    assert f"It was put aside as .corrupt-{newest.name}." in said
+    assert "going on at step 7: epoch 2, batch 0" in said
     assert digest(tmp_path / "run") == digest(golden)
+    assert (tmp_path / "run" / "checkpoints" / f".corrupt-{newest.name}").is_dir()
