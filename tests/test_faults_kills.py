@@ -1,7 +1,9 @@
 """SIGKILL at random moments (FAULTS A1), at each system call (A2), and a disk that is full (A4)."""
 
+import collections
 import errno
 import json
+import os
 import re
 import resource
 import shutil
@@ -11,12 +13,16 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from checkpoint_helpers import listed, make_linear
 
 from steploop import checkpoint
+from steploop.checkpoint.collecting import collect
 from steploop.checkpoint.filesystem import LOCAL
 from steploop.checkpoint.litter import sweep
 from steploop.checkpoint.loading import open_checkpoint
+from steploop.checkpoint.saving import write_collected
+from steploop.errors import CheckpointWriteError
 
 HERE = Path(__file__).parent
 
@@ -38,76 +44,86 @@ def test_two_hundred_kills_lose_nothing_that_was_saved(tmp_path):
     assert seen["steps"] > 0
 
 
-SAVE = """
-import sys
-sys.path.insert(0, sys.argv[1])
-from pathlib import Path
-import torch
-from checkpoint_helpers import make_linear
-from steploop import checkpoint
-from steploop.checkpoint.collecting import collect
-from steploop.checkpoint.saving import write_collected
-from steploop.checkpoint.filesystem import LOCAL
-from steploop.errors import CheckpointWriteError
-torch.set_num_threads(1)
-state = make_linear(1)
-collected = collect(state)
-Path("/proc/self/comm").write_bytes(b"saving")
-try:
-    write_collected(LOCAL, Path(sys.argv[2]), collected, torch.device("cpu"), overwrite=True, wait_s=0.0)
-except CheckpointWriteError as error:
-    print(error.errno, error)
-    sys.exit(error.exit_code)
-"""
-CALLS = "mkdir,openat,write,fsync,rename,renameat,renameat2,unlink,rmdir"
+# all that a save asks of the system; what it does to memory and threads is left alone
+CALLS = "mkdir,openat,write,fsync,close,rename,renameat,renameat2,unlink,unlinkat,rmdir,getdents64,newfstatat,fstat"
+
+
+def saved_under(strace, target, collected):
+    """Save in a fork of this process that ``strace`` watches, from its first call on; the exit code, or minus a signal.
+
+    The code is 0, or the errno of the error that was raised. Forking spares each case the import of torch.
+    """
+    go, ready = os.pipe()
+    pid = os.fork()
+    if pid == 0:
+        code = 255
+        try:
+            os.read(go, 1)
+            write_collected(LOCAL, target, collected, torch.device("cpu"), overwrite=True, wait_s=0.0)
+            code = 0
+        except CheckpointWriteError as error:
+            code = error.errno
+        finally:
+            os._exit(code)
+    watching = subprocess.Popen(
+        ["strace", "-f", *strace, "-p", str(pid)], stderr=subprocess.PIPE, stdout=subprocess.DEVNULL
+    )
+    try:
+        attached = watching.stderr.readline()
+        assert b"attached" in attached, attached
+        os.write(ready, b".")
+        _, status = os.waitpid(pid, 0)
+        watching.wait(30)
+    finally:
+        watching.kill()
+        watching.wait()
+        watching.stderr.close()
+        os.close(go)
+        os.close(ready)
+    return os.waitstatus_to_exitcode(status)
 
 
 @pytest.mark.thorough
 @pytest.mark.skipif(shutil.which("strace") is None, reason="needs strace")
+@pytest.mark.filterwarnings("ignore:.*use of fork:DeprecationWarning")
+@pytest.mark.parametrize("replacing", [False, True], ids=["new", "replacing"])
 @pytest.mark.parametrize("fault", ["signal=KILL", "error=EIO", "error=ENOSPC"])
-def test_a_fault_at_each_system_call_leaves_the_old_or_the_new(tmp_path, fault):
-    """A2."""
-    target = tmp_path / "c" / "a"
-    target.parent.mkdir()
-    digests = {checkpoint.save(make_linear(0), target), checkpoint.digest(make_linear(1))}
+def test_a_fault_at_each_system_call_leaves_the_old_or_the_new(tmp_path, fault, replacing):
+    """A2. Never neither, never a half; an error has the system's number; what is left over is swept at the next start."""
+    folder, collected = tmp_path / "c", collect(make_linear(1))
+    target, old, new = folder / "a", make_linear(0), checkpoint.digest(make_linear(1))
+
+    def laid():
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir()
+        return {checkpoint.save(old, target)} if replacing else {None}
+
+    laid()
     trace = tmp_path / "trace"
-    traced = ["strace", "-f", "-o", str(trace), "-e", f"trace={CALLS}", "-P", str(target.parent)]
-    command = [sys.executable, "-c", SAVE, str(HERE), str(target)]
-    whole = subprocess.run(
-        ["strace", "-f", "-o", str(trace), "-e", f"trace={CALLS}", *command], check=True, capture_output=True
-    )
-    del traced, whole
-    lines = trace.read_text().splitlines()
-    start = next(i for i, line in enumerate(lines) if "/proc/self/comm" in line)
-    counts: dict[str, int] = {}
-    cases = []
-    for i, line in enumerate(lines):
-        if (match := re.match(r"\d+ +(\w+)\(", line)) is not None:
-            counts[match[1]] = counts.get(match[1], 0) + 1
-            if i > start + 1:
-                cases.append((match[1], counts[match[1]]))
-    assert len(cases) > 15
-    for call, number in cases:
-        shutil.rmtree(target.parent)
-        target.parent.mkdir()
-        checkpoint.save(make_linear(0), target)
-        injected = [
-            "strace",
-            "-f",
-            "-o",
-            "/dev/null",
-            "-e",
-            f"trace={call}",
-            "-e",
-            f"inject={call}:{fault}:when={number}",
-        ]
-        done = subprocess.run([*injected, *command], check=False, capture_output=True, text=True)
-        assert done.returncode in {0, 4, -signal.SIGKILL, 128 + signal.SIGKILL}, done.stderr
-        assert open_checkpoint(target).digest in digests, (call, number)
-        if done.returncode == 4:
-            assert done.stdout.split()[0] in {str(errno.EIO), str(errno.ENOSPC)}
-        sweep(LOCAL, target.parent, alive=lambda pid: False)
-        assert listed(target.parent) == ["a"]
+    assert saved_under(["-o", str(trace), "-e", f"trace={CALLS}"], target, collected) == 0
+    called = re.findall(r"^\d+ +(\w+)\(", trace.read_text(), re.MULTILINE)
+    assert called.count("fsync") == 6
+    assert called.count("write") >= 4
+    endings = collections.Counter()
+    for number, call in enumerate(called):
+        before = laid()
+        nth = called[: number + 1].count(call)
+        inject = ["-o", os.devnull, "-e", f"trace={call}", "-e", f"inject={call}:{fault}:when={nth}"]
+        ended = saved_under(inject, target, collected)
+        found = open_checkpoint(target).digest if target.exists() or (folder / ".old-a").exists() else None
+        case = f"{call} {nth}, call {number} of {len(called)}: ended with {ended}"
+        assert found in {*before, new}, case
+        if fault == "signal=KILL":
+            assert ended == -signal.SIGKILL, case
+        else:
+            assert ended in {0, errno.EIO if fault == "error=EIO" else errno.ENOSPC}, case
+            assert ended != 0 or found == new, case
+        sweep(LOCAL, folder, alive=lambda pid: False)
+        assert listed(folder) == ([] if found is None else ["a"]), case
+        assert found is None or open_checkpoint(target).digest == found, case
+        endings[ended, found == new] += 1
+    assert len(endings) > 1, endings
+    print(fault, "replacing" if replacing else "new", dict(endings))  # noqa: T201  (the figures of the release)
 
 
 FULL = """
