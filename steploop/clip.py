@@ -25,11 +25,6 @@ def check_bound(name: str, value: float) -> None:
         raise ConfigError(f"{name} must be > 0 (inf measures the norm and clips nothing), but is {value!r}.")
 
 
-def _dense(grads: Sequence[Tensor]) -> list[Tensor]:
-    """The values of sparse gradients and dense ones as they are."""
-    return [g.coalesce().values() if g.is_sparse else g for g in grads]
-
-
 def global_norm(grads: list[Tensor]) -> Tensor:
     """The L2 norm of all gradients as one flat vector, shape (); 0 for an empty list.
 
@@ -38,11 +33,7 @@ def global_norm(grads: list[Tensor]) -> Tensor:
     """
     if not grads:
         return torch.zeros(())
-    try:
-        norms = torch._foreach_norm(grads)
-    except NotImplementedError:  # a sparse gradient is among them
-        norms = torch._foreach_norm(_dense(grads))
-    norm: Tensor = torch.linalg.vector_norm(torch.stack(norms))
+    norm: Tensor = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(grads)))
     return norm
 
 
@@ -92,10 +83,7 @@ def clip_value(grads: list[Tensor], max_value: float) -> None:
 
 def _unit_norm(x: Tensor) -> Tensor:
     """The norm of each output unit: over all axes but the first, kept; of the whole for vectors and scalars."""
-    per_unit = x.dim() > 1
-    norm: Tensor = torch.linalg.vector_norm(
-        x, dim=tuple(range(1, x.dim())) if per_unit else None, keepdim=per_unit
-    )
+    norm: Tensor = torch.linalg.vector_norm(x, dim=tuple(range(1, x.dim())) or None, keepdim=True)
     return norm
 
 

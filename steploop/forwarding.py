@@ -36,7 +36,7 @@ def generators_of(device: torch.device) -> tuple[torch.Generator, ...]:
 class SeededGenerators:
     """Seeds the generators that a computation draws from; afterwards they stand where the caller had them."""
 
-    __slots__ = ("_generators", "_seed", "_states")
+    __slots__ = ("_generators", "_kept", "_seed")
 
     def __init__(self, machine: Machine, *coordinates: int) -> None:
         if machine.generators is None:
@@ -45,13 +45,13 @@ class SeededGenerators:
         self._seed = fold_in(*coordinates)
 
     def __enter__(self) -> None:
-        self._states = [g.get_state() for g in self._generators]
+        self._kept = [(generator, generator.get_state()) for generator in self._generators]
         for generator in self._generators:
             generator.manual_seed(self._seed)
 
     def __exit__(self, *_: object) -> None:
-        for generator, state in zip(self._generators, self._states, strict=True):
-            generator.set_state(state)
+        for generator, kept in self._kept:
+            generator.set_state(kept)
 
 
 def surroundings(machine: Machine, precision: Precision, *, grad: bool = True) -> AbstractContextManager[Any]:
@@ -102,7 +102,7 @@ class TrainingPasses:
 
     def __enter__(self) -> Self:
         state, module = self._state, self._machine.module
-        self._kept = [generator.get_state() for generator in self._generators]
+        self._kept = [(generator, generator.get_state()) for generator in self._generators]
         self._before = module.point(state._lease, state._params)
         self._buffers = state._buffers
         if self._buffers:
@@ -113,7 +113,7 @@ class TrainingPasses:
         return self
 
     def __exit__(self, failure: object, *_: object) -> None:
-        for generator, kept in zip(self._generators, self._kept, strict=True):
+        for generator, kept in self._kept:
             generator.set_state(kept)
         if self._before is not None:
             self._machine.module.place_params(self._before)
@@ -143,7 +143,7 @@ class TrainingPasses:
 
     def buffers(self) -> dict[str, Tensor]:
         """The buffers after the passes so far: a module may have put new tensors in their places."""
-        return self._machine.module.buffers() if self._buffers else self._buffers
+        return self._machine.module.buffers()
 
 
 def translated(error: Exception, machine: Machine, batch: Any) -> SteploopError | None:

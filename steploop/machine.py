@@ -79,7 +79,7 @@ class Machine:
         if self.holder.free():
             self.holder.give_to(lease)
         else:
-            before = (optimizer.state, [list(g["params"]) for g in optimizer.param_groups], self._hyper)
+            before = (optimizer.state, [(group, list(group["params"])) for group in optimizer.param_groups])
         optimizer.state = defaultdict(dict, {params[name]: slot for name, slot in slots.items()})
         for group, names in zip(optimizer.param_groups, self.group_names, strict=True):
             group["params"][:] = [params[name] for name in names]  # in place: LBFGS keeps the list itself
@@ -87,16 +87,15 @@ class Machine:
         return before
 
     def put_back(self, before: "tuple[Any, ...] | None") -> None:
-        """End a loan of the optimizer."""
+        """End a loan of the optimizer; its hyperparameters are set before every use."""
         if before is None:
             return
-        self.optimizer.state, params, hyper = before
-        for group, values in zip(self.optimizer.param_groups, params, strict=True):
-            group["params"][:] = values
-        self._set_hyper(hyper)
+        self.optimizer.state, groups = before
+        for group, params in groups:
+            group["params"][:] = params
 
-    def _set_hyper(self, hyper: tuple[Mapping[str, Any], ...] | None) -> None:
-        if hyper is not None and hyper is not self._hyper:
+    def _set_hyper(self, hyper: tuple[Mapping[str, Any], ...]) -> None:
+        if hyper is not self._hyper:
             for group, values in zip(self.optimizer.param_groups, hyper, strict=True):
                 group.update(values)
             self._hyper = hyper

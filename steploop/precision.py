@@ -110,7 +110,7 @@ class LossScale:
     def _updated_on_device(self, finite: Tensor) -> "LossScale":
         """The same rule as selections, so that the host need not know whether the step was finite."""
         scale = torch.as_tensor(self.scale, dtype=torch.float32, device=finite.device)
-        tracker = torch.as_tensor(self.growth_tracker, dtype=torch.int64, device=finite.device) + 1
+        tracker = torch.as_tensor(self.growth_tracker, device=finite.device) + 1
         grow = tracker >= self.growth_interval
         grown = (scale.double() * self.growth_factor).float()
         good = torch.where(grow & torch.isfinite(grown), grown, scale)

@@ -300,34 +300,35 @@ INSIDE = "a finite number > -1 and < 1.5"
 
 
 @pytest.mark.parametrize(
-    ("validator", "value", "expected"),
+    ("check", "choices", "bounds", "value", "expected"),
     [
-        (real(hint="Do."), 1.0, None),
-        (real(hint="Do."), -1e300, None),
-        (real(hint="Do."), 1, REAL),
-        (real(hint="Do."), "1", REAL),
-        (real(hint="Do."), math.inf, REAL),
-        (real(hint="Do."), math.nan, REAL),
-        (real(hint="Do.", **CLOSED), -1.0, None),
-        (real(hint="Do.", **CLOSED), 1.5, None),
-        (real(hint="Do.", **CLOSED), -1.25, BETWEEN),
-        (real(hint="Do.", **CLOSED), 1.75, BETWEEN),
-        (real(hint="Do.", **OPEN), -0.75, None),
-        (real(hint="Do.", **OPEN), 1.25, None),
-        (real(hint="Do.", **OPEN), -1.0, INSIDE),
-        (real(hint="Do.", **OPEN), 1.5, INSIDE),
-        (integer(at_least=2, hint="Do."), 2, None),
-        (integer(at_least=2, hint="Do."), 1, "an integer >= 2"),
-        (integer(at_least=2, hint="Do."), 3.0, "an integer >= 2"),
-        (integer(at_least=0, hint="Do."), True, "an integer >= 0"),
-        (one_of("ab", "c", hint="Do."), "ab", None),
-        (one_of("ab", "c", hint="Do."), "a", "one of 'ab', 'c'"),
-        (one_of("ab", "c", hint="Do."), 1, "one of 'ab', 'c'"),
-        (boolean(hint="Do."), False, None),
-        (boolean(hint="Do."), 0, "True or False"),
+        (real, (), {}, 1.0, None),
+        (real, (), {}, -1e300, None),
+        (real, (), {}, 1, REAL),
+        (real, (), {}, "1", REAL),
+        (real, (), {}, math.inf, REAL),
+        (real, (), {}, math.nan, REAL),
+        (real, (), CLOSED, -1.0, None),
+        (real, (), CLOSED, 1.5, None),
+        (real, (), CLOSED, -1.25, BETWEEN),
+        (real, (), CLOSED, 1.75, BETWEEN),
+        (real, (), OPEN, -0.75, None),
+        (real, (), OPEN, 1.25, None),
+        (real, (), OPEN, -1.0, INSIDE),
+        (real, (), OPEN, 1.5, INSIDE),
+        (integer, (), {"at_least": 2}, 2, None),
+        (integer, (), {"at_least": 2}, 1, "an integer >= 2"),
+        (integer, (), {"at_least": 2}, 3.0, "an integer >= 2"),
+        (integer, (), {"at_least": 0}, True, "an integer >= 0"),
+        (one_of, ("ab", "c"), {}, "ab", None),
+        (one_of, ("ab", "c"), {}, "a", "one of 'ab', 'c'"),
+        (one_of, ("ab", "c"), {}, 1, "one of 'ab', 'c'"),
+        (boolean, (), {}, False, None),
+        (boolean, (), {}, 0, "True or False"),
     ],
 )
-def test_a_check_says_what_it_expected_what_came_and_what_to_do(validator, value, expected):
+def test_a_check_says_what_it_expected_what_came_and_what_to_do(check, choices, bounds, value, expected):
+    validator = check(*choices, **bounds, hint="Do.")
     Checked = attrs.make_class("Checked", {"x": attrs.field(validator=validator)})  # noqa: N806  (a class)
     if expected is None:
         assert Checked(value).x == value

@@ -97,7 +97,15 @@ def test_a_remainder_too_small_for_all_ranks_joins_the_batch_before():
     ]
 
 
+def test_an_incomplete_batch_is_kept_unless_told_otherwise():
+    assert batches_per_epoch(10, batch_size=4) == 3
+    assert batches_per_epoch(10, batch_size=4, drop_last=True) == 2
+    assert batch_indices(torch.arange(10), 2, batch_size=4).tolist() == [8, 9]
+
+
 def test_a_batch_that_does_not_exist_is_refused():
+    with pytest.raises(ConfigError, match=r"batch must be an integer in 0\.\.1, got 2"):
+        batch_indices(torch.arange(10), 2, batch_size=4, drop_last=True)
     with pytest.raises(ConfigError, match=r"batch must be an integer in 0\.\.2, got 3"):
         batch_indices(torch.arange(10), 3, batch_size=4)
     with pytest.raises(ConfigError, match=r"epoch must be an integer >= 0, got -1"):

@@ -231,6 +231,11 @@ def test_gradients_in_float64_are_clipped_in_float64_as_torchs_are(entries, max_
     require_same(state.grads["w"], theirs.grad, "the gradients are torch's")
 
 
+@pytest.mark.parametrize("bound", [torch.finfo(torch.float32).max, 1e39, math.inf])
+def test_an_infinite_entry_is_clipped_at_the_largest_bound_that_float32_holds(bound):
+    check_clip_value_equals_torch(by_value, {"w": torch.tensor([math.inf, -math.inf, 1.0])}, bound)
+
+
 def test_adaptive_clipping_wants_a_parameter_for_every_gradient():
     with pytest.raises(ValueError, match="argument"):
         clip.clip_adaptive([torch.ones(2), torch.ones(2)], [torch.ones(2)], 0.1)

@@ -72,6 +72,34 @@ def test_the_defaults_are_torchs():
     assert ours.init() == PlateauState(learning_rate=0.5, best=None, bad_checks=0, cooldown_left=0)
 
 
+@pytest.mark.parametrize(
+    ("options", "history", "best", "rate"),
+    [
+        ({"threshold": 0.25}, [4.0, 3.0], 4.0, 0.5),  # a quarter less is the bound itself
+        ({"threshold": 0.25}, [4.0, 2.9], 2.9, 1.0),
+        ({"threshold": 0.25}, [4.0, 3.5, 2.9], 2.9, 0.5),
+        ({"threshold": 0.25, "mode": "max"}, [4.0, 5.0], 4.0, 0.5),
+        ({"threshold": 0.25, "mode": "max"}, [4.0, 5.1], 5.1, 1.0),
+        ({"threshold": 0.25, "threshold_mode": "abs"}, [4.0, 3.75], 4.0, 0.5),
+        ({"threshold": 0.25, "threshold_mode": "abs"}, [4.0, 3.7], 3.7, 1.0),
+        ({"threshold": 0.25, "threshold_mode": "abs", "mode": "max"}, [4.0, 4.25], 4.0, 0.5),
+        ({"threshold": 0.25, "threshold_mode": "abs", "mode": "max"}, [4.0, 4.3], 4.3, 1.0),
+        ({"eps": 0.5}, [4.0, 4.0], 4.0, 1.0),  # a change of eps itself is not made
+        ({"eps": 0.6}, [4.0, 4.0], 4.0, 1.0),
+        ({"eps": 0.4}, [4.0, 4.0], 4.0, 0.5),
+        ({"min_lr": 0.75}, [4.0, 4.0], 4.0, 0.75),
+        ({"cooldown": 2}, [4.0, 4.0, 4.0, 4.0], 4.0, 0.5),
+        ({"cooldown": 2}, [4.0, 4.0, 4.0, 4.0, 4.0], 4.0, 0.25),
+        ({"patience": 1}, [4.0, 4.0, 3.0, 3.0, 3.0], 3.0, 0.5),
+    ],
+)
+def test_the_bounds_are_where_torch_has_them(options, history, best, rate):
+    plateau = ReduceLROnPlateau(**({"lr": 1.0, "factor": 0.5, "patience": 0} | options))
+    check_plateau_equals_torch(plateau, history)
+    state = reduce(plateau.update, history, plateau.init())
+    assert (state.best, state.learning_rate) == (best, rate)
+
+
 NOT_REAL = [-1e-9, math.nan, math.inf, "1", None, True]
 NOT_COUNT = [-1, 1.0, "1", None, True]
 

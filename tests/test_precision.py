@@ -7,7 +7,7 @@ import torch
 
 from steploop import LossScale
 from steploop.errors import ConfigError
-from steploop.precision import autocast, best_precision, check_precision
+from steploop.precision import autocast, best_precision, check_precision, on_host
 from steploop.shielding import DefaultDtype
 
 
@@ -78,6 +78,20 @@ def test_a_scale_on_the_device_is_float32_whatever_the_default_dtype_is():
         scale = LossScale(scale=8.0, growth_tracker=3).updated(torch.tensor([True])[0])
     assert (scale.scale.dtype, scale.growth_tracker.dtype) == (torch.float32, torch.int64)
     assert (scale.scale.item(), scale.growth_tracker.item()) == (8.0, 4)
+
+
+def test_a_scale_goes_to_where_the_answer_is():
+    scale = LossScale(scale=8.0).updated(torch.ones((), dtype=torch.bool, device="meta"))
+    assert (scale.scale.device.type, scale.growth_tracker.device.type) == ("meta", "meta")
+
+
+def test_only_a_real_tensor_on_the_cpu_is_read_for_nothing():
+    class Traced(torch.Tensor):
+        pass
+
+    assert on_host(torch.ones(()))
+    assert not on_host(torch.ones((), device="meta"))
+    assert not on_host(torch.ones(()).as_subclass(Traced))
 
 
 def test_an_unknown_precision_is_refused_with_those_there_are():

@@ -507,6 +507,7 @@ def test_bounds_of_the_legal_ranges_are_legal():
     assert cosine_annealing(0.1, total_steps=1, min_lr=0.1)(0) == 0.1
     assert one_cycle(0.1, total_steps=4, pct_start=1)(3) == 0.1
     assert one_cycle(0.1, total_steps=4, pct_start=0, momentum=[0.5, 0.5])(2).momentum == 0.5
+    assert one_cycle(0.1, total_steps=4, momentum=(0.0, 0.5))(0).momentum == 0.5
     assert from_torch(OTHERS["LambdaLR"], 1, lr=0, momentum=0)(0) == 0.0
 
 

@@ -23,6 +23,7 @@ from steploop.creation import copy_leaf
 from steploop.errors import ConfigError, SpentStateError
 from steploop.forwarding import generators_of
 from steploop.machine import _settle_implementation
+from steploop.state import Gradients
 from steploop.trees import first_difference
 
 SGD = Optimizer(torch.optim.SGD, lr=0.1, momentum=0.9)
@@ -94,6 +95,7 @@ def test_the_model_computes_with_the_state_values_without_a_copy():
     model = network()
     state = TrainState.create(model, SGD)
     assert all(state.params[name] is p for name, p in model.named_parameters())
+    assert all(state.buffers[name] is b for name, b in model.named_buffers())
     new = step(state, batch())
     assert all(new.params[name] is p for name, p in model.named_parameters())
     assert all(new.buffers[name] is b for name, b in model.named_buffers())
@@ -156,6 +158,7 @@ def test_a_second_state_of_the_same_model_starts_from_a_copy_and_leaves_the_firs
     first = TrainState.create(model, SGD)
     second = TrainState.create(model, Optimizer(torch.optim.AdamW, lr=0.1))
     kept = {n: p.detach().clone() for n, p in first.params.items()}
+    assert all(b is not first.buffers[n] and b.equal(first.buffers[n]) for n, b in second.buffers.items())
     second = step(second, batch())
     assert first_difference(dict(first.params), kept) is None
     assert all(p is first.params[n] for n, p in model.named_parameters())
@@ -184,6 +187,11 @@ def test_a_model_left_in_eval_mode_trains_and_a_part_frozen_on_purpose_stays_in_
     model[1].eval()
     state = step(TrainState.create(model, SGD), batch())
     assert state.buffers["1.num_batches_tracked"] == 0
+    state = step(TrainState.create(state.model, SGD), batch())
+    state.model.train()  # by somebody who meant the model, not the part
+    state = step(state, batch())
+    assert state.buffers["1.num_batches_tracked"] == 0
+    assert [module.training for module in model] == [True, False, True, True, True]
 
 
 def test_frozen_parameters_stay_as_they_are_and_have_no_slots():
@@ -353,6 +361,81 @@ def test_an_optimizer_of_somebody_else_may_have_no_rate_and_put_new_slots_in_pla
     state = step(step(TrainState.create(network(), optimizer), batch()), batch())
     assert state.slots["0.weight"] == {"seen": 2}
     assert TrainState.create(network(), SGD)._machine.replaces_slots is False
+
+
+def test_a_group_is_chosen_by_patterns_or_by_name_and_tensor():
+    def names(*selectors, **options):
+        groups = [(selector, {}) for selector in selectors]
+        state = TrainState.create(network(), Optimizer(torch.optim.SGD, lr=0.1, groups=groups, **options))
+        return state._machine.group_names
+
+    everything = ("0.weight", "0.bias", "1.weight", "1.bias", "4.weight", "4.bias")
+    assert names() == (everything,)
+    assert names("0.*", ["1.*", "4.bias"]) == (("4.weight",), everything[:2], (*everything[2:4], "4.bias"))
+    assert names(lambda name, p: name == "0.bias" and p.shape == (6,)) == (
+        ("0.weight", *everything[2:]),
+        ("0.bias",),
+    )
+    assert names("*.bias", "0.*", no_decay="4.*") == (
+        ("1.weight",),
+        ("4.weight",),
+        ("0.bias", "1.bias"),
+        ("4.bias",),
+        ("0.weight",),
+    )
+
+
+class Bare(torch.optim.SGD):
+    """An optimizer that does not let torch wrap its step."""
+
+    taken = 0
+
+    def _patch_step_function(self):
+        self._zero_grad_profile_name = "Bare"
+
+    def step(self):
+        Bare.taken += 1
+
+
+def test_torchs_wrapper_of_a_step_is_left_out_where_there_is_one():
+    """It opens a profiler's record and walks over hooks: half the time of a step on a small model."""
+    state = TrainState.create(network(), SGD)
+    with torch.profiler.profile() as profile:
+        step(state, batch())
+    assert not [event.key for event in profile.key_averages() if event.key.startswith("Optimizer.step")]
+    step(TrainState.create(network(), Optimizer(Bare, lr=0.1)), batch())
+    assert Bare.taken == 1
+
+
+def test_a_machine_is_lent_only_where_another_living_state_has_it():
+    """Its own state steps on it as it is: lending is an assignment for every tensor, twice a step."""
+    state = TrainState.create(network(), SGD)
+    machine, other = state._machine, state.clone()
+    for s, lent in ((state, False), (other, True)):
+        before = machine.point_optimizer(s._lease, s._params, s._slots, s.hyper)
+        assert (before is not None) is lent
+        machine.put_back(before)
+        params = machine.module.point(s._lease, s._params)
+        assert (params is not None) is lent
+    machine.module.place_params(params)
+    assert machine._hyper is state.hyper
+
+
+def test_what_does_not_match_is_not_stepped_on():
+    """Half of a model would be trained, and nobody would notice."""
+    state = unscale_and_clip(
+        backward_scaled(forward_loss(TrainState.create(network(), SGD), batch(), objective)), max_norm=1.0
+    )
+    for wrong in (
+        state.replace(hyper=state.hyper * 2),
+        state.replace(_grads=Gradients(state._grads.values[:-1])),
+    ):
+        with pytest.raises(ValueError, match=r"^zip\(\) argument 2 is "):
+            optimizer_step(wrong)
+    other = state.clone()
+    state._machine.optimizer.add_param_group({"params": [nn.Parameter(torch.zeros(1))]})
+    with pytest.raises(ValueError, match=r"^zip\(\) argument 2 is shorter"):
+        optimizer_step(other)
 
 
 @pytest.mark.parametrize(

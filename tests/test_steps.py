@@ -191,6 +191,13 @@ def test_what_an_objective_draws_is_a_function_of_seed_attempted_step_and_part()
         assert torch.equal(found, torch.rand(3, generator=torch.Generator().manual_seed(fold_in(7, 3, part))))
 
 
+def test_an_objective_may_return_its_loss_alone_or_in_a_tuple():
+    alone = forward_loss(fresh(), batch(), lambda m, b: objective(m, b)[0])
+    within = forward_loss(fresh(), batch(), lambda m, b: (objective(m, b)[0],))
+    assert alone.loss == within.loss
+    assert (alone.outputs, within.outputs) == (None, None)
+
+
 def test_outputs_and_loss_carry_no_graph():
     state = forward_loss(fresh(), batch(), objective)
     assert not state.loss.requires_grad
