@@ -80,6 +80,8 @@ def test_a_state_that_does_not_fit_is_refused_and_nothing_is_loaded(tmp_path, ki
 
 
 def test_another_optimizer_with_the_same_name_is_told_by_its_hyperparameters(tmp_path):
+    """C10."""
+
     class Adam(torch.optim.SGD):
         pass
 
@@ -91,6 +93,7 @@ def test_another_optimizer_with_the_same_name_is_told_by_its_hyperparameters(tmp
 
 
 def test_ten_differences_are_listed_and_the_rest_counted(tmp_path):
+    """C9."""
     checkpoint.save(net({f"p{i}": torch.zeros(1) for i in range(20)}), tmp_path / "a")
     with pytest.raises(CheckpointIncompatibleError) as e:
         checkpoint.load(tmp_path / "a", like=net(ONE))
@@ -108,6 +111,7 @@ def test_a_different_state_in_a_mapping_is_named(tmp_path):
 
 
 def test_a_renamed_parameter_takes_its_moments_along(tmp_path):
+    """C10."""
     saved = net({"a": torch.ones(2), "b": torch.ones(3)}, steps=1, ema=True)
     checkpoint.save(saved, tmp_path / "a")
     like = net({"c": torch.zeros(2), "b": torch.zeros(3)}, ema=True)
@@ -180,6 +184,7 @@ def test_precision_follows_this_state_and_the_loss_scale_is_kept_between_fp16_st
 
 
 def test_what_the_map_does_not_name_is_refused(tmp_path):
+    """C10."""
     checkpoint.save(net(TWO), tmp_path / "a")
     with pytest.raises(
         CheckpointIncompatibleError,

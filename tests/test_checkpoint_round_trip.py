@@ -48,6 +48,7 @@ def full_state(seed=0):
 
 
 def test_a_loaded_state_is_the_saved_one_and_goes_on_as_it(tmp_path):
+    """B1."""
     batches = make_batches(6)
     saved = advanced(make_state(0), 3, batches)
     checkpoint.save(saved, tmp_path / "half")
@@ -249,6 +250,7 @@ def odd_state(scale):
 
 
 def test_frozen_unused_and_transient_values_come_back(tmp_path):
+    """F6."""
     batch = torch.ones(4, 2), torch.zeros(4, dtype=torch.int64)
     state = train_step(odd_state(2.0), batch)
     checkpoint.save(state, tmp_path / "a")
@@ -385,6 +387,7 @@ def test_a_count_that_float32_cannot_raise_is_warned_of(tmp_path):
     ids=str,
 )  # fmt: skip
 def test_a_state_that_no_steploop_writes_is_refused(tmp_path, field, value):
+    """C7."""
     checkpoint.save(make_linear(), tmp_path / "a")
     rewritten(tmp_path / "a", lambda values: values.update({field: value}))
     with pytest.raises(CheckpointDamagedError, match=r"manifest|slots|no steploop writes"):

@@ -131,6 +131,7 @@ def test_retention_keeps_the_newest_and_the_best(steps, data):
 
 
 def test_the_best_can_be_said_by_the_caller(tmp_path):
+    """A8."""
     store = filled(tmp_path, [], keep=2)
     for step in range(1, 6):
         store.save(at(step), best=step == 2)
@@ -163,6 +164,7 @@ def test_a_kill_while_deleting_leaves_no_half_of_a_checkpoint(tmp_path):
 
 @pytest.mark.parametrize("keep", [0, 1, 2.0, None])
 def test_a_single_checkpoint_is_too_few(keep):
+    """A8."""
     with pytest.raises(
         ConfigError, match=r"keep must be an int >= 2, but is .* a single checkpoint that is damaged"
     ):
@@ -240,6 +242,7 @@ def test_the_snapshot_keeps_layouts_and_reuses_its_memory(tmp_path):
 
 
 def test_the_next_save_waits_for_the_last(tmp_path):
+    """B9."""
     fs = GatedFs()
     saver = BackgroundSaver(fs=fs)
     saver.save(at(1), tmp_path / "1")
@@ -254,7 +257,7 @@ def test_the_next_save_waits_for_the_last(tmp_path):
 
 
 def test_a_failure_in_the_background_reaches_the_loop_as_an_error(tmp_path):
-    """By the next save, by wait, or at the end of the block; once; and the save that it interrupts is not begun."""
+    """A4. By the next save, by wait, or at the end of the block; once; and the save that it interrupts is not begun."""
     saver = BackgroundSaver()
     saver.save(at(1), tmp_path / "missing" / "a")
     with pytest.raises(CheckpointWriteError, match="No such file or directory"):
@@ -285,6 +288,7 @@ def test_what_cannot_be_saved_is_refused_by_the_call_itself(tmp_path):
 
 
 def test_a_store_in_the_background_prunes_after_each_commit(tmp_path):
+    """A8."""
     store = filled(tmp_path, [], keep=2, background=True)
     for step in range(1, 6):
         store.save(at(step), best=step == 1)

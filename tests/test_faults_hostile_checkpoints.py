@@ -1,4 +1,4 @@
-"""Damaged and hostile checkpoints (FAULTS C1, C2, C4, C5, C6, C8): typed errors, nothing run, nothing half loaded."""
+"""Damaged and hostile checkpoints (FAULTS C1 to C6, C8, F14): typed errors, nothing run, nothing half loaded."""
 
 import json
 import os
@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 import time
+import tracemalloc
 import zipfile
 from pathlib import Path
 
@@ -143,6 +144,61 @@ def test_a_sample_of_single_bit_flips_is_found():
             changed = bytearray(data)
             changed[bit // 8] ^= 1 << bit % 8
             assert attempt({**files, name: bytes(changed)}, like) is None, (name, bit)
+
+
+HUGE = 100 << 20  # bytes
+
+
+def spoilt_header(path):
+    """A file of 100 MB that says its header fills it."""
+    with path.open("wb") as file:
+        file.write((HUGE - 8).to_bytes(8, "little") + b"{")
+        file.truncate(HUGE)
+
+
+def endless_header(path):
+    """The file as it was, with a header of 2**63 bytes."""
+    with path.open("r+b") as file:
+        file.write((1 << 63).to_bytes(8, "little"))
+
+
+def many_tensors(path):
+    """A header of 200,000 empty tensors, as safetensors itself reads them."""
+    table = {str(n): {"dtype": "F32", "shape": [0], "data_offsets": [0, 0]} for n in range(200_000)}
+    text = json.dumps(table).encode()
+    path.write_bytes(len(text).to_bytes(8, "little") + text)
+
+
+def odd_shapes(path):
+    """100,000 axes, and one as long as the address space."""
+    table = {
+        "x": {"dtype": "F32", "shape": [1] * 100_000, "data_offsets": [0, 4]},
+        "y": {"dtype": "F32", "shape": [0, 2**63 - 1], "data_offsets": [4, 4]},
+    }
+    text = json.dumps(table).encode()
+    path.write_bytes(len(text).to_bytes(8, "little") + text + bytes(4))
+
+
+@pytest.mark.parametrize("resealed", [False, True], ids=["as it was", "resealed"])
+@pytest.mark.parametrize("spoil", [spoilt_header, endless_header, many_tensors, odd_shapes])
+def test_a_hostile_header_is_neither_read_nor_parsed(spoil, resealed, tmp_path, monkeypatch):
+    """C3. It is compared with what the manifest's table of tensors gives, by its size first; whoever reseals gains nothing."""
+    checkpoint.save(make_linear(0), tmp_path / "a")
+    path = tmp_path / "a" / "model.safetensors"
+    spoil(path)
+    if resealed:
+        body = json.loads((tmp_path / "a" / "state.json").read_text())
+        body["files"][path.name]["size"] = path.stat().st_size
+        (tmp_path / "a" / "state.json").write_bytes(seal(body)[0])
+    like, read, preadv = make_linear(1), [], os.preadv
+    monkeypatch.setattr(os, "preadv", lambda *arguments: read.append(preadv(*arguments)) or read[-1])
+    tracemalloc.start()
+    with pytest.raises(CheckpointDamagedError, match=r"model\.safetensors"):
+        checkpoint.load(tmp_path / "a", like=like)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert sum(read) < 10_000
+    assert peak < 1_000_000
 
 
 IN_A_SUBPROCESS = """

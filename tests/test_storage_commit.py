@@ -163,7 +163,7 @@ def test_a_failed_last_flush_is_told_and_the_checkpoint_is_whole(tmp_path):
 
 
 def test_hopeless_errors_are_not_tried_again(tmp_path):
-    """A missing directory does not appear by waiting."""
+    """A4. A missing directory does not appear by waiting."""
     with pytest.raises(
         CheckpointWriteError, match=r"could not be written \(try 1 of 3\): No such file or directory"
     ) as e:
@@ -192,7 +192,7 @@ def test_a_name_that_marks_unfinished_checkpoints_is_refused(tmp_path):
 
 
 def test_any_other_exception_leaves_nothing_behind(tmp_path):
-    """A dying data worker makes torch raise RuntimeError at any line of the main thread, this one too (D6)."""
+    """D6. A dying data worker makes torch raise RuntimeError at any line of the main thread, this one too."""
 
     def write(directory):
         (directory / "half").write_bytes(b"x")
@@ -242,6 +242,7 @@ def test_litter_of_dead_processes_is_swept_and_that_of_living_ones_is_not(tmp_pa
 
 
 def test_sweeping_removes_a_link_and_not_what_it_leads_to(tmp_path):
+    """A7."""
     (tmp_path / "precious").mkdir()
     (tmp_path / "precious" / "file").write_bytes(b"x")
     (tmp_path / "run" / f".tmp-1-{2**31 - 2}").mkdir(parents=True)

@@ -73,6 +73,7 @@ def random_bits(dtype, shape):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", [(), (0,), (0, 5), (1,), (3, 5), (2, 3, 4, 5)], ids=str)
 def test_every_dtype_and_shape_comes_back_to_the_bit(tmp_path, dtype, shape):
+    """F4."""
     tensor = random_bits(dtype, shape)
     back = round_trip(tmp_path / "f", {"x": tensor})["x"]
     assert (back.dtype, back.shape, back.stride()) == (tensor.dtype, tensor.shape, tensor.stride())
@@ -107,6 +108,7 @@ LOOSE = {
 
 @pytest.mark.parametrize("kind", ZOO)
 def test_dense_layouts_come_back_with_their_strides(tmp_path, kind):
+    """F4."""
     tensor = ZOO[kind].detach()
     back = round_trip(tmp_path / "f", {"x": tensor})["x"]
     assert torch.equal(back, tensor)
@@ -118,6 +120,7 @@ def test_dense_layouts_come_back_with_their_strides(tmp_path, kind):
 
 @pytest.mark.parametrize("kind", LOOSE)
 def test_views_with_gaps_overlaps_or_lazy_signs_come_back_as_their_clone(tmp_path, kind):
+    """F4."""
     tensor = LOOSE[kind].detach()
     back = round_trip(tmp_path / "f", {"x": tensor})["x"]
     clone = tensor.clone().resolve_conj().resolve_neg()
@@ -146,6 +149,7 @@ def unsupported():
 
 @pytest.mark.parametrize("kind", unsupported())
 def test_what_no_file_can_hold_is_refused_by_name(kind):
+    """F4."""
     tensor, said = unsupported()[kind]
     with pytest.raises(CheckpointUnsupportedError) as e:
         spec_of("encoder.weight", tensor)
@@ -154,6 +158,7 @@ def test_what_no_file_can_hold_is_refused_by_name(kind):
 
 @pytest.mark.parametrize("name", ["__metadata__", "\ud800", 3, None], ids=repr)
 def test_names_that_safetensors_cannot_hold_are_refused(name):
+    """F5."""
     with pytest.raises(
         CheckpointUnsupportedError, match="safetensors needs names that are text in UTF-8 other than"
     ):
@@ -181,6 +186,7 @@ def test_every_name_comes_back_here_and_in_safetensors(names):
     ids=["empty", "dot", "10k", "u", "odd", "path"],
 )
 def test_safetensors_itself_reads_what_is_written(tmp_path, name):
+    """F5."""
     write(tmp_path / "f", {name: torch.arange(3.0), "other": torch.ones(2, 2, dtype=torch.bfloat16)})
     back = load_file(tmp_path / "f")
     assert torch.equal(back[name], torch.arange(3.0))
@@ -314,6 +320,7 @@ def test_a_header_that_is_not_the_tables_is_refused(tmp_path):
 
 
 def test_too_many_tensors_or_names_too_long_are_refused_at_save():
+    """C3."""
     spec = TensorSpec("float32", (0,))
     with pytest.raises(
         CheckpointUnsupportedError,

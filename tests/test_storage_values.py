@@ -114,6 +114,7 @@ def test_texts_and_depths_that_could_not_be_read_back_are_refused_at_save():
     ids=str,
 )
 def test_what_no_steploop_writes_is_refused(value):
+    """C7."""
     with pytest.raises(CheckpointDamagedError, match="which no steploop writes"):
         decode([value], "slots", {})
 
@@ -145,6 +146,7 @@ NOT_JSON = {
 
 @pytest.mark.parametrize("kind", NOT_JSON)
 def test_only_json_is_read_and_only_once_for_each_key(kind):
+    """C7."""
     text, said = NOT_JSON[kind]
     start = time.process_time()
     with pytest.raises(CheckpointDamagedError, match=r"^file is not the JSON that steploop writes: .*") as e:
@@ -175,6 +177,7 @@ def test_a_manifest_comes_back_with_its_digest():
 
 @given(st.data())
 def test_no_byte_of_a_sealed_file_is_free(data):
+    """C2."""
     text, _ = seal({"a": [1, 2.5, "é"], "b": {"c": None}})
     at = data.draw(st.integers(0, len(text) - 1))
     changed = bytearray(text)
@@ -239,12 +242,14 @@ def test_another_format_version_is_refused_with_both_versions(version):
 
 
 def test_a_manifest_without_a_version_is_refused():
+    """C12."""
     body = {k: v for k, v in body_of(manifest().seal()[0]).items() if k != "version"}
     with pytest.raises(CheckpointError, match="has the format version None"):
         parse_manifest(seal(body)[0])
 
 
 def test_a_long_manifest_is_refused_unread():
+    """C3, C7."""
     with pytest.raises(CheckpointDamagedError, match=f"at most {MAX_MANIFEST_BYTES} are read"):
         parse_manifest(b" " * (MAX_MANIFEST_BYTES + 1))
 
