@@ -97,5 +97,6 @@ def _scheduled_on_device(state: TrainState, learning_rate: Schedule, taken: Tens
     if not isinstance(table, _Table) or table.learning_rate is not learning_rate or table.base != base:
         table = machine.rate_table = _Table.of(learning_rate, base, taken.device)
     index = taken - base
-    rate = table.rates[index]
-    return set_rates(state, rate, None if table.momenta is None else table.momenta[index])
+    # take, for rates[index] would read the index to the host and wait for the device
+    rate = table.rates.take(index)
+    return set_rates(state, rate, None if table.momenta is None else table.momenta.take(index))

@@ -150,6 +150,10 @@ OUT_OF_RANGE = (
 )
 
 
+def no_form(step):
+    raise ValueError("there is no form X.")
+
+
 def tabulated(factor_of, **options):
     return from_torch(lambda optimizer: LambdaLR(optimizer, factor_of), 3, **options)
 
@@ -200,6 +204,7 @@ REFUSALS = [
     (lambda: from_torch(lambda optimizer: None, 3), ConfigError, "from_torch: make_scheduler must return a torch.optim.lr_scheduler.LRScheduler, got None. Return the scheduler that it builds."),
     (lambda: from_torch(torch.optim.lr_scheduler.ReduceLROnPlateau, 3), ConfigError, "from_torch: make_scheduler must return a scheduler that is a function of the step, got ReduceLROnPlateau, which follows a metric. Use steploop.plateau.ReduceLROnPlateau, a fold over the metric."),
     (lambda: tabulated([1.0, 1.0].__getitem__), ConfigError, "from_torch: the scheduler must run for total_steps = 3 steps on an SGD of one parameter group, but at step 2 it failed with IndexError: list index out of range. Correct its arguments, or give fewer total_steps."),
+    (lambda: tabulated(no_form), ConfigError, "from_torch: the scheduler must run for total_steps = 3 steps on an SGD of one parameter group, but at step 0 it failed with ValueError: there is no form X. Correct its arguments, or give fewer total_steps."),
     (lambda: tabulated([1.0, -1.0].__getitem__), ConfigError, OUT_OF_RANGE.format(-0.1, 0.9, 1)),
     (lambda: from_torch(lambda o: CyclicLR(o, 0.1, 0.2, max_momentum=-0.5), 3), ConfigError, OUT_OF_RANGE.format(0.1, -0.5, 0)),
     (lambda: one_cycle(**CYCLE, div_factor=5e-324), ConfigError, "OneCycle: div_factor must be such that max_lr / div_factor is finite (max_lr is 0.5), got 5e-324. Torch's default is 25."),

@@ -484,7 +484,8 @@ def test_an_illegal_hyperparameter_is_refused_by_its_name(factory, name, value, 
     with pytest.raises(ConfigError) as excinfo:
         make(factory, **{name: value})
     message = str(excinfo.value)
-    assert f": {name} must be {expected}, got {value!r}. " in message
+    owner = "from_torch" if factory is from_torch else type(make(factory)).__name__
+    assert message.startswith(f"{owner}: {name} must be {expected}, got {value!r}. ")
     assert message.endswith(".")
     assert len(message.rsplit(", got ", 1)[1]) > len(repr(value)) + 10
 
@@ -498,6 +499,20 @@ def test_a_schedule_is_a_frozen_value_that_prints_readably(factory):
         schedule.lr = 1.0
     assert repr(schedule).startswith(type(schedule).__name__ + "(")
     assert "_phases" not in repr(schedule)
+
+
+def test_the_defaults_are_torchs_where_torch_has_one():
+    assert step_lr(0.1, step_size=3).gamma == 0.1
+    assert cosine_annealing(0.1, total_steps=3).min_lr == 0.0
+    assert warmup_cosine(0.1, warmup_steps=1, total_steps=3).min_lr == 0.0
+    warm = warmup_stable_decay(0.1, warmup_steps=1, stable_steps=1, decay_steps=1)
+    assert (warm.min_lr, warm.decay) == (0.0, "linear")
+    cycle = one_cycle(0.1, total_steps=3)
+    assert (cycle.pct_start, cycle.div_factor, cycle.final_div_factor) == (0.3, 25.0, 1e4)
+    assert (cycle.anneal, cycle.rise, cycle.momentum, cycle.three_phase) == ("cos", "cos", None, False)
+    assert one_cycle(0.1, total_steps=3, anneal="linear").rise == "linear"
+    scheduler = from_torch(lambda o: lr_scheduler.CyclicLR(o, 0.1, 0.2, cycle_momentum=False), 1)
+    assert scheduler(0) == 0.1
 
 
 def test_bounds_of_the_legal_ranges_are_legal():

@@ -17,6 +17,7 @@ from steploop import (
     evaluate,
     forward_loss,
     optimizer_step,
+    schedule,
     unscale_and_clip,
 )
 from steploop.creation import copy_leaf
@@ -432,6 +433,8 @@ def test_what_does_not_match_is_not_stepped_on():
     ):
         with pytest.raises(ValueError, match=r"^zip\(\) argument 2 is "):
             optimizer_step(wrong)
+    with pytest.raises(ValueError, match=r"^zip\(\) argument 2 is shorter"):
+        schedule(state.replace(hyper=state.hyper * 2), lambda step: 0.1)
     other = state.clone()
     state._machine.optimizer.add_param_group({"params": [nn.Parameter(torch.zeros(1))]})
     with pytest.raises(ValueError, match=r"^zip\(\) argument 2 is shorter"):

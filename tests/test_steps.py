@@ -275,6 +275,15 @@ def test_a_rate_is_given_to_a_group_as_it_is_or_in_proportion():
     assert [group["lr"] for group in state.hyper] == pytest.approx([1, 2.0, 3.0])
 
 
+def test_a_schedule_that_cycles_momentum_sets_the_first_beta_and_leaves_the_others():
+    optimizer = Optimizer(
+        torch.optim.AdamW, lr=0.1, betas=(0.9, 0.97), groups=[("0.*", {"betas": (0.8, 0.96)})]
+    )
+    cycle = one_cycle(0.1, total_steps=10, momentum=(0.7, 0.75))
+    state = schedule(TrainState.create(network(), optimizer), cycle)
+    assert [group["betas"] for group in state.hyper] == [(0.75, 0.97), (0.75, 0.96)]
+
+
 class Trace:
     """Stands for the trace of a step that is being compiled, and notes what it is told."""
 
@@ -318,7 +327,7 @@ def test_the_rates_on_a_device_are_looked_up_in_a_table_that_is_made_once_for_ea
         asked.append(step)
         return float(step)
 
-    state = fresh().replace(applied_steps=torch.tensor(3), _known=(2, 0))
+    state = fresh().replace(applied_steps=torch.tensor(3), attempted_steps=700, _known=(2, 700))
     assert float(schedule(state, rate).hyper[0]["lr"]) == 3.0
     assert asked == list(range(2, 2 + 1024 + 1))
     later = state.replace(applied_steps=torch.tensor(5))
@@ -326,9 +335,9 @@ def test_the_rates_on_a_device_are_looked_up_in_a_table_that_is_made_once_for_ea
     assert len(asked) == 1025
     assert float(schedule(later, lambda step: step / 2).hyper[0]["lr"]) == 2.5
     # the table ends 1,024 steps after the host last knew the count, which it reads then
-    last = state.replace(applied_steps=torch.tensor(2 + 1024), attempted_steps=1024)
+    last = state.replace(applied_steps=torch.tensor(2 + 1024), attempted_steps=700 + 1024)
     assert isinstance(schedule(last, rate).applied_steps, torch.Tensor)
-    beyond = schedule(last.replace(attempted_steps=1025), rate)
+    beyond = schedule(last.replace(attempted_steps=700 + 1025), rate)
     assert (beyond.applied_steps, beyond.learning_rate) == (1026, 1026.0)
 
 
@@ -336,6 +345,8 @@ def test_the_table_of_rates_is_float32_on_the_device_of_the_count():
     with DefaultDtype(torch.float64):
         table = _Table.of(one_cycle(0.1, total_steps=4, momentum=(0.8, 0.9)), 0, torch.device("meta"))
         plain = _Table.of(lambda step: 0.5, 0, torch.device("cpu"))
+    elsewhere = fresh().replace(applied_steps=torch.zeros((), dtype=torch.int64, device="meta"))
+    assert schedule(elsewhere, lambda step: 0.5).hyper[0]["lr"].device.type == "meta"
     for values in (table.rates, table.momenta):
         assert (values.dtype, values.device.type) == (torch.float32, "meta")
     assert (plain.rates.dtype, plain.momenta) == (torch.float32, None)

@@ -44,6 +44,9 @@ class _Request:
     )
 
 
+_Request.__name__ = "from_torch"  # whose arguments they are, for those who read a refusal
+
+
 def from_torch(
     make_scheduler: Callable[[torch.optim.Optimizer], LRScheduler],
     total_steps: int,
@@ -80,8 +83,7 @@ def from_torch(
             "from_torch: make_scheduler must be a function from an optimizer to a torch scheduler, "
             f"got {make_scheduler!r}. Give for instance lambda optimizer: StepLR(optimizer, step_size=30)."
         )
-    parameter = torch.zeros(1, device="cpu", requires_grad=True)
-    optimizer = torch.optim.SGD([parameter], lr=request.lr, momentum=request.momentum)
+    optimizer = torch.optim.SGD([torch.zeros(1)], lr=request.lr, momentum=request.momentum)
     values: list[Rates] = []
     # Torch warns about how a scheduler is used in a training loop; this is none, so that nothing there is news.
     with warnings.catch_warnings():
