@@ -91,6 +91,21 @@ def test_a_run_that_holds_its_lock_is_running_and_one_that_does_not_has_died(run
     assert (found["state"], found["resume"]) == ("died", True)
 
 
+@pytest.mark.parametrize(
+    ("evaluated", "saved", "said"),
+    [(None, 40, 40), (30, 40, 40), (50, 40, 50), (30, None, 30), (None, None, None)],
+)
+def test_a_killed_run_has_come_as_far_as_its_last_evaluation_or_checkpoint(
+    evaluated, saved, said, run, capsys
+):
+    write_json(run.status, {"state": "running", **({} if evaluated is None else {"step": evaluated})})
+    if saved is not None:
+        (run.path / "checkpoints" / f"step-{saved:012}").mkdir(parents=True)
+    assert status_of(run, capsys)["step"] == said
+    assert call(["status", str(run.path)]) == 0
+    assert f"steps: {'unknown' if said is None else said}, checkpoint: " in capsys.readouterr().out
+
+
 def test_a_directory_without_a_run_is_refused(tmp_path, capsys):
     assert call(["status", str(tmp_path)]) == 2
     assert "holds no run" in capsys.readouterr().err

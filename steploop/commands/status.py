@@ -24,7 +24,8 @@ def status(run: Annotated[Path, RUN], *, as_json: Annotated[bool, JSON] = False)
         return
     who = f", process {found['pid']} on {found['host']}" if found["state"] == "running" else ""
     sys.stdout.write(f"{run}: {found['state']}{who}\n")
-    sys.stdout.write(f"steps {found['step']}, checkpoint {found['checkpoint'] or 'none'}\n")
+    taken = "unknown" if found["step"] is None else found["step"]
+    sys.stdout.write(f"steps: {taken}, checkpoint: {found['checkpoint'] or 'none'}\n")
     if found["error"]:
         sys.stdout.write(f"{found['error']}\n")
     if found["resume"]:
@@ -35,8 +36,8 @@ def describe(run: Path) -> dict[str, Any]:
     """The state of a run as plain values.
 
     Returns:
-        "state" (finished, interrupted, failed, died, running), "pid", "host", "exit_code", "step", "checkpoint" (the
-        newest one's path or None), "error", and "resume": whether resuming it would train on.
+        "state" (finished, interrupted, failed, died, running), "pid", "host", "exit_code", "step" (the last that is
+        known to be taken, or None), "checkpoint" (the newest one's path or None), "error", and "resume": whether resuming it would train on.
     """
     from steploop.run.directory import open_directory, read_json
     from steploop.run_lock import run_owner
@@ -56,8 +57,16 @@ def describe(run: Path) -> dict[str, Any]:
         "pid": owner.pid if owner is not None else written.get("pid"),
         "host": owner.host if owner is not None else written.get("host"),
         "exit_code": written.get("exit_code"),
-        "step": written.get("step", written.get("steps_applied")),
+        "step": _steps(written, newest),
         "checkpoint": None if newest is None else str(newest),
         "error": written.get("error"),
         "resume": state in {"interrupted", "died"} or (state == "failed" and newest is not None),
     }
+
+
+def _steps(written: dict[str, Any], newest: Path | None) -> int | None:
+    """A run that was killed wrote no status since its last evaluation; its last checkpoint may be younger."""
+    known = [written.get("step", written.get("steps_applied"))]
+    if newest is not None and (digits := newest.name.removeprefix("step-")).isdecimal():
+        known.append(int(digits))
+    return max((step for step in known if step is not None), default=None)
