@@ -15,7 +15,15 @@ from steploop.state import TrainState
 from steploop.traced import trace_of
 from steploop.trees import map_tensors, shapes
 
-__all__ = ["Objective", "SeededGenerators", "TrainingPasses", "read_objective", "surroundings", "translated"]
+__all__ = [
+    "Objective",
+    "SeededGenerators",
+    "TrainingPasses",
+    "did_not_fit",
+    "read_objective",
+    "surroundings",
+    "translated",
+]
 
 # objective(model, batch) -> loss | (loss, outputs) | (loss, outputs, weight)
 Objective = Callable[[nn.Module, Any], Any]
@@ -146,13 +154,19 @@ class TrainingPasses:
         return self._machine.module.buffers()
 
 
+def did_not_fit(error: BaseException) -> bool:
+    """Whether an error says that memory ran out, on the host or on a device."""
+    text = str(error)
+    return isinstance(error, MemoryError) or any(sign in text for sign in _OUT_OF_MEMORY)
+
+
 def translated(error: Exception, machine: Machine, batch: Any) -> SteploopError | None:
     """Our error for the two failures of a forward or backward pass that torch's text does not explain; else None.
 
     ``batch`` is None where it is not known, in a backward pass.
     """
     text = str(error)
-    if isinstance(error, MemoryError) or any(sign in text for sign in _OUT_OF_MEMORY):
+    if did_not_fit(error):
         held = "" if batch is None else f": the batch holds {shapes(batch)}"
         return OutOfMemoryError(
             f"A step did not fit into the memory of {machine.device}{held}. The state is as it was. Use smaller batches, "

@@ -16,13 +16,20 @@ class Lease:
         generation: grows by one whenever a step function updates the tensors in place; a state is alive as long as
             its own number is this one.
         spender: the step function that did it last.
+        torn: whether an update was cut off by an error, so that the tensors are no state's any more.
     """
 
-    __slots__ = ("__weakref__", "generation", "spender")
+    __slots__ = ("__weakref__", "generation", "spender", "torn")
 
     def __init__(self) -> None:
         self.generation = 0
         self.spender = ""
+        self.torn = False
+
+    def tear(self) -> None:
+        """Leave the tensors to nobody: some of them were updated and others not."""
+        self.generation += 1
+        self.torn = True
 
 
 class Holder:

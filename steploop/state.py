@@ -275,6 +275,12 @@ class TrainState:
         """Raise SpentStateError if the tensors of this state were given away."""
         lease = self._lease
         if self._generation != lease.generation:
+            if lease.torn:
+                raise SpentStateError(
+                    f"{use}: this state is spent: the optimizer failed in the middle of attempted step {self.attempted_steps}, "
+                    "and its tensors are half updated. Go on from a checkpoint, or from a copy that state.clone() or "
+                    "optimizer_step(state, donate=False) had left."
+                )
             # states in between are gone: only the last one to update the tensors is known by name
             spender = lease.spender if self._generation + 1 == lease.generation else "optimizer_step"
             raise SpentStateError(

@@ -5,7 +5,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from steploop.errors import NonFiniteError, StepOrderError
+from steploop.errors import NonFiniteError, OutOfMemoryError, StepOrderError
+from steploop.forwarding import did_not_fit
 from steploop.shielding import shielded
 from steploop.state import TrainState
 from steploop.traced import trace_of
@@ -37,6 +38,8 @@ def optimizer_step(state: TrainState, *, donate: bool = True, max_nonfinite_step
     Raises:
         StepOrderError: there are no unscaled gradients: ``unscale_and_clip`` comes before.
         NonFiniteError: ``max_nonfinite_steps`` in a row; names the first gradient that was not finite.
+        OutOfMemoryError: the update did not fit. ``state`` is intact if it was the first one, which makes the slots, and
+            nothing was updated yet; otherwise it is spent, unless ``donate=False``.
     """
     state.check_alive("optimizer_step")
     if state.grad_norm is None or state._grads is None:
@@ -46,7 +49,7 @@ def optimizer_step(state: TrainState, *, donate: bool = True, max_nonfinite_step
     if isinstance(finite, Tensor) and type(finite) is Tensor and not state._machine.fused:
         finite = bool(finite.item())  # waits for the device: this optimizer cannot skip by itself
     if not donate:
-        state = state.clone()
+        state = _copied(state)
     if isinstance(finite, bool):
         advanced = _decided(state, finite=finite)
     elif type(finite) is Tensor:
@@ -64,6 +67,18 @@ def optimizer_step(state: TrainState, *, donate: bool = True, max_nonfinite_step
     if finite is False and new.nonfinite_steps >= max_nonfinite_steps:
         check_nonfinite(new, max_nonfinite_steps, first_nonfinite(state))
     return new
+
+
+def _copied(state: TrainState) -> TrainState:
+    try:
+        return state.clone()
+    except (RuntimeError, MemoryError) as error:
+        if not did_not_fit(error):
+            raise
+        raise OutOfMemoryError(
+            f"A copy of the state did not fit into the memory of {state.device}. The state is as it was. "
+            "optimizer_step(state) needs no copy: it updates in place."
+        ) from error
 
 
 def first_nonfinite(state: TrainState) -> str:
@@ -88,8 +103,14 @@ def check_nonfinite(state: TrainState, limit: int, culprit: str) -> None:
 
 
 def _run_optimizer(state: TrainState) -> dict[str, dict[str, Any]]:
-    """Update the state's own tensors in place; the slots afterwards."""
+    """Update the state's own tensors in place; the slots afterwards.
+
+    An error on the way spends the state, if it may have been half updated by then.
+    """
     machine = state._machine
+    # the first step makes the slots, which is where memory runs out: if nothing else was done, it can be undone
+    first = type(state.applied_steps) is int and state.applied_steps == 0 and not any(state._slots.values())
+    versions = [leaf._version for leaf in state._leaves] if first else None
     before = machine.point_optimizer(state._lease, state._params, state._slots, state.hyper)
     try:
         machine.step(state._leaves, state._grads.values, state.loss)  # type: ignore[union-attr]  # checked by the caller
@@ -98,6 +119,23 @@ def _run_optimizer(state: TrainState) -> dict[str, dict[str, Any]]:
                 name: machine.optimizer.state[leaf]
                 for name, leaf in zip(machine.trainable, state._leaves, strict=True)
             }
+    except BaseException as error:
+        if trace_of(state) is not None:
+            raise
+        whole = not machine.replaces_slots and versions == [leaf._version for leaf in state._leaves]
+        for slot in state._slots.values() if whole else ():
+            slot.clear()
+        if not whole:
+            state._lease.tear()
+        if not did_not_fit(error):
+            raise
+        left = "The state is as it was." if whole else "It was cut off half-way: this state is spent."
+        raise OutOfMemoryError(
+            f"The update of {type(machine.optimizer).__name__} did not fit into the memory of {machine.device}. {left} Take an "
+            "optimizer that keeps less for each parameter, or freeze some; optimizer_step(state, donate=False) leaves the "
+            "state whole in any case, for the memory of a copy."
+        ) from error
+    else:
         return state._slots
     finally:
         machine.put_back(before)

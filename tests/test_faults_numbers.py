@@ -15,6 +15,7 @@ from points_recipe import objective
 from running import changed, digest, hidden, lines, steps, train
 from safetensors.torch import load_file
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from steploop import (
     LossScale,
@@ -31,7 +32,7 @@ from steploop import (
 )
 from steploop.checkpoint import BackgroundSaver, CheckpointStore
 from steploop.cli import call
-from steploop.errors import NonFiniteError, OutOfMemoryError
+from steploop.errors import NonFiniteError, OutOfMemoryError, SpentStateError
 
 INF, NAN = math.inf, math.nan
 QUICK = ["--no-tune", "--device", "cpu", "--quiet", "--checkpoint-every", "1", "--log-every", "1"]
@@ -327,6 +328,90 @@ def test_out_of_memory_is_one_error_and_the_next_step_is_as_if_nothing_had_been(
     assert all(p.grad is None for p in state.model.parameters())
     expected = taken(taken(make_linear(0), small, fine), small, fine)
     assert checkpoint.digest(taken(state, small, fine)) == checkpoint.digest(expected)
+
+
+class Full(TorchDispatchMode):
+    """No memory any more for some operations of an optimizer, from the ``nth`` on."""
+
+    def __init__(self, operation, nth):
+        super().__init__()
+        self.operation, self.left = operation, nth
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function is self.operation:
+            self.left -= 1
+            if self.left < 0:
+                from_torch()
+        return function(*args, **(kwargs or {}))
+
+
+ADAM = Optimizer(torch.optim.AdamW, lr=0.1)
+MOMENTUM = Optimizer(torch.optim.SGD, lr=0.1, momentum=0.9)
+
+
+@pytest.mark.parametrize("nth", [0, 1, 3])
+def test_the_first_update_that_does_not_fit_leaves_the_state_as_it_was(nth):
+    """E6. It makes the slots, which is where memory runs out; those that it had made are gone again."""
+    batch, fine = torch.ones(3, 3), lambda model, x: model(x).square().mean()
+    state = make_linear(0, optimizer=ADAM)
+    before = checkpoint.digest(state)
+    with (
+        pytest.raises(OutOfMemoryError, match=r"AdamW did not fit .* of cpu\. The state is as it was"),
+        Full(torch.ops.aten.zeros_like.default, nth),
+    ):
+        taken(state, batch, fine)
+    assert checkpoint.digest(state) == before
+    expected = checkpoint.digest(taken(make_linear(0, optimizer=ADAM), batch, fine))
+    assert checkpoint.digest(taken(state, batch, fine)) == expected
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "operation", "steps"),
+    [
+        (MOMENTUM, torch.ops.aten.clone.default, 0),  # the second parameter's, when the first was updated
+        (ADAM, torch.ops.aten.sqrt.default, 1),
+        (Optimizer(torch.optim.AdamW, lr=0.1, foreach=True), torch.ops.aten._foreach_sqrt.default, 1),
+    ],
+    ids=["SGD", "AdamW", "AdamW, foreach"],
+)
+def test_an_update_that_was_cut_off_half_way_spends_the_state(optimizer, operation, steps):
+    """E6. Nobody trains on it by mistake; without donation the state before it is whole."""
+    batch, fine = torch.ones(3, 3), lambda model, x: model(x).square().mean()
+    state = make_linear(0, optimizer=optimizer)
+    for _ in range(steps):
+        state = taken(state, batch, fine)
+    whole = state.clone()
+    with (
+        pytest.raises(OutOfMemoryError, match="It was cut off half-way: this state is spent"),
+        Full(operation, 1 - steps),
+    ):
+        taken(state, batch, fine)
+    assert not state.alive
+    with pytest.raises(
+        SpentStateError, match=f"the optimizer failed in the middle of attempted step {steps}, and"
+    ):
+        forward_loss(state, batch, fine)
+    ready = unscale_and_clip(backward_scaled(forward_loss(whole, batch, fine)), max_norm=1.0)
+    before = checkpoint.digest(whole)
+    with pytest.raises(OutOfMemoryError), Full(operation, 1 - steps):
+        optimizer_step(ready, donate=False)
+    assert checkpoint.digest(whole) == before
+    assert taken(whole, batch, fine).step == steps + 1
+
+
+def test_any_other_error_of_an_optimizer_spends_the_state_too():
+    """A rate that torch cannot convert, a hook of the user's: it comes out as it is, and nothing goes on from there."""
+    batch, fine = torch.ones(3, 3), lambda model, x: model(x).square().mean()
+    state = taken(make_linear(0), batch, fine)
+
+    def failing(*_):
+        raise ZeroDivisionError
+
+    state._machine.optimizer.register_step_post_hook(failing)
+    with pytest.raises(ZeroDivisionError):
+        taken(state, batch, fine)
+    with pytest.raises(SpentStateError, match="the optimizer failed in the middle of attempted step 1"):
+        checkpoint.digest(state)
 
 
 def test_a_run_that_runs_out_of_memory_says_so_in_one_sentence(tmp_path, capsys):

@@ -84,14 +84,17 @@ def test_a_signal_in_an_evaluation_does_not_wait_for_its_end(start, golden, tmp_
     check_end(tmp_path, child, 75, golden)
 
 
-def test_a_signal_while_waiting_for_data_is_seen_and_no_worker_complains(start, golden, tmp_path):
+@pytest.mark.parametrize(("signum", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 75)])
+def test_a_signal_while_waiting_for_data_is_seen_and_no_worker_complains(
+    start, signum, code, golden, tmp_path
+):
     """D1, D4. The signal goes to the whole process group, as Ctrl-C in a terminal does; the data never come."""
     child = start("--set", "workers=2", "--set", "data_s=1000")
     child.wait_for((tmp_path / "run" / "checkpoints").is_dir)
     time.sleep(0.5)
     begun = time.monotonic()
-    os.killpg(child.pid, signal.SIGINT)
-    check_end(tmp_path, child, 130, golden)
+    os.killpg(child.pid, signum)
+    check_end(tmp_path, child, code, golden)
     assert time.monotonic() - begun < 30  # and not 1000
     with pytest.raises(ProcessLookupError):
         os.killpg(child.pid, 0)
