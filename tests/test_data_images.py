@@ -168,7 +168,7 @@ def test_auto_without_a_network_is_synthetic_and_says_so(monkeypatch, tmp_path):
     assert "CIFAR-10 could not be had (it is not in" in data.note
     assert "OSError: Network is unreachable): these are SYNTHETIC images" in data.note
     assert not (tmp_path / "here").exists()
-    with pytest.raises(DataError, match="cannot be downloaded: OSError: Network is unreachable"):
+    with pytest.raises(DataError, match="cannot be reached: OSError: Network is unreachable"):
         load_images("cifar10", root=tmp_path)
 
 
@@ -177,7 +177,7 @@ def test_a_server_that_never_answers_is_given_up(monkeypatch, tmp_path):
     monkeypatch.setattr(cifar10.urllib.request, "urlopen", lambda *_, **__: done.wait(60))
     data = load_images("auto", root=tmp_path, train_samples=20, test_samples=10, timeout_s=0.05)
     done.set()
-    assert "no answer within 0.05 s" in data.note
+    assert "gave no answer within 0.05 s" in data.note
 
 
 def test_a_download_that_is_cut_off_or_changed_leaves_nothing_behind(monkeypatch, tmp_path):

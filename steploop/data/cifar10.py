@@ -2,8 +2,6 @@
 
 import hashlib
 import tempfile
-import threading
-import urllib.request
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +9,7 @@ import torch
 from torch import Tensor
 from torchvision.datasets import CIFAR10
 
+from steploop.data.network import open_url
 from steploop.data.progress import Progress, showing
 from steploop.errors import DataError
 
@@ -71,33 +70,13 @@ def _md5(path: Path) -> str:
         return hashlib.file_digest(file, lambda: hashlib.md5(usedforsecurity=False)).hexdigest()
 
 
-def _opened(url: str, timeout_s: float) -> Any:
-    """The response of the server, or an OSError when there is none in time.
-
-    In a thread of its own, because looking up a name has no timeout in Python and can take minutes.
-    """
-    found: list[Any] = []
-
-    def ask() -> None:
-        try:
-            found.append(urllib.request.urlopen(url, timeout=timeout_s))  # noqa: S310  (torchvision's https constant)
-        except Exception as error:  # noqa: BLE001  (it is raised below, in the thread that asked)
-            found.append(error)
-
-    thread = threading.Thread(target=ask, daemon=True)
-    thread.start()
-    thread.join(timeout_s)
-    if not found:
-        raise TimeoutError(f"no answer within {timeout_s:g} s")
-    if isinstance(found[0], Exception):
-        raise found[0]
-    return found[0]
-
-
 def _download(archive: Path, timeout_s: float, progress: Progress | None) -> None:
     """Fetch the archive: it appears whole and verified, or not at all."""
     try:
-        response = _opened(CIFAR10.url, timeout_s)
+        response = open_url(CIFAR10.url, timeout_s=timeout_s)
+    except DataError as error:
+        raise DataError(f"it is not in {archive.parent}, and {error}") from error
+    try:
         archive.parent.mkdir(parents=True, exist_ok=True)
         with response, tempfile.TemporaryDirectory(dir=archive.parent, prefix=".cifar-10-") as beside:
             part = Path(beside) / archive.name
