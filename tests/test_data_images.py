@@ -10,7 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
-from steploop.data import cifar10
+from steploop.data import cifar10, network
 from steploop.data.images import channel_statistics, load_images
 from steploop.data.progress import showing
 from steploop.data.synthetic import SyntheticImageDataset
@@ -162,7 +162,7 @@ def test_auto_without_a_network_is_synthetic_and_says_so(monkeypatch, tmp_path):
     def unreachable(*_, **__):
         raise OSError("Network is unreachable")
 
-    monkeypatch.setattr(cifar10.urllib.request, "urlopen", unreachable)
+    monkeypatch.setattr(network.urllib.request, "urlopen", unreachable)
     data = load_images("auto", root=tmp_path / "here", train_samples=20, test_samples=10)
     assert data.name == "synthetic"
     assert "CIFAR-10 could not be had (it is not in" in data.note
@@ -174,14 +174,14 @@ def test_auto_without_a_network_is_synthetic_and_says_so(monkeypatch, tmp_path):
 
 def test_a_server_that_never_answers_is_given_up(monkeypatch, tmp_path):
     done = threading.Event()
-    monkeypatch.setattr(cifar10.urllib.request, "urlopen", lambda *_, **__: done.wait(60))
+    monkeypatch.setattr(network.urllib.request, "urlopen", lambda *_, **__: done.wait(60))
     data = load_images("auto", root=tmp_path, train_samples=20, test_samples=10, timeout_s=0.05)
     done.set()
     assert "gave no answer within 0.05 s" in data.note
 
 
 def test_a_download_that_is_cut_off_or_changed_leaves_nothing_behind(monkeypatch, tmp_path):
-    monkeypatch.setattr(cifar10.urllib.request, "urlopen", lambda *_, **__: Served(b"short"))
+    monkeypatch.setattr(network.urllib.request, "urlopen", lambda *_, **__: Served(b"short"))
     with pytest.raises(DataError, match="5 bytes came, of 10, and their MD5 digest is wrong"):
         load_images("cifar10", root=tmp_path)
     assert list(tmp_path.iterdir()) == []
@@ -211,7 +211,7 @@ def test_cifar10_is_downloaded_once_and_then_read_from_disk(monkeypatch, tmp_pat
     monkeypatch.setattr(cifar10.CIFAR10, "tgz_md5", hashlib.md5(file.getvalue()).hexdigest())
     asked = []
     monkeypatch.setattr(
-        cifar10.urllib.request, "urlopen", lambda url, **_: asked.append(url) or Served(file.getvalue())
+        network.urllib.request, "urlopen", lambda url, **_: asked.append(url) or Served(file.getvalue())
     )
     seen = []
     for _ in range(2):
