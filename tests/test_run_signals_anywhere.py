@@ -20,17 +20,24 @@ from steploop.cli import call
 
 PACKAGE = str(Path(steploop.__file__).parent)
 QUICK = ["--no-tune", "--device", "cpu", "--quiet", "--checkpoint-every", "3"]
-MOMENTS = 16  # for each of the three signals
+MOMENTS = 12  # for each of the three signals
 
 
 class Calls:
-    """Counts the calls of steploop's functions in this thread; at the ``nth`` this process gets a signal."""
+    """Counts calls of steploop's functions in this thread; at the ``nth`` this process gets a signal.
 
-    def __init__(self, nth=None, signum=None):
-        self.count, self.nth, self.signum = 0, nth, signum
+    Args:
+        nth: which one, from 1.
+        signum: the signal.
+        name: count those of one function only, by its qualified name.
+    """
+
+    def __init__(self, nth=None, signum=None, name=None):
+        self.count, self.nth, self.signum, self.name = 0, nth, signum, name
 
     def __call__(self, frame, event, _):
-        if event == "call" and frame.f_code.co_filename.startswith(PACKAGE):
+        code = frame.f_code
+        if event == "call" and code.co_filename.startswith(PACKAGE) and self.name in {None, code.co_qualname}:
             self.count += 1
             if self.count == self.nth:
                 sys.setprofile(None)
@@ -69,33 +76,72 @@ def golden(tmp_path_factory):
     return folder / "run", calls.count
 
 
+def signalled(moment, expected, whole, out, capsys):
+    """Run with a signal at that moment, and go on; how the first run ended."""
+    with moment:
+        code = call(["run", POINTS, "--out", str(out), *QUICK])
+    said = capsys.readouterr()
+    at = f"call {moment.nth} of {moment.name}: exit code {code}, {said.err}"
+    assert "Traceback" not in said.err, at
+    if code == 0:
+        ending = "finished"
+    elif (out / "config.json").exists():
+        ending = "interrupted"
+        assert code == expected, at
+        assert hidden(out) == [], at
+        assert json.loads((out / "status.json").read_bytes())["state"] == "interrupted", at
+        assert call(["resume", str(out), "--quiet"]) == 0, at
+    else:
+        ending = "never began"
+        assert code == expected, at
+        assert said.err.startswith("steploop: interrupted before the first step"), at
+        assert call(["run", POINTS, "--out", str(out), *QUICK]) == 0, at
+    assert digest(out) == digest(whole), at
+    return ending
+
+
 @pytest.mark.parametrize(
     ("signum", "expected"), [(signal.SIGINT, 130), (signal.SIGTERM, 75), (signal.SIGUSR1, 75)]
 )
 def test_a_signal_at_any_moment_loses_nothing(signum, expected, golden, tmp_path, capsys):
     """D1. It is resumed to the same state, or it never began and leaves nothing, or it had ended."""
     whole, calls = golden
-    rng, endings = random.Random(signum), []
-    for number in range(MOMENTS):
-        out = tmp_path / str(number)
-        moment = Calls(1 + int((number + rng.random()) * calls / MOMENTS), signum)
-        with moment:
-            code = call(["run", POINTS, "--out", str(out), *QUICK])
-        said = capsys.readouterr()
-        at = f"signal {signum} at call {moment.nth} of {calls}: exit code {code}, {said.err}"
-        assert "Traceback" not in said.err, at
-        if code == 0:
-            endings.append("finished")
-        elif not (out / "config.json").exists():
-            assert code == expected, at
-            assert said.err.startswith("steploop: interrupted before the first step"), at
-            assert call(["run", POINTS, "--out", str(out), *QUICK]) == 0, at
-            endings.append("never began")
-        else:
-            assert code == expected, at
-            assert hidden(out) == [], at
-            assert json.loads((out / "status.json").read_bytes())["state"] == "interrupted", at
-            assert call(["resume", str(out), "--quiet"]) == 0, at
-            endings.append("resumed")
-        assert digest(out) == digest(whole), at
-    assert endings.count("resumed") > MOMENTS // 2, endings
+    rng = random.Random(signum)
+    moments = [1 + int((number + rng.random()) * calls / MOMENTS) for number in range(MOMENTS)]
+    endings = [signalled(Calls(nth, signum), expected, whole, tmp_path / str(nth), capsys) for nth in moments]
+    assert endings.count("interrupted") > MOMENTS // 2, endings
+
+
+@pytest.mark.parametrize(
+    ("ending", "name"),
+    [
+        ("never began", "record"),
+        ("never began", "announce"),
+        ("interrupted", "Status.__init__"),
+        ("interrupted", "CheckpointStore.prepare"),
+        ("interrupted", "CheckpointKeeper.newest"),
+        ("interrupted", "Loop.run"),
+        ("interrupted", "Loop._step"),
+        ("interrupted", "optimizer_step"),
+        ("interrupted", "update_ema"),
+        ("interrupted", "RunJournal.train"),
+        ("interrupted", "CheckpointKeeper.save"),
+        ("interrupted", "BackgroundSaver._snapshot"),
+        ("interrupted", "Status.update"),
+        ("interrupted", "Loop._evaluated"),
+        ("interrupted", "fold_metrics"),
+        ("interrupted", "next_epoch"),
+        ("finished", "Loop._closed"),
+        ("finished", "summarize"),
+    ],
+)
+def test_a_signal_when_a_part_of_a_run_begins_is_seen_at_the_next_place_where_nothing_is_half_done(
+    ending, name, golden, tmp_path, capsys
+):
+    """D1. In the first and the second such part; what never began leaves no file behind that would refuse a new run."""
+    whole, _ = golden
+    moment = Calls(1, signal.SIGTERM, name)
+    assert signalled(moment, 75, whole, tmp_path / "1", capsys) == ending
+    assert moment.count == 1
+    if ending == "interrupted":
+        signalled(Calls(2, signal.SIGTERM, name), 75, whole, tmp_path / "2", capsys)
