@@ -45,6 +45,12 @@ def test_the_last_line_of_a_killed_run_is_counted_and_left_out(tmp_path):
     assert len(record.evals) == 3
 
 
+def test_a_run_that_ended_between_two_log_points_counts_all_its_steps(tmp_path):
+    write_lines(tmp_path / "run", [train(70), train(72)])
+    (tmp_path / "run" / "status.json").write_text('{"state": "interrupted", "step": 73}')
+    assert read_run(tmp_path / "run").steps == 73
+
+
 def test_of_steps_that_were_done_twice_the_later_lines_count(tmp_path):
     lines = [train(n) for n in range(1, 6)]
     lines += [{"kind": "event", "event": "skipped", "step": 4, "attempted": 5}]

@@ -94,8 +94,10 @@ class RunRecord:
 
     @property
     def steps(self) -> int:
-        """Applied steps, by the last line."""
-        return max((int(line.get("step") or 0) for line in (*self.train, *self.evals)), default=0)
+        """Applied steps, by the last line; or by the status, where the run ended between two lines."""
+        ended = self.status.get("step")
+        logged = (int(line.get("step") or 0) for line in (*self.train, *self.evals))
+        return max(ended if isinstance(ended, int) else 0, *logged, 0)
 
     @property
     def skipped(self) -> int:
