@@ -92,7 +92,7 @@ def first_difference(a: Any, b: Any, name: str = "") -> str | None:
         if isinstance(x, Tensor) and isinstance(y, Tensor):
             if (difference := _tensor_difference(key, x, y)) is not None:
                 return difference
-        elif isinstance(x, Tensor) or isinstance(y, Tensor) or type(x) is not type(y):
+        elif type(x) is not type(y):
             return f"{key}: {type(x).__name__} against {type(y).__name__}"
         elif x != y and not (x != x and y != y):  # noqa: PLR0124  (nan is the one value unequal to itself)
             return f"{key}: {x!r} against {y!r}"

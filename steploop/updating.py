@@ -84,9 +84,9 @@ def _copied(state: TrainState) -> TrainState:
 def first_nonfinite(state: TrainState) -> str:
     """The name of the first parameter whose gradient is not finite; for messages."""
     values = [] if state._grads is None else state._grads.values
-    for name, grad in zip(state._machine.trainable, values, strict=False):
+    for index, grad in enumerate(values):
         if grad is not None and not torch.isfinite(grad).all():
-            return name
+            return state._machine.trainable[index]
     return "none (their norm overflows float32)"
 
 
@@ -115,10 +115,7 @@ def _run_optimizer(state: TrainState) -> dict[str, dict[str, Any]]:
     try:
         machine.step(state._leaves, state._grads.values, state.loss)  # type: ignore[union-attr]  # checked by the caller
         if machine.replaces_slots:
-            return {
-                name: machine.optimizer.state[leaf]
-                for name, leaf in zip(machine.trainable, state._leaves, strict=True)
-            }
+            return {name: machine.optimizer.state[state._params[name]] for name in machine.trainable}
     except BaseException as error:
         if trace_of(state) is not None:
             raise

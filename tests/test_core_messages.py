@@ -232,6 +232,59 @@ def test_a_refusal_is_a_whole_sentence(refused, error, message):
     assert str(excinfo.value) == message
 
 
+def no_memory(*_):
+    raise MemoryError
+
+
+def stepped(steps, **options):
+    """As many steps as fit, and then one that does not."""
+    state = Task().state()
+    for _ in range(steps):
+        state = backward_scaled(forward_loss(state, Task().batch(0), classification))
+        state = optimizer_step(unscale_and_clip(state, max_norm=1.0))
+    state = backward_scaled(forward_loss(state, Task().batch(0), classification))
+    state._machine.optimizer.register_step_pre_hook(no_memory)
+    with pytest.raises(OutOfMemoryError) as excinfo:
+        optimizer_step(unscale_and_clip(state, max_norm=1.0), **options)
+    return state, str(excinfo.value)
+
+
+UPDATE = (
+    "The update of SGD did not fit into the memory of cpu. {} Take an optimizer that keeps less for each parameter, or "
+    "freeze some; optimizer_step(state, donate=False) leaves the state whole in any case, for the memory of a copy."
+)
+
+
+def test_an_update_that_does_not_fit_says_whether_the_state_is_whole():
+    state, message = stepped(0)
+    assert message == UPDATE.format("The state is as it was.")
+    assert state.alive
+    state, message = stepped(1)
+    assert message == UPDATE.format("It was cut off half-way: this state is spent.")
+    with pytest.raises(SpentStateError) as excinfo:
+        _ = state.params
+    assert str(excinfo.value) == (
+        "params: this state is spent: the optimizer failed in the middle of attempted step 1, and its tensors are half "
+        "updated. Go on from a checkpoint, or from a copy that state.clone() or optimizer_step(state, donate=False) had left."
+    )
+    assert stepped(1, donate=False)[0].alive
+
+
+def test_a_copy_that_does_not_fit_says_how_to_do_without(monkeypatch):
+    state = unscale_and_clip(with_grads(), max_norm=1.0)
+    monkeypatch.setattr(TrainState, "clone", no_memory)
+    with pytest.raises(OutOfMemoryError) as excinfo:
+        optimizer_step(state, donate=False)
+    assert str(excinfo.value) == (
+        "A copy of the state did not fit into the memory of cpu. The state is as it was. optimizer_step(state) needs no copy: "
+        "it updates in place."
+    )
+    assert state.alive
+    monkeypatch.setattr(TrainState, "clone", lambda _: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        optimizer_step(state, donate=False)
+
+
 def test_a_step_that_does_not_fit_says_the_shapes_of_the_batch_and_what_to_do():
     machine = Task().state()._machine
     found = translated(RuntimeError("DefaultCPUAllocator: can't allocate memory"), machine, Task().batch(0))

@@ -386,6 +386,20 @@ def test_a_group_is_chosen_by_patterns_or_by_name_and_tensor():
     )
 
 
+def test_a_state_that_the_host_knows_is_settled():
+    state = TrainState.create(network(), SGD)
+    assert state.settle() is state
+
+
+def test_a_clone_of_a_state_whose_gradients_were_given_away_has_none_to_give():
+    state = backward_scaled(forward_loss(TrainState.create(network(), SGD), batch(), objective))
+    twin = state.clone()
+    unscale_and_clip(state, max_norm=1.0)
+    with pytest.raises(SpentStateError, match="given to unscale_and_clip"):
+        _ = state.clone().grads
+    assert all(grad is not state._grads.values[i] for i, grad in enumerate(twin.grads.values()))
+
+
 class Bare(torch.optim.SGD):
     """An optimizer that does not let torch wrap its step."""
 
@@ -433,12 +447,36 @@ def test_what_does_not_match_is_not_stepped_on():
     ):
         with pytest.raises(ValueError, match=r"^zip\(\) argument 2 is "):
             optimizer_step(wrong)
+    with pytest.raises(ValueError, match=r"^zip\(\) argument 2 is longer"):
+        unscale_and_clip(
+            state.replace(_grads=Gradients(state._grads.values[:-1]), grad_norm=None), adaptive=0.1
+        )
     with pytest.raises(ValueError, match=r"^zip\(\) argument 2 is shorter"):
         schedule(state.replace(hyper=state.hyper * 2), lambda step: 0.1)
     other = state.clone()
     state._machine.optimizer.add_param_group({"params": [nn.Parameter(torch.zeros(1))]})
     with pytest.raises(ValueError, match=r"^zip\(\) argument 2 is shorter"):
         optimizer_step(other)
+
+
+class Skipping(Unrated):
+    """Reads on the device whether to step, as torch's fused ones do."""
+
+    _step_supports_amp_scaling = True
+
+    def step(self):
+        if not self.found_inf:
+            super().step()
+
+
+def test_a_fused_optimizer_of_somebody_else_may_put_new_slots_in_place_of_the_old_too():
+    state = TrainState.create(network(), Optimizer(Skipping))
+    state = unscale_and_clip(backward_scaled(forward_loss(state, batch(), objective)), max_norm=1.0)
+    after = optimizer_step(state.replace(finite=torch.tensor([True])[0]), donate=False)
+    assert after.slots["0.weight"] == {"seen": 1}
+    skipped = optimizer_step(state.replace(finite=torch.tensor([False])[0]))
+    assert skipped.slots["0.weight"] == {}
+    assert (after.step, skipped.step) == (1, 0)
 
 
 @pytest.mark.parametrize(

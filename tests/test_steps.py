@@ -1,12 +1,16 @@
 """The step functions: order, ownership of gradients, what they leave alone, what they say when refused."""
 
 import math
+import weakref
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
+import steploop.clip
+import steploop.steps
 from steploop import (
     LossScale,
     Optimizer,
@@ -36,6 +40,7 @@ from steploop.scheduling import _Table
 from steploop.shielding import DefaultDtype
 from steploop.steps import seed_of
 from steploop.traced import TracedCount
+from steploop.updating import first_nonfinite
 
 SGD = Optimizer(torch.optim.SGD, lr=0.1, momentum=0.9)
 
@@ -198,6 +203,38 @@ def test_an_objective_may_return_its_loss_alone_or_in_a_tuple():
     assert (alone.outputs, within.outputs) == (None, None)
 
 
+def test_a_forward_pass_leaves_nothing_of_the_step_before():
+    state = run_step(fresh(), objective)
+    assert None not in (state.grad_norm, state.clipped_norm, state.finite)
+    for before in (state, unscale_and_clip(grads(), max_norm=1.0)):
+        after = forward_loss(before, batch(), objective)
+        assert (after.grads, after.grad_norm, after.clipped_norm, after.finite) == (None, None, None, None)
+
+
+class Checkpointed(nn.Module):
+    """Keeps no activations: computes them again in the backward pass."""
+
+    def __init__(self):
+        super().__init__()
+        self.body = network()
+
+    def forward(self, x):
+        return checkpoint(self.body, x, use_reentrant=False)
+
+
+def test_activations_are_computed_again_with_the_parameters_of_their_own_state():
+    """Two states over one module, forward and backward interleaved: each gradient is that of its own parameters."""
+    one = TrainState.create(Checkpointed(), SGD)
+    other = run_step(one.clone(), objective)
+    forward = [forward_loss(state, batch(), objective) for state in (one, other)]
+    alone = [backward_scaled(forward_loss(state, batch(), objective)).grads for state in (one, other)]
+    for state, expected in zip(forward, alone, strict=True):
+        found = backward_scaled(state).grads
+        assert all(torch.equal(grad, expected[name]) for name, grad in found.items())
+        assert one._machine.model.body[0].weight is one.params["body.0.weight"]
+    assert not torch.equal(alone[0]["body.0.weight"], alone[1]["body.0.weight"])
+
+
 def test_outputs_and_loss_carry_no_graph():
     state = forward_loss(fresh(), batch(), objective)
     assert not state.loss.requires_grad
@@ -244,6 +281,36 @@ def test_too_many_steps_in_a_row_that_are_not_finite_end_with_the_name_of_the_fi
     assert "limit 5" in text
     assert "2.weight" in text
     assert "0.weight" not in text
+
+
+def test_a_limit_of_0_stops_at_the_first_step_that_is_not_finite():
+    state = run_step(fresh(), objective, max_nonfinite_steps=0)
+    with pytest.raises(NonFiniteError, match="1 steps in a row"):
+        run_step(state, explosive, max_nonfinite_steps=0)
+
+
+def test_where_no_gradient_is_held_none_is_the_first_that_is_not_finite():
+    assert first_nonfinite(fresh()) == "none (their norm overflows float32)"
+
+
+def test_the_buffers_of_before_a_step_are_let_go_of_after_it():
+    state = TrainState.create(nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3)), SGD)
+    before = weakref.ref(state.buffers["1.running_mean"])
+    state = run_step(state, objective)
+    assert before() is None
+
+
+def test_what_the_host_last_knew_of_a_count_on_the_device_moves_only_when_it_knows_again(monkeypatch):
+    """It is where the table of rates begins."""
+    for module in (steploop.clip, steploop.steps):
+        monkeypatch.setattr(module, "on_host", lambda _: False)
+    state = TrainState.create(network(), Optimizer(torch.optim.SGD, lr=0.1, fused=True))
+    state = run_step(state.replace(applied_steps=3, attempted_steps=5), objective)
+    assert (state._known, int(state.applied_steps)) == ((3, 5), 4)
+    state = run_step(state, objective)
+    assert (state._known, int(state.applied_steps)) == ((3, 5), 5)
+    state = run_step(state.settle(), objective)
+    assert (state._known, int(state.applied_steps)) == ((5, 7), 6)
 
 
 def test_the_default_limit_is_a_hundred():
@@ -418,6 +485,7 @@ def test_what_a_loss_is_differentiated_with_is_kept_from_step_to_step():
     assert seed_of(state, loss, 0.5).item() == 2.0**15
     assert seed_of(fresh(), loss).item() == 1.0
     assert seed_of(fresh(), loss.double(), torch.tensor(0.5)).dtype is torch.float64
+    assert seed_of(fresh(), torch.ones((), device="meta")).device.type == "meta"
 
 
 def test_nothing_of_a_loss_that_is_being_traced_is_kept():
@@ -425,6 +493,7 @@ def test_nothing_of_a_loss_that_is_being_traced_is_kept():
     state = fresh()
     seed = seed_of(state, torch.ones((), dtype=torch.float64).as_subclass(Traced), 0.5)
     assert (seed.item(), seed.dtype) == (0.5, torch.float64)
+    assert seed_of(state, torch.ones((), device="meta").as_subclass(Traced)).device.type == "meta"
     assert not state._machine.seeds
 
 
