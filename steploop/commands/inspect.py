@@ -89,11 +89,19 @@ def _describe_state(name: str, values: Mapping[str, Any]) -> Iterator[str]:
     yield f"step         {values['applied_steps']} ({skipped} skipped), epoch {values['epoch']}, batch {values['batch']}"
     yield f"seed         {values['seed']}, precision {values['precision']}"
     yield f"optimizer    {values['optimizer']}"
-    for group in values["hyper"]:
-        numbers = [
-            f"{key}={value}" for key, value in group.items() if isinstance(value, (int, float)) and value
-        ]
-        yield f"  {', '.join(numbers)}"
+    for number, group in enumerate(values["hyper"]):
+        label = f"group {number}" if len(values["hyper"]) > 1 else ""
+        yield f"{label:<12} " + ", ".join(f"{k}={_shown(v)}" for k, v in group["dict"] if v)
     for key, label in _FOLDS.items():
         if values[key] is not None:
-            yield f"{label:<12} " + ", ".join(f"{k}={v}" for k, v in values[key].items())
+            yield f"{label:<12} " + ", ".join(f"{k}={_shown(v)}" for k, v in values[key].items())
+
+
+def _shown(value: Any) -> str:
+    """A value as the file has it, without the marks of what JSON lacks."""
+    if not isinstance(value, Mapping):
+        return str(value)
+    ((mark, inside),) = value.items()
+    if mark == "tuple":
+        return f"({', '.join(_shown(one) for one in inside)})"
+    return "a tensor" if mark == "tensor" else str(inside)
