@@ -373,7 +373,7 @@ def test_compile_stands_alone_or_takes_a_mode(words, mode, tmp_path, monkeypatch
         seen.append(request)
         raise SystemExit(0)
 
-    monkeypatch.setattr("steploop.run.session.carry_out", carry_out)
+    monkeypatch.setattr("steploop.run.conduct.carry_out", carry_out)
     assert call(["run", *words, "--out", str(tmp_path / "run"), *QUICK]) == 0
     assert [request.compile for request in seen] == [mode]
 

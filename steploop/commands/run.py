@@ -137,7 +137,7 @@ def run(
     else:
         request = make_request(recipe, values, out=out, **options)
     from steploop.logs.screens import choose_screen
-    from steploop.run.session import carry_out
+    from steploop.run.conduct import carry_out
 
     finish(carry_out(request, choose_screen(quiet=quiet)))
 

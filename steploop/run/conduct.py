@@ -51,7 +51,7 @@ def carry_out(request: Request, screen: Screen, stop: StopFlag | None = None) ->
         if not request.resume:
             refuse_taken(request.directory)
         try:
-            return _Session(request, screen, stop).run()
+            return _Run(request, screen, stop).run()
         finally:
             screen.close()
 
@@ -78,7 +78,7 @@ class _Outlets:
     status: Status
 
 
-class _Session:
+class _Run:
     """The parts of a run while it lasts."""
 
     def __init__(self, request: Request, screen: Screen, stop: StopFlag) -> None:
