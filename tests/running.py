@@ -12,8 +12,8 @@ from pathlib import Path
 
 from steploop.cli import call
 from steploop.logs.screens import QuietScreen
+from steploop.run.conduct import carry_out
 from steploop.run.requests import make_request, resume_request
-from steploop.run.session import carry_out
 from steploop.run.signals import StopFlag
 
 POINTS = str(Path(__file__).with_name("points_recipe.py"))
@@ -162,7 +162,12 @@ class Forked:
         with suppress(ChildProcessError):
             os.waitpid(self.pid, 0)
 
-    def end(self):
+    def end(self, timeout_s=120):
         """(exit code, stdout, stderr) once it has ended; of one that a signal killed, minus its number."""
-        _, status = os.waitpid(self.pid, 0)
-        return os.waitstatus_to_exitcode(status), self.out.read_text(), self.err.read_text()
+        end = time.monotonic() + timeout_s
+        while (ended := os.waitpid(self.pid, os.WNOHANG))[0] == 0:
+            if time.monotonic() > end:
+                self.kill()
+                raise AssertionError(f"it did not end: {self.err.read_text()}")
+            time.sleep(0.005)
+        return os.waitstatus_to_exitcode(ended[1]), self.out.read_text(), self.err.read_text()
