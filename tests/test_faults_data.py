@@ -1,22 +1,25 @@
-"""Data that are not there, or too few (FAULTS F1, F2), through a run; and loaders that come and go (F14).
+"""Data that are not there, too few, or that break a promise (FAULTS F1, F2, F11), through a run; and loaders that come and go (F14).
 
 What these would catch: a run of no steps that ends as if it had trained, a best metric of nothing, half of a step taken on
 a batch that does not fit, a worker or a descriptor that stays with every epoch.
 """
 
+import itertools
 import json
 import os
 import threading
+import time
 from pathlib import Path
 
 import attrs
 import pytest
 import torch
-from running import changed, digest, lines, running, steps, train
+from running import StopAtCheck, changed, digest, lines, running, steps, train, wait_until
 
 from steploop import checkpoint, evaluate
 from steploop.cli import call
 from steploop.data.loader import Loader
+from steploop.data.stream import Stream
 from steploop.run.signals import StopFlag
 
 QUICK = ["--no-tune", "--device", "cpu", "--quiet", "--log-every", "1"]
@@ -104,6 +107,82 @@ def test_a_batch_too_small_for_batch_norm_names_layer_batch_and_remedy_and_no_ha
     assert steps(tmp_path / "run")[-1:] == ([3] if batch_size == 9 else [])
 
 
+def numbered(epoch, start):
+    """An endless stream of batches, each a function of its place."""
+    for number in itertools.count(start):
+        generator = torch.Generator().manual_seed(1000 * epoch + number)
+        x = torch.randn(4, 6, generator=generator)
+        yield x, (x.sum(1) > 0).long()
+
+
+def raising(epoch, start):
+    for number, batch in enumerate(numbered(epoch, start), start):
+        if (epoch, number) == (1, 2):
+            raise KeyError("gone")
+        yield batch
+
+
+STREAMS = {
+    "restorable": Stream(numbered, length=7, restorable=True),
+    "not restorable": Stream(numbered, length=7),
+    "too short": Stream(
+        lambda epoch, start: itertools.islice(numbered(epoch, start), 5 - start), length=7, restorable=True
+    ),
+    "raising": Stream(raising, length=7, restorable=True),
+}
+
+
+def streaming(kind):
+    return lambda recipe, _: attrs.evolve(recipe, batches=STREAMS[kind])
+
+
+def test_a_run_over_an_endless_stream_is_resumed_exactly_where_the_stream_can(tmp_path):
+    """F11."""
+    recipe = changed(tmp_path, streaming("restorable"))
+    train(tmp_path / "whole", recipe=recipe)
+    train(tmp_path / "run", recipe=recipe, stop_at=10)
+    train(tmp_path / "run", resume=True)
+    assert digest(tmp_path / "run") == digest(tmp_path / "whole")
+
+
+def test_a_resume_within_an_epoch_is_refused_where_the_stream_cannot(tmp_path, capsys):
+    """F11. At the beginning of an epoch it is none."""
+    recipe, out = changed(tmp_path, streaming("not restorable")), tmp_path / "run"
+    train(out, recipe=recipe, stop_at=10)
+    assert call(["resume", str(out), "--quiet"]) == 1
+    assert "cannot continue at batch 3 of epoch 1" in capsys.readouterr().err
+    train(tmp_path / "whole", recipe=recipe)
+    train(tmp_path / "other", recipe=recipe, flag=StopAtCheck(1))  # in the evaluation after the first epoch
+    train(tmp_path / "other", resume=True)
+    assert digest(tmp_path / "other") == digest(tmp_path / "whole")
+
+
+@pytest.mark.parametrize(
+    ("kind", "said", "last"),
+    [
+        ("too short", "the stream ended after 5 batches of epoch 0, and length=7 was promised", 5),
+        ("raising", "the stream raised at batch 2 of epoch 1: KeyError: 'gone'", 9),
+    ],
+)
+def test_a_stream_that_breaks_its_promise_ends_the_run_with_a_sentence(kind, said, last, tmp_path, capsys):
+    """F11. What was saved until then is there."""
+    words = ["--out", str(tmp_path / "run"), *QUICK, "--checkpoint-every", "1", "--set", "precision=fp32"]
+    assert call(["run", changed(tmp_path, streaming(kind)), *words]) == 1
+    err = capsys.readouterr().err
+    assert said in err
+    assert len(err.splitlines()) == 1
+    assert steps(tmp_path / "run")[-1] == last
+
+
+def settled(measure):
+    """What it gives once it gives the same for a fifth of a second."""
+    seen = [measure()]
+    while len(seen) < 20 or len(set(seen[-20:])) > 1:
+        time.sleep(0.01)
+        seen.append(measure())
+    return seen[-1]
+
+
 class Counted(torch.utils.data.Dataset):
     def __len__(self):
         return 12
@@ -136,11 +215,11 @@ def test_epochs_with_workers_leave_no_process_descriptor_thread_or_shared_memory
         return pids
 
     epochs(2)
-    before = held()
+    before = settled(held)
     pids = epochs(12)
     assert len(pids) >= 12
     assert not any(running(pid) for pid in pids)
-    assert held() == before
+    wait_until(lambda: held() == before, timeout_s=10)  # the threads of torch's queues end in their own time
 
 
 def test_runs_leave_no_descriptor_and_no_thread(tmp_path):
@@ -156,7 +235,7 @@ def test_runs_leave_no_descriptor_and_no_thread(tmp_path):
             train(tmp_path / str(number), resume=True)
 
     runs(0, 1)
-    before = held()
+    before = settled(held)
     runs(1, 4)
-    assert held() == before
+    wait_until(lambda: held() == before, timeout_s=10)
     assert digest(tmp_path / "1") == digest(tmp_path / "4")

@@ -1,4 +1,4 @@
-"""Numbers that are not: steps, parameters, metrics and loss scales (FAULTS E1 to E3), and steps that do not fit (E6).
+"""Numbers that are not: steps, parameters, metrics and loss scales (FAULTS E1 to E4), and steps that do not fit (E6).
 
 What these would catch: a save that looks at gradients and not at parameters, or at buffers too; a best model of nan; a
 loss scale that collapses to 0; an allocation that fails and leaves a half of a step behind.
@@ -267,6 +267,26 @@ def test_a_scale_at_its_floor_ends_the_run_as_any_step_that_is_not_finite(tmp_pa
     assert "3 steps in a row had gradients that were not finite (limit 3)" in capsys.readouterr().err
     assert "loss scale 1." in json.loads((tmp_path / "run" / "status.json").read_bytes())["error"]
     assert nonfinite_tensors(tmp_path / "run") == []
+
+
+@pytest.mark.parametrize("bound", [{"max_norm": 1.0}, {"max_value": 0.1}, {"adaptive": 0.01}], ids=str)
+@pytest.mark.parametrize("value", [NAN, INF, -INF])
+def test_a_norm_that_is_not_finite_rescales_nothing_and_nothing_is_stepped_on(bound, value):
+    """E4. Of [inf, 1, 1] torch makes [nan, 0, 0], which a step would take for small gradients and a nan."""
+    begun = make_linear(0)
+    state = forward_loss(
+        begun, torch.ones(3), lambda model, x: (model.weight * x).sum() + value * model.bias[0]
+    )
+    state = backward_scaled(state)
+    before = {name: grad.clone() for name, grad in state.grads.items()}
+    clipped = unscale_and_clip(state, **bound)
+    assert clipped.finite is False
+    if "max_norm" in bound:  # the others bound each number, or each row, by itself
+        assert torch.equal(clipped.grads["weight"], before["weight"])
+    after = optimizer_step(clipped)
+    assert (after.step, after.nonfinite_steps) == (0, 1)
+    unmoved = after.replace(attempted_steps=0, batch=0, nonfinite_steps=0)
+    assert checkpoint.digest(unmoved) == checkpoint.digest(make_linear(0))
 
 
 # -- memory -------------------------------------------------------------------------------------------------------------

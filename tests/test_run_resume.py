@@ -6,6 +6,7 @@ or an augmentation that depends on who reads or on what was read before, a sched
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -110,6 +111,18 @@ def test_a_new_interpreter_with_another_hash_seed_goes_on_to_the_same_state(gold
     for out in outs:
         assert digest(out) == digest(golden)
         assert comparable(out) == comparable(golden)
+
+
+def test_a_copy_of_a_run_directory_goes_on_as_the_run_would_have(golden, tmp_path):
+    """F13. Neither times nor places decide, but the steps that stand in the names."""
+    train(tmp_path / "run", stop_at=9, checkpoint_every=2)
+    shutil.copytree(tmp_path / "run", tmp_path / "copy é ✓")
+    for number, path in enumerate(sorted((tmp_path / "copy é ✓" / "checkpoints").iterdir(), reverse=True)):
+        os.utime(path, (1e9 + number, 1e9 + number))  # the oldest is the newest by the clock
+    for name in ("copy é ✓", "run"):
+        train(tmp_path / name, resume=True)
+        assert digest(tmp_path / name) == digest(golden)
+        assert comparable(tmp_path / name) == comparable(golden)
 
 
 def test_three_stops_in_one_epoch_repeat_nothing_and_skip_nothing(golden, tmp_path):
