@@ -103,10 +103,7 @@ def check_nonfinite(state: TrainState, limit: int, culprit: str) -> None:
 
 
 def _run_optimizer(state: TrainState) -> dict[str, dict[str, Any]]:
-    """Update the state's own tensors in place; the slots afterwards.
-
-    An error on the way spends the state, if it may have been half updated by then.
-    """
+    """Update the state's own tensors in place; the slots afterwards."""
     machine = state._machine
     # the first step makes the slots, which is where memory runs out: if nothing else was done, it can be undone
     first = type(state.applied_steps) is int and state.applied_steps == 0 and not any(state._slots.values())
@@ -117,25 +114,36 @@ def _run_optimizer(state: TrainState) -> dict[str, dict[str, Any]]:
         if machine.replaces_slots:
             return {name: machine.optimizer.state[state._params[name]] for name in machine.trainable}
     except BaseException as error:
-        if trace_of(state) is not None:
-            raise
-        whole = not machine.replaces_slots and versions == [leaf._version for leaf in state._leaves]
-        for slot in state._slots.values() if whole else ():
+        if trace_of(state) is None:
+            _after_failure(state, error, versions)
+        raise
+    finally:
+        machine.put_back(before)
+    return state._slots
+
+
+def _after_failure(state: TrainState, error: BaseException, versions: list[int] | None) -> None:
+    """Undo an update that failed before it changed a parameter, or spend the state, which may be half updated.
+
+    Args:
+        state: whose update failed.
+        error: why; running out of memory is raised again as an error of ours.
+        versions: of the parameters before the first update of a run; None for a later one, which cannot be undone.
+    """
+    machine = state._machine
+    whole = not machine.replaces_slots and versions == [leaf._version for leaf in state._leaves]
+    if whole:
+        for slot in state._slots.values():
             slot.clear()
-        if not whole:
-            state._lease.tear()
-        if not did_not_fit(error):
-            raise
+    else:
+        state._lease.tear()
+    if did_not_fit(error):
         left = "The state is as it was." if whole else "It was cut off half-way: this state is spent."
         raise OutOfMemoryError(
             f"The update of {type(machine.optimizer).__name__} did not fit into the memory of {machine.device}. {left} Take an "
             "optimizer that keeps less for each parameter, or freeze some; optimizer_step(state, donate=False) leaves the "
             "state whole in any case, for the memory of a copy."
         ) from error
-    else:
-        return state._slots
-    finally:
-        machine.put_back(before)
 
 
 def _decided(state: TrainState, *, finite: bool) -> dict[str, Any]:
