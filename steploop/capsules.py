@@ -1,18 +1,9 @@
 """Capsules: a step that was not finite, kept with its batch, so that it can be taken again and looked at.
 
-A capsule is a directory in ``capsules/`` of the run::
-
-    step-000000000017/
-        state/              the state before the step, as a checkpoint
-        batch.safetensors   the tensors of the batch
-        capsule.json        where it happened, what was seen, the batch's structure
-        recipe.py, config.json   copies of the run's
-
 On the way of a good step stands one comparison. A skipped step changes neither parameters nor slots nor buffers, so
 the state before it can be put together after it, out of the tensors of the new state and the plain values of the old.
 """
 
-import json
 import math
 import os
 import shutil
@@ -21,20 +12,16 @@ from pathlib import Path
 from typing import Any
 
 import attrs
-import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from steploop import checkpoint
-from steploop.batch_files import decode, encode
-from steploop.errors import CheckpointError, CheckpointUnsupportedError, ConfigError, DataError
+from steploop.capsule_files import fill_capsule
+from steploop.errors import CheckpointError, ConfigError
 from steploop.precision import on_host
 from steploop.recipe import State
 from steploop.state import TrainState, read_host
 
-__all__ = ["Capsule", "CapsuleWriter", "Skipped", "read_capsule", "state_before"]
+__all__ = ["CapsuleWriter", "Skipped", "state_before"]
 
-_FORMAT = 1
 _IN_FLIGHT = {
     "loss": None, "outputs": None, "grad_norm": None, "clipped_norm": None, "finite": None,
     "_graph": None, "_grads": None, "_old_buffers": None,
@@ -164,7 +151,8 @@ class CapsuleWriter:
         try:
             self._folder.mkdir(exist_ok=True)
             temporary.mkdir()
-            self._fill(temporary, before, after, skipped, batch)
+            states, seen = _seen(before, after, skipped)
+            fill_capsule(temporary, states, seen, batch, phase=self._phase, run=self._run)
             if target.exists():  # a resumed run came by here again
                 shutil.rmtree(target)
             temporary.rename(target)
@@ -177,115 +165,25 @@ class CapsuleWriter:
             return None
         return target
 
-    def _fill(
-        self,
-        folder: Path,
-        before: dict[str, TrainState],
-        after: dict[str, TrainState],
-        skipped: list[str],
-        batch: Any,
-    ) -> None:
-        states, seen = {}, {}
-        for name, one in after.items():
-            rebuilt = state_before(before[name], one) if name in skipped else None
-            states[name] = (rebuilt or one.replace(**_IN_FLIGHT)).settle()
-            seen[name] = {
-                "skipped": name in skipped,
-                "exact": rebuilt is not None,  # else this is the state after the step: its tensors are gone
-                "loss": _text(one.loss),
-                "grad_norm": _text(one.grad_norm),
-                "loss_scale": None if (scale := states[name].scale) is None else float(scale.scale),
-            }
-        single = states[""] if list(states) == [""] else None
-        # parameters that were not finite before the step are what a replay is to find
-        checkpoint.save(states if single is None else single, folder / "state", require_finite=False)
-        lead = next(iter(states.values()))
-        tensors: dict[str, Tensor] = {}
-        structure, why = None, None
-        try:
-            structure = encode(batch, tensors)
-            save_file(
-                {n: t.detach().cpu().contiguous() for n, t in tensors.items()},
-                str(folder / "batch.safetensors"),
-            )
-        except CheckpointUnsupportedError as error:
-            structure, why = None, str(error)
-        about = {
-            "format": _FORMAT,
-            "phase": self._phase,
-            "attempted": lead.attempted_steps,
-            "epoch": lead.epoch,
-            "batch": lead.batch,
-            "device": str(lead.device),
-            "torch": torch.__version__,
-            "states": seen,
-            "structure": structure,
-            "batch_missing": why,
+
+def _seen(
+    before: Mapping[str, TrainState], after: Mapping[str, TrainState], skipped: list[str]
+) -> tuple[dict[str, TrainState], dict[str, Any]]:
+    """The states that the step began with, and what was seen of each."""
+    states, seen = {}, {}
+    for name, one in after.items():
+        rebuilt = state_before(before[name], one) if name in skipped else None
+        states[name] = (rebuilt or one.replace(**_IN_FLIGHT)).settle()
+        seen[name] = {
+            "skipped": name in skipped,
+            "exact": rebuilt is not None,  # else this is the state after the step: its tensors are gone
+            "loss": _text(one.loss),
+            "grad_norm": _text(one.grad_norm),
+            "loss_scale": None if (scale := states[name].scale) is None else float(scale.scale),
         }
-        (folder / "capsule.json").write_text(
-            json.dumps(about, indent=2, allow_nan=False) + "\n", encoding="utf-8"
-        )
-        for name in ("recipe.py", "config.json"):
-            if (self._run / name).is_file():
-                shutil.copyfile(self._run / name, folder / name)
+    return states, seen
 
 
 def _text(value: Tensor | None) -> str | None:
     """A number as text: JSON has no inf and no nan."""
     return None if value is None else repr(float(value))
-
-
-@attrs.frozen(kw_only=True, eq=False)
-class Capsule:
-    """A capsule that was read, without its state.
-
-    Attributes:
-        path: the directory.
-        about: ``capsule.json``.
-        config: ``config.json`` of the run; empty where there was none.
-        batch: what the step was taken on, on the CPU; None where only its place is known.
-    """
-
-    path: Path
-    about: Mapping[str, Any]
-    config: Mapping[str, Any]
-    batch: Any
-
-
-def read_capsule(path: Path) -> Capsule:
-    """Read a capsule.
-
-    Raises:
-        ConfigError: there is none at ``path``.
-        DataError: it is damaged, or of a format that this version does not read.
-    """
-    if not (path / "capsule.json").is_file():
-        inner = sorted((path / "capsules").glob("step-*")) or sorted(path.glob("step-*"))
-        hint = (
-            f"Give one of its capsules, such as {inner[-1]}."
-            if inner
-            else "Every step of a run without capsules/ was finite."
-        )
-        raise ConfigError(f"{path} is no capsule: it holds no capsule.json. {hint}")
-    try:
-        about = json.loads((path / "capsule.json").read_text(encoding="utf-8"))
-        if about.get("format") != _FORMAT:
-            raise DataError(
-                f"{path} is a capsule of format {about.get('format')!r}, but this version reads {_FORMAT}. "
-                "Use the steploop version of its config.json."
-            )
-        config = (
-            json.loads((path / "config.json").read_text(encoding="utf-8"))
-            if (path / "config.json").is_file()
-            else {}
-        )
-        structure = about.get("structure")
-        batch = None
-        if structure is not None:
-            file = path / "batch.safetensors"
-            batch = decode(structure, load_file(str(file)) if file.is_file() else {})
-    except (ValueError, KeyError, AttributeError, OSError) as error:
-        raise DataError(
-            f"{path} cannot be read: {type(error).__name__}: {error}. It was damaged or cut short."
-        ) from error
-    return Capsule(path=path, about=about, config=config, batch=batch)

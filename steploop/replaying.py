@@ -10,7 +10,7 @@ import attrs
 import torch
 
 from steploop import checkpoint
-from steploop.capsules import Capsule, read_capsule
+from steploop.capsule_files import Capsule, read_capsule
 from steploop.errors import ConfigError
 from steploop.judging import Finding, broken_before, judge
 from steploop.overrides import configure, fields_of

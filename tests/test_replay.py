@@ -18,7 +18,8 @@ from steploop import (
     optimizer_step,
     unscale_and_clip,
 )
-from steploop.capsules import CapsuleWriter, read_capsule, state_before
+from steploop.capsule_files import read_capsule
+from steploop.capsules import CapsuleWriter, state_before
 from steploop.errors import CheckpointDamagedError, ConfigError, DataError
 from steploop.judging import judge
 from steploop.precision import LossScale

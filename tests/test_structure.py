@@ -20,7 +20,7 @@ FLOORS = [
     {"machine", "state", "ownership", "creation", "sharing", "traced", "tensor_stats", "shielding", "tracing"},
     {"forwarding", "judging", "updating", "steps", "scheduling"},
     {"evaluation", "folding", "averaging", "compilation", "checkpoint", "run_lock", "data", "logs", "batch_files",
-     "layer_norms", "recipe", "capsules"},
+     "layer_norms", "recipe", "capsules", "capsule_files"},
     {"benchmarking", "overrides", "recipe_files", "run", "testing", "checking", "reporting", "lr_finding", "replaying"},
     {"commands"},
     {"cli"},
