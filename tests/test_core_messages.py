@@ -55,6 +55,13 @@ def deep():
     return model
 
 
+def in_one_memory():
+    model = nn.Module()
+    model.a = nn.Parameter(torch.zeros(3))
+    model.b = nn.Parameter(model.a.detach())
+    return model
+
+
 def five():
     return nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2), nn.Linear(2, 2, bias=False))
 
@@ -163,6 +170,7 @@ REFUSALS = [
     (lambda: create(seed=2**63), ConfigError, SEED.format(2**63)),
     (lambda: create(seed=0.5), ConfigError, SEED.format(0.5)),
     (moved_twice, ConfigError, "TrainState.create: another state trains this model; clone or drop that one before moving it."),
+    (lambda: create(in_one_memory()), ConfigError, "TrainState.create: a and b lie in the same memory but are two tensors. A step would update it twice, and a copy or a checkpoint would untie them. To share a weight, assign the same Parameter in both places (head.weight = embedding.weight); else give one of them memory of its own with clone()."),
     (lambda: create(nn.Linear(2, 1).half(), precision="fp16"), ConfigError, HALF.format("float16")),
     (lambda: create(nn.Linear(2, 1).bfloat16(), precision="fp16"), ConfigError, HALF.format("bfloat16")),
     (lambda: create(nn.LazyLinear(1)), ConfigError, "TrainState.create: weight is lazy and has no shape yet. Run the model on one batch first."),

@@ -331,6 +331,14 @@ def test_a_state_spent_by_another_function_names_it():
         _ = state.params
 
 
+def test_tensors_that_were_half_updated_belong_to_no_state_that_ever_had_them():
+    first = TrainState.create(network(), SGD)
+    second = step(first, batch())
+    second._lease.tear()
+    assert not first.alive
+    assert not second.alive
+
+
 def factors(optimizer):
     return TrainState.create(network(), optimizer)._machine.rate_factors
 
