@@ -231,9 +231,16 @@ def test_a_limit_leaves_no_trace_in_what_follows(golden, tmp_path):
     assert digest(tmp_path / "run") == digest(golden)
 
 
-def test_a_finished_run_that_is_resumed_says_what_it_said(golden, tmp_path):
-    first = train(tmp_path / "run")
+@pytest.mark.parametrize(
+    "values", [{}, {"eval_every": 5}, {"eval_every": 5, "plateau": "yes", "precision": "fp32"}], ids=str
+)
+def test_a_finished_run_that_is_resumed_says_what_it_said(values, tmp_path):
+    """B1. What the last evaluation decided is saved too, where it comes after the last epoch's checkpoint."""
+    first = train(tmp_path / "run", values)
     before = digest(tmp_path / "run")
+    status = json.loads((tmp_path / "run" / "status.json").read_bytes())
+    assert status["checkpoint"] == max(path.name for path in (tmp_path / "run" / "checkpoints").iterdir())
+    assert status["best_checkpoint"] == f"step-{first.best['step']:012d}"
     again = train(tmp_path / "run", resume=True)
     assert (again.state, again.metrics, again.best) == ("finished", first.metrics, first.best)
     assert digest(tmp_path / "run") == before

@@ -39,13 +39,13 @@ def describe(run: Path) -> dict[str, Any]:
         "state" (finished, interrupted, failed, died, running), "pid", "host", "exit_code", "step" (the last that is
         known to be taken, or None), "checkpoint" (the newest one's path or None), "error", and "resume": whether resuming it would train on.
     """
-    from steploop.run.directory import open_directory, read_json
+    from steploop.run.directory import open_directory, read_status
     from steploop.run_lock import run_owner
 
     directory = open_directory(run)
-    written = read_json(directory.status)
+    written = read_status(directory)
     owner = run_owner(directory.path)
-    state = str(written.get("state", "unknown"))
+    state = str(written.get("state", "running"))  # the first that a run writes says so
     if owner is not None:
         state = "running"
     elif state == "running":  # nobody holds the lock: the process is gone without a word

@@ -36,10 +36,14 @@ def encode(line: Mapping[str, Any]) -> bytes:
 
 
 def read_json_lines(path: Path) -> Iterator[dict[str, Any]]:
-    """The objects of a file; a last line that was cut off (by a kill in the middle of a write) is left out."""
+    """The objects of a file; a line that was cut off by a kill, or that a power loss made something else of, is left out."""
     for line in path.read_bytes().splitlines(keepends=True) if path.exists() else ():
-        if line.endswith(b"\n"):
-            yield json.loads(line)
+        try:
+            found = json.loads(line) if line.endswith(b"\n") else None
+        except ValueError:
+            continue
+        if isinstance(found, dict):
+            yield found
 
 
 class JsonLines:

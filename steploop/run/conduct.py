@@ -15,7 +15,7 @@ from steploop.logs.screens import Screen
 from steploop.overrides import to_json
 from steploop.recipe import Recipe, State
 from steploop.run.compiling import compiled
-from steploop.run.directory import Status, read_json, refuse_taken
+from steploop.run.directory import Status, clear_unfinished, read_status, refuse_taken
 from steploop.run.journal import RunJournal
 from steploop.run.keeping import CheckpointKeeper
 from steploop.run.loop import Loop
@@ -50,6 +50,7 @@ def carry_out(request: Request, screen: Screen, stop: StopFlag | None = None) ->
     with signals_as(stop), run_lock(request.directory.path):
         if not request.resume:
             refuse_taken(request.directory)
+        clear_unfinished(request.directory)
         try:
             return _Run(request, screen, stop).run()
         finally:
@@ -97,7 +98,7 @@ class _Run:
     def run(self) -> Summary:
         """Build, train, say how it went."""
         tuning = tune_allocator() if self._request.tune else {}
-        before = read_json(self._directory.status) if self._request.resume else {}
+        before = read_status(self._directory) if self._request.resume else {}
         due = before.get("evaluation_due")
         try:
             with self._nothing_to_save():
@@ -186,6 +187,8 @@ class _Run:
             self._continue_from(state, phase, journal, outlets.lines)
         elif phase:
             keeper.save(state, best=False)  # so that a resume finds this phase begun
+        elif self._request.resume:  # it was ended before its first checkpoint: it begins anew
+            outlets.lines.keep(lambda _: False)
         mode = recipe.compile if self._request.compile is None else self._request.compile
         loop = Loop(
             compiled(recipe, mode, journal, screen),

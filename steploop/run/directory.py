@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import socket
 from collections.abc import Mapping
 from contextlib import suppress
@@ -10,21 +11,28 @@ from typing import Any
 
 import attrs
 
+from steploop.checkpoint.filesystem import LOCAL
 from steploop.errors import CheckpointDamagedError, CheckpointWriteError, ConfigError, RunExistsError
 from steploop.texts import readable
 
 __all__ = [
     "RunDirectory",
     "Status",
+    "clear_unfinished",
+    "json_bytes",
     "make_directory",
     "not_written",
     "open_directory",
     "read_json",
+    "read_status",
     "refuse_taken",
+    "write_durably",
     "write_json",
 ]
 
 _OF_THE_LOCK = {"run.lock", "run.owner.json"}
+# written beside a file of that name, to take its place: a kill in between leaves them
+_BESIDE = re.compile(r"\.(config\.json|recipe\.py|status\.json|metrics\.jsonl|run\.owner\.json)-\d+")
 
 
 @attrs.frozen
@@ -58,6 +66,11 @@ class RunDirectory:
         return self.path / ("checkpoints" if phase == 0 else f"checkpoints-phase-{phase + 1}")
 
 
+def json_bytes(value: Mapping[str, Any]) -> bytes:
+    """The content of a JSON file of a run."""
+    return readable(json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False)).encode() + b"\n"
+
+
 def write_json(path: Path, value: Mapping[str, Any]) -> None:
     """Write a JSON file so that a reader sees the old one or the new one.
 
@@ -66,13 +79,43 @@ def write_json(path: Path, value: Mapping[str, Any]) -> None:
     """
     beside = path.with_name(f".{path.name}-{os.getpid()}")
     try:
-        text = json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False)
-        beside.write_bytes(readable(text).encode() + b"\n")
+        beside.write_bytes(json_bytes(value))
         beside.replace(path)
     except OSError as error:
         with suppress(OSError):
             beside.unlink()
         raise not_written(path, error) from error
+
+
+def write_durably(path: Path, data: bytes) -> None:
+    """Write a file that is written once and needed for every resume: it is on the disk when this returns.
+
+    Raises:
+        CheckpointWriteError: it cannot be written.
+    """
+    beside = path.with_name(f".{path.name}-{os.getpid()}")
+    try:
+        with beside.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        beside.replace(path)
+        LOCAL.sync_directory(path.parent)
+    except OSError as error:
+        with suppress(OSError):
+            beside.unlink()
+        raise not_written(path, error) from error
+
+
+def read_status(directory: RunDirectory) -> dict[str, Any]:
+    """What a run last said of itself; nothing where a kill or a power loss left no such file, or half of one.
+
+    No step depends on it, so it keeps nobody from going on.
+    """
+    try:
+        return read_json(directory.status)
+    except CheckpointDamagedError:
+        return {}
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -138,14 +181,23 @@ def make_directory(out: Path | None, name: str) -> RunDirectory:
 
 
 def refuse_taken(directory: RunDirectory) -> None:
-    """Raise RunExistsError if a directory holds anything but a lock."""
-    names = {path.name for path in directory.path.iterdir()} - _OF_THE_LOCK
+    """Raise RunExistsError if a directory holds anything but a lock, and what a killed start left that never was a run."""
+    names = {path.name for path in directory.path.iterdir() if not _BESIDE.fullmatch(path.name)}
+    names -= _OF_THE_LOCK
     if names:
         what = "a run" if directory.config.name in names else f"{min(names)!r} and is not empty"
         hint = (
             f"Go on with it by steploop resume {directory.path}, or choose" if what == "a run" else "Choose"
         )
         raise RunExistsError(f"{directory.path} holds {what} already. {hint} another --out.")
+
+
+def clear_unfinished(directory: RunDirectory) -> None:
+    """Remove what kills have left half written; with the run locked, nobody else is writing."""
+    for path in directory.path.iterdir():
+        if _BESIDE.fullmatch(path.name):
+            with suppress(OSError):
+                path.unlink()
 
 
 def open_directory(path: Path) -> RunDirectory:

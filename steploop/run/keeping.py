@@ -17,7 +17,7 @@ class CheckpointKeeper:
 
     Args:
         directory: of the checkpoints; made if it is missing, and cleared of what crashed runs left in it.
-        on_saved: told of each: the checkpoint's directory, and whether it is the best.
+        on_saved: told of each once it is on the disk: the checkpoint's directory, and whether it is the best.
 
     Raises:
         CheckpointWriteError: no checkpoint can be written there.
@@ -27,7 +27,8 @@ class CheckpointKeeper:
         self._store = CheckpointStore(directory, background=True)
         self._store.prepare()
         self._on_saved = on_saved
-        self._saved: tuple[int, int, int] | None = None
+        self._saved: tuple[object, ...] | None = None
+        self._begun: tuple[Path, bool] | None = None  # what is being written, and nobody was told of
 
     def save(self, state: State, *, best: bool) -> None:
         """Keep the state, unless it was the last one kept; it is copied here and written while training goes on.
@@ -36,12 +37,17 @@ class CheckpointKeeper:
             CheckpointWriteError: the one before could not be written.
             NonFiniteError: a trained parameter of the one before was not finite.
         """
-        first = lead(state)
-        place = (attempted_steps(state), first.epoch, first.batch)
+        place = _place(state)
         if place != self._saved:
-            self._store.save(state, best=best)
+            before, self._begun = self._begun, None
+            self._store.save(state, best=best)  # the one before is on the disk when this returns
+            self._tell(before)
             self._saved = place
-            self._on_saved(self._store.path(step_of(state)), best)
+            self._begun = self._store.path(step_of(state)), best
+
+    def _tell(self, saved: tuple[Path, bool] | None) -> None:
+        if saved is not None:
+            self._on_saved(*saved)
 
     def newest(self, like: State, *, require_exact: bool, note: Callable[[str], None]) -> State | None:
         """The newest state that is whole, or None where none was kept; warnings become notes.
@@ -57,8 +63,7 @@ class CheckpointKeeper:
                 for warning in caught:
                     note(f"warning: {warning.message}")
         if state is not None:
-            first = lead(state)
-            self._saved = (attempted_steps(state), first.epoch, first.batch)
+            self._saved = _place(state)
         return state
 
     def close(self) -> None:
@@ -68,4 +73,13 @@ class CheckpointKeeper:
             CheckpointWriteError: it could not be written.
             NonFiniteError: a trained parameter in it is not finite.
         """
+        last, self._begun = self._begun, None
         self._store.wait()
+        self._tell(last)
+
+
+def _place(state: State) -> tuple[object, ...]:
+    """Where a state stands in its run: steps, cursor, and what its evaluations have decided so far."""
+    first = lead(state)
+    folds = first.best, first.early_stopping, first.plateau
+    return attempted_steps(state), first.epoch, first.batch, *folds

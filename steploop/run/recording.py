@@ -8,7 +8,7 @@ from steploop import __version__
 from steploop.logs.screens import Screen
 from steploop.overrides import to_json
 from steploop.recipe import Recipe
-from steploop.run.directory import not_written, write_json
+from steploop.run.directory import json_bytes, write_durably
 from steploop.run.environment import git_commit, versions
 from steploop.run.requests import Request
 from steploop.run.states import lead, members
@@ -23,13 +23,8 @@ def record(request: Request, recipe: Recipe, tuning: Mapping[str, int]) -> None:
         CheckpointWriteError: they cannot be written.
     """
     directory = request.directory
-    if not request.resume:
-        try:
-            directory.recipe.write_bytes(request.recipe.source)
-        except OSError as error:
-            raise not_written(directory.recipe, error) from error
     path = request.recipe.path.resolve()
-    write_json(directory.config, {
+    about = {
         "steploop": __version__,
         "recipe": {"path": str(path), "name": request.recipe.name, "sha256": request.recipe.sha256},
         "config": to_json(request.config),
@@ -42,7 +37,11 @@ def record(request: Request, recipe: Recipe, tuning: Mapping[str, int]) -> None:
         "tuning": dict(tuning),
         "compile": request.compile,
         "watching": watching(request),
-    })  # fmt: skip
+    }
+    # the first of the two makes the directory a run's, which can be gone on with from then on
+    write_durably(directory.config, json_bytes(about))
+    if not (request.resume and directory.recipe.exists()):
+        write_durably(directory.recipe, request.recipe.source)
 
 
 def watching(request: Request) -> dict[str, Any]:

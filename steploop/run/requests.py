@@ -112,7 +112,9 @@ def resume_request(
     opened = open_directory(directory)
     recorded = read_json(opened.config)
     origin = Path(native(recorded["recipe"]["path"]))
-    file = load_recipe_file(opened.recipe if recipe is None else find_recipe(recipe), beside=origin.parent)
+    # a start that was killed may have left no copy
+    own = opened.recipe if opened.recipe.exists() else origin
+    file = load_recipe_file(own if recipe is None else find_recipe(recipe), beside=origin.parent)
     if file.sha256 != recorded["recipe"]["sha256"] and options.get("require_exact"):
         raise CheckpointIncompatibleError(
             f"{file.path} is not the recipe of {directory}: its digest differs. Leave it out to go on with the run's own copy."
