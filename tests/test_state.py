@@ -26,7 +26,7 @@ from steploop.errors import ConfigError, SpentStateError
 from steploop.forwarding import generators_of
 from steploop.machine import _settle_implementation
 from steploop.state import Gradients
-from steploop.trees import first_difference
+from steploop.trees import first_difference, named_leaves
 
 SGD = Optimizer(torch.optim.SGD, lr=0.1, momentum=0.9)
 
@@ -115,6 +115,10 @@ def test_every_use_of_a_spent_state_says_which_step_spent_it_and_what_to_do():
         "model": lambda: state.model,
         "clone()": state.clone,
         "forward_loss": lambda: forward_loss(state, batch(), objective),
+        "backward_scaled": lambda: backward_scaled(state),
+        "unscale_and_clip": lambda: unscale_and_clip(state, max_norm=1.0),
+        "optimizer_step": lambda: optimizer_step(state),
+        "schedule": lambda: schedule(state, lambda step: 0.1),
         "evaluate": lambda: evaluate(state, [batch()], objective),
     }
     for name, use in uses.items():
@@ -395,9 +399,32 @@ def test_a_group_is_chosen_by_patterns_or_by_name_and_tensor():
     )
 
 
-def test_a_state_that_the_host_knows_is_settled():
-    state = TrainState.create(network(), SGD)
+def test_settling_reads_what_is_on_the_device_and_nothing_else():
+    state = TrainState.create(network(), SGD, precision="fp16")
     assert state.settle() is state
+    scale = attrs.evolve(state.scale, scale=torch.tensor(8.0), growth_tracker=torch.tensor(2))
+    state = state.replace(
+        applied_steps=torch.tensor(3),
+        nonfinite_steps=torch.tensor(1),
+        scale=scale,
+        finite=torch.zeros(()) > 1,
+    )
+    settled = state.settle()
+    assert (settled.applied_steps, settled.nonfinite_steps, settled.finite) == (3, 1, False)
+    assert {type(settled.applied_steps), type(settled.nonfinite_steps)} == {int}
+    assert type(settled.finite) is bool
+    assert settled.scale == LossScale(scale=8.0, growth_tracker=2)
+    assert (type(settled.scale.scale), type(settled.scale.growth_tracker)) == (float, int)
+
+
+def test_a_clone_shares_no_tensor_and_differs_in_no_bit():
+    state = step(TrainState.create(network(), SGD, ema=True), batch())
+    twin = state.clone()
+    for name in ("params", "buffers", "slots", "ema"):
+        ours, theirs = dict(getattr(state, name)), dict(getattr(twin, name))
+        assert first_difference(ours, theirs) is None
+        places = [{t.data_ptr() for _, t in named_leaves(tree)} for tree in (ours, theirs)]
+        assert places[0].isdisjoint(places[1])
 
 
 def test_a_clone_of_a_state_whose_gradients_were_given_away_has_none_to_give():

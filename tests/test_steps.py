@@ -283,6 +283,27 @@ def test_too_many_steps_in_a_row_that_are_not_finite_end_with_the_name_of_the_fi
     assert "0.weight" not in text
 
 
+def test_what_is_known_of_a_step_is_plain_where_the_host_may_look():
+    state = unscale_and_clip(grads(), max_value=0.01)
+    assert state.finite is True
+    norms = [g.norm() for g in state.grads.values()]
+    assert state.clipped_norm.item() == pytest.approx(torch.stack(norms).norm().item())
+    assert state.clipped_norm < state.grad_norm
+    for answer in (True, False):  # on a device, where this optimizer cannot skip by itself
+        after = optimizer_step(state.replace(finite=torch.tensor([answer])[0]), donate=False)
+        assert after.finite is answer
+
+
+def test_a_skipped_step_without_a_forward_pass_before_it_keeps_the_buffers():
+    """Gradients may come from elsewhere."""
+    state = TrainState.create(nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3)), SGD)
+    ready = unscale_and_clip(backward_scaled(forward_loss(state, batch(), objective)), max_norm=1.0)
+    state = state.replace(_grads=ready._grads, grad_norm=ready.grad_norm, finite=False)
+    after = optimizer_step(state, donate=False)
+    assert list(after.buffers) == list(state.buffers)
+    assert after.buffers["1.num_batches_tracked"] == 0
+
+
 def test_a_limit_of_0_stops_at_the_first_step_that_is_not_finite():
     state = run_step(fresh(), objective, max_nonfinite_steps=0)
     with pytest.raises(NonFiniteError, match="1 steps in a row"):
