@@ -220,6 +220,64 @@ def test_an_evaluation_that_was_interrupted_is_made_up_for(eval_every, tmp_path)
     assert comparable(tmp_path / "run") == comparable(tmp_path / "whole")
 
 
+class Gone(BaseException):
+    """The process ends here, as at a kill; its threads may still finish their writing."""
+
+
+def gone_in(evaluation):
+    """A change of a recipe: in the ``evaluation``-th evaluation of a process, from 1, it is gone; a list to change that."""
+
+    def change(recipe, _):
+        def evaluate(state):
+            evaluation[0] -= 1
+            if evaluation[0] == 0:
+                raise Gone
+            return recipe.evaluate(state)
+
+        return attrs.evolve(recipe, evaluate=evaluate)
+
+    return change
+
+
+@pytest.mark.parametrize(
+    "values", [{}, {"eval_every": 5, "plateau": "yes", "precision": "fp32"}], ids=["after epochs", "within"]
+)
+@pytest.mark.parametrize("evaluation", [1, 2, 3])
+def test_a_run_that_is_gone_in_an_evaluation_makes_up_for_it(evaluation, values, tmp_path):
+    """A1, B1. The last one too, which comes when every step was taken: nothing is left out, nothing folded twice."""
+    train(tmp_path / "whole", values)
+    left, out = [evaluation], tmp_path / "run"
+    recipe = changed(tmp_path, gone_in(left))
+    for once_more in (True, False):
+        try:
+            summary = train(out, {} if out.exists() else values, recipe=recipe, resume=out.exists())
+        except Gone:
+            left[0] = 1 if once_more else 0  # gone again in the first one that the next process makes
+    summary = train(out, resume=True)
+    assert summary.state == "finished"
+    assert digest(out) == digest(tmp_path / "whole")
+    assert comparable(out) == comparable(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("batch", [2, 6, 10])
+def test_an_evaluation_that_was_interrupted_and_then_killed_is_made_up_for_once(batch, tmp_path):
+    """D1, B1. A signal in any of three evaluations, a kill in the one that makes up for it, and a signal just after that."""
+    values = {"eval_every": 5, "plateau": "yes", "precision": "fp32"}
+    train(tmp_path / "whole", values)
+    left, out = [0], tmp_path / "run"
+    recipe = changed(tmp_path, gone_in(left))
+    assert train(out, values, recipe=recipe, flag=StopAtCheck(batch)).state == "interrupted"
+    left[0] = 1
+    with pytest.raises(Gone):
+        train(out, resume=True)
+    left[0] = 0
+    flag = StopAtCheck(4 + 1)  # its four batches, and the next time that anybody asks
+    train(out, resume=True, flag=flag)
+    train(out, resume=True)
+    assert digest(out) == digest(tmp_path / "whole")
+    assert comparable(out) == comparable(tmp_path / "whole")
+
+
 def test_a_limit_leaves_no_trace_in_what_follows(golden, tmp_path):
     summary = train(tmp_path / "run", limit_steps=5)
     assert (summary.state, summary.steps_attempted, set(summary.metrics)) == (

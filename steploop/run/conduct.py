@@ -9,6 +9,7 @@ from typing import Any
 import attrs
 
 from steploop.capsules import CapsuleWriter
+from steploop.checkpoint import digest
 from steploop.errors import SteploopError
 from steploop.logs import CsvTable, JsonLines, Logger, Loggers, TensorBoard, read_json_lines
 from steploop.logs.screens import Screen
@@ -58,7 +59,7 @@ def carry_out(request: Request, screen: Screen, stop: StopFlag | None = None) ->
 
 
 # what a resume takes over from the status before, until it knows better
-_KEPT = ("step", "epoch", "metrics", "best", "checkpoint", "best_checkpoint")
+_KEPT = ("step", "epoch", "metrics", "best", "checkpoint", "best_checkpoint", "evaluation_due")
 
 
 def _tell(status: Status, line: Mapping[str, Any], monitor: str | None) -> None:
@@ -148,7 +149,7 @@ class _Run:
         finally:
             self._stop.at_once = False
 
-    def _phases(self, recipe: Recipe, due: int | None, outlets: "_Outlets") -> tuple[State, Recipe, Ending]:
+    def _phases(self, recipe: Recipe, due: str | None, outlets: "_Outlets") -> tuple[State, Recipe, Ending]:
         """Fold the recipe, and what follows it; on a resume, from the newest checkpoint on."""
         phase = 0
         while recipe.then is not None and any(self._directory.checkpoints(phase + 1).glob("step-*")):
@@ -161,7 +162,7 @@ class _Run:
             recipe, due, phase = recipe.then(state), None, phase + 1
 
     def _phase(
-        self, recipe: Recipe, phase: int, due: int | None, outlets: "_Outlets"
+        self, recipe: Recipe, phase: int, due: str | None, outlets: "_Outlets"
     ) -> tuple[State, Ending]:
         """Fold one recipe."""
         screen, status = self._screen, outlets.status
@@ -184,7 +185,6 @@ class _Run:
         loaded = keeper.newest(state, require_exact=self._request.require_exact, note=screen.note)
         if loaded is not None:
             state = loaded
-            self._continue_from(state, phase, journal, outlets.lines)
         elif phase:
             keeper.save(state, best=False)  # so that a resume finds this phase begun
         elif self._request.resume:  # it was ended before its first checkpoint: it begins anew
@@ -199,21 +199,36 @@ class _Run:
             begun_s=self._zero_s,
             witness=CapsuleWriter(self._directory.path, phase=phase, report=screen.note),
         )
+        owed = due is not None and due == digest(state)
+        if loaded is not None:
+            again = loop.evaluates_first(state, due=owed)
+            self._continue_from(state, phase, journal, outlets.lines, again=again)
         try:
-            state, ending = loop.run(state, evaluation_due=due is not None and due == attempted_steps(state))
+            state, ending = loop.run(state, evaluation_due=owed)
+            if (
+                loop.evaluation_due
+            ):  # the state itself does not tell; once it is folded, the digest is another
+                status.update(evaluation_due=digest(state))
         finally:
             keeper.close()
             if (close := getattr(recipe.batches, "close", None)) is not None:
                 close()  # workers that were kept for the next epoch
-        if loop.evaluation_due is not None:
-            status.update(evaluation_due=loop.evaluation_due)
         self._metrics = loop.metrics or self._metrics
         return state, ending
 
-    def _continue_from(self, state: State, phase: int, journal: RunJournal, lines: JsonLines) -> None:
-        """Drop the lines of steps that will be taken again, and say where the run goes on."""
+    def _continue_from(
+        self, state: State, phase: int, journal: RunJournal, lines: JsonLines, *, again: bool
+    ) -> None:
+        """Drop the lines of what will be done again, the last evaluation perhaps, and say where the run goes on."""
         first, attempted = lead(state), attempted_steps(state)
-        lines.keep(lambda line: (line.get("phase", 0), line.get("attempted", 0)) <= (phase, attempted))
+
+        def stands(line: Mapping[str, Any]) -> bool:
+            place = line.get("phase", 0), line.get("attempted", 0)
+            return place < (phase, attempted) or (
+                place == (phase, attempted) and not (again and line["kind"] == "eval")
+            )
+
+        lines.keep(stands)
         place = {"step": first.step, "attempted": attempted, "epoch": first.epoch, "batch": first.batch}
         journal.event({"event": "resumed", **place})
         self._screen.note(f"going on at step {attempted}: epoch {first.epoch + 1}, batch {first.batch}")

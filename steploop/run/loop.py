@@ -75,7 +75,7 @@ class Loop:
         # since the last line: samples seen, seconds waited for data, and when it was
         self._samples, self._waited_s, self._line_s = 0, 0.0, begun_s
         self.metrics: Mapping[str, float | None] = {}
-        self.evaluation_due: int | None = None
+        self.evaluation_due = False
 
     def run(self, state: State, *, evaluation_due: bool = False) -> tuple[State, Ending]:
         """Train to the end, or until told to stop.
@@ -89,7 +89,9 @@ class Loop:
         """
         self._attempted = attempted_steps(state)
         if evaluation_due:
+            best = lead(state).best
             state = self._evaluated(state)
+            self._keeper.save(state, best=lead(state).best is not best)
         depth = self._plan.layer_norms
         with nullcontext() if depth is None else LayerNorms(state, depth=depth) as self._norms:
             while self._ending is None:
@@ -123,13 +125,26 @@ class Loop:
         if self._is_over():
             return state
         before = lead(state).best
-        if self._recipe.eval_every_steps is None:
+        if self._evaluates_after_epoch(state):
             state = self._evaluated(state)
             if self._is_over():  # interrupted: the cursor stays behind the last batch, and a resume evaluates
                 return state
         state = next_epoch(state)
         self._keeper.save(state, best=lead(state).best is not before)
         return state
+
+    def evaluates_first(self, state: State, *, due: bool) -> bool:
+        """Whether a run that begins with ``state`` begins with an evaluation, which may be in its log already."""
+        return due or (lead(state).batch == self._steps_per_epoch and self._evaluates_after_epoch(state))
+
+    def _evaluates_after_epoch(self, state: State) -> bool:
+        """Whether an evaluation is due between the last step of the state's epoch and its checkpoint."""
+        every = self._recipe.eval_every_steps
+        if every is None:
+            return True
+        # a last step of all between two evaluations counts as one. It is folded before the state is kept, so that a run
+        # that is killed at its very end makes up for it, and one that had ended does not evaluate again
+        return lead(state).epoch + 1 >= self._recipe.epochs and attempted_steps(state) % every != 0
 
     def _until_told(self, batches: Iterable[Any]) -> Iterator[Any]:
         """The batches, until there is a reason to stop; counts the time they make us wait."""
@@ -239,8 +254,9 @@ class Loop:
         except Interrupted:
             self._ending = "interrupted"
             # after an epoch the cursor says it: it stays behind the last batch
-            within_epoch = fold and self._recipe.eval_every_steps is not None
-            self.evaluation_due = self._attempted if within_epoch else None
+            every = self._recipe.eval_every_steps
+            within_epoch = fold and every is not None and self._attempted % every == 0
+            self.evaluation_due = within_epoch
             return state
         taken = time.perf_counter() - begun
         self._line_s += taken  # the samples per second are those of training
@@ -258,13 +274,9 @@ class Loop:
         return state
 
     def _closed(self, state: State) -> State:
-        """The last state, kept; evaluated once more where its last step was not."""
-        best = lead(state).best
-        every = self._recipe.eval_every_steps
-        if self._ending != "interrupted" and self._evaluated_at != self._attempted and self._taken:
-            # at the end, a last step between two evaluations counts as one. Cut off in the middle, this look must
-            # leave no trace in the state: a resume goes on as if it had never stopped.
-            last = self._ending == "finished" and every is not None and self._attempted % every != 0
-            state = self._evaluated(state, fold=last)
-        self._keeper.save(state, best=lead(state).best is not best)
+        """The last state, kept; looked at once more where its last step was not evaluated."""
+        if self._ending == "limit" and self._evaluated_at != self._attempted and self._taken:
+            # this look leaves no trace in the state: a resume goes on as if it had never stopped
+            self._evaluated(state, fold=False)
+        self._keeper.save(state, best=False)
         return state
