@@ -244,9 +244,9 @@ def no_memory(*_):
     raise MemoryError
 
 
-def stepped(steps, **options):
+def stepped(steps, optimizer=None, **options):
     """As many steps as fit, and then one that does not."""
-    state = Task().state()
+    state = Task().state(optimizer)
     for _ in range(steps):
         state = backward_scaled(forward_loss(state, Task().batch(0), classification))
         state = optimizer_step(unscale_and_clip(state, max_norm=1.0))
@@ -267,8 +267,9 @@ def test_an_update_that_does_not_fit_says_whether_the_state_is_whole():
     state, message = stepped(0)
     assert message == UPDATE.format("The state is as it was.")
     assert state.alive
-    state, message = stepped(1)
-    assert message == UPDATE.format("It was cut off half-way: this state is spent.")
+    for optimizer in (None, SGD):  # with and without a momentum that shows that it is not the first
+        state, message = stepped(1, optimizer)
+        assert message == UPDATE.format("It was cut off half-way: this state is spent.")
     with pytest.raises(SpentStateError) as excinfo:
         _ = state.params
     assert str(excinfo.value) == (

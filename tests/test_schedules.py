@@ -136,6 +136,18 @@ def test_one_cycle_is_torchs_to_the_bit(
     assert schedule(total) == schedule(total + 57) == schedule(total - 1)  # torch rises again, then raises
 
 
+@pytest.mark.parametrize("anneal", ["cos", "linear"])
+@pytest.mark.parametrize("three_phase", [False, True])
+def test_one_cycle_in_two_and_three_phases_is_torchs(anneal, three_phase):
+    options = {"total_steps": 20, "pct_start": 0.3, "div_factor": 10.0, "final_div_factor": 100.0}
+    options |= {"three_phase": three_phase}
+    schedule = one_cycle(0.5, anneal=anneal, momentum=(0.85, 0.95), **options)
+    check_schedule_equals_torch(
+        schedule, lambda o: lr_scheduler.OneCycleLR(o, 0.5, anneal_strategy=anneal, **options), 20
+    )
+    assert schedule(20) == schedule(21) == schedule(77) == schedule(19)
+
+
 @pytest.mark.parametrize(("total", "pct_start"), [(10, 0.1), (2, 0.5), (1, 1.0), (4, 0.25)])
 @pytest.mark.parametrize("three_phase", [False, True])
 def test_one_cycle_starts_at_its_peak_where_torch_divides_by_zero(total, pct_start, three_phase):

@@ -22,9 +22,10 @@ from steploop import (
     unscale_and_clip,
 )
 from steploop.creation import copy_leaf
-from steploop.errors import ConfigError, SpentStateError
+from steploop.errors import ConfigError, SpentStateError, StepOrderError
 from steploop.forwarding import generators_of
 from steploop.machine import _settle_implementation
+from steploop.sharing import shared_memory
 from steploop.state import Gradients
 from steploop.trees import first_difference, named_leaves
 
@@ -410,7 +411,7 @@ def test_settling_reads_what_is_on_the_device_and_nothing_else():
         finite=torch.zeros(()) > 1,
     )
     settled = state.settle()
-    assert (settled.applied_steps, settled.nonfinite_steps, settled.finite) == (3, 1, False)
+    assert (settled.applied_steps, settled.nonfinite_steps, settled.finite) == (3, 1, True)
     assert {type(settled.applied_steps), type(settled.nonfinite_steps)} == {int}
     assert type(settled.finite) is bool
     assert settled.scale == LossScale(scale=8.0, growth_tracker=2)
@@ -425,6 +426,23 @@ def test_a_clone_shares_no_tensor_and_differs_in_no_bit():
         assert first_difference(ours, theirs) is None
         places = [{t.data_ptr() for _, t in named_leaves(tree)} for tree in (ours, theirs)]
         assert places[0].isdisjoint(places[1])
+
+
+def test_a_clone_has_no_graph_to_differentiate():
+    """That of the loss belongs to the parameters of the state that it was computed from."""
+    state = forward_loss(TrainState.create(network(), SGD), batch(), objective)
+    with pytest.raises(StepOrderError, match="no loss to differentiate"):
+        backward_scaled(state.clone())
+    backward_scaled(state)
+
+
+def test_tensors_whose_memory_nobody_can_look_at_share_none():
+    meta, sparse = torch.ones(3, device="meta"), torch.ones(3).to_sparse()
+    assert shared_memory({"a": meta, "b": torch.ones(3, device="meta")}, {}) is None
+    assert shared_memory({"a": torch.ones(3)}, {"b": sparse, "c": torch.empty(0)}) is None
+    model = nn.Linear(2, 1)
+    model.register_buffer("links", sparse)
+    assert TrainState.create(model, SGD).buffers["links"] is sparse
 
 
 def test_a_clone_of_a_state_whose_gradients_were_given_away_has_none_to_give():

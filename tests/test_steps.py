@@ -294,6 +294,13 @@ def test_what_is_known_of_a_step_is_plain_where_the_host_may_look():
         assert after.finite is answer
 
 
+def test_a_step_that_is_taken_counts_for_the_loss_scale_and_one_that_is_skipped_backs_it_off():
+    state = run_step(fresh(precision="fp16"), objective)
+    assert (state.scale.scale, state.scale.growth_tracker) == (2.0**16, 1)
+    state = run_step(state, explosive)
+    assert (state.scale.scale, state.scale.growth_tracker) == (2.0**15, 0)
+
+
 def test_a_skipped_step_without_a_forward_pass_before_it_keeps_the_buffers():
     """Gradients may come from elsewhere."""
     state = TrainState.create(nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3)), SGD)
