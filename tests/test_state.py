@@ -408,7 +408,7 @@ def test_settling_reads_what_is_on_the_device_and_nothing_else():
         applied_steps=torch.tensor(3),
         nonfinite_steps=torch.tensor(1),
         scale=scale,
-        finite=torch.zeros(()) > 1,
+        finite=torch.zeros(()) < 1,
     )
     settled = state.settle()
     assert (settled.applied_steps, settled.nonfinite_steps, settled.finite) == (3, 1, True)
