@@ -7,7 +7,7 @@ import sys
 import time
 import traceback
 import warnings
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from pathlib import Path
 
 from steploop.cli import call
@@ -118,9 +118,12 @@ def lines(out):
 
 
 class Forked:
-    """``steploop ...`` in a child of this interpreter, which spares it the import of torch; its own process group."""
+    """``steploop ...`` in a child of this interpreter, which spares it the import of torch; its own process group.
 
-    def __init__(self, folder, *arguments):
+    ``inside`` is a context that the child is in.
+    """
+
+    def __init__(self, folder, *arguments, inside=None):
         self.out, self.err = Path(folder) / "stdout", Path(folder) / "stderr"
         with warnings.catch_warnings():
             warnings.simplefilter(
@@ -135,7 +138,8 @@ class Forked:
             for number, path in ((1, self.out), (2, self.err)):
                 os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
             sys.stdout, sys.stderr = (os.fdopen(n, "w", buffering=1) for n in (1, 2))
-            code = call(list(arguments))
+            with inside or nullcontext():
+                code = call(list(arguments))
         except BaseException:  # noqa: BLE001  (a child must not go on as another pytest)
             traceback.print_exc()
         finally:

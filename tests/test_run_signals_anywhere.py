@@ -1,4 +1,4 @@
-"""A signal at any moment at all of a run (FAULTS D1): while it starts, steps, evaluates, saves, logs or ends.
+"""A signal or a kill at any moment at all of a run (FAULTS D1, A1): while it starts, steps, evaluates, saves or ends.
 
 The moments are calls of steploop's own functions, counted, so that the same ones come up every time. What these would
 catch: a place where a signal raises in the middle of something, a save or a status that is half done when it is looked
@@ -13,7 +13,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from running import POINTS, digest, hidden
+from running import POINTS, Forked, digest, hidden
+from test_run_resume import comparable
 
 import steploop
 from steploop.cli import call
@@ -21,6 +22,7 @@ from steploop.cli import call
 PACKAGE = str(Path(steploop.__file__).parent)
 QUICK = ["--no-tune", "--device", "cpu", "--quiet", "--checkpoint-every", "3"]
 MOMENTS = 12  # for each of the three signals
+KILLS = 8  # for each kind of run
 
 
 class Calls:
@@ -145,3 +147,41 @@ def test_a_signal_when_a_part_of_a_run_begins_is_seen_at_the_next_place_where_no
     assert moment.count == 1
     if ending == "interrupted":
         signalled(Calls(2, signal.SIGTERM, name), 75, whole, tmp_path / "2", capsys)
+
+
+def everything(out):
+    """The newest state of each phase, and the log without its times and events."""
+    states = {
+        folder.name: (max(folder.glob("step-*")) / "state.json").read_bytes()
+        for folder in out.glob("checkpoints*")
+    }
+    return states, comparable(out)
+
+
+@pytest.mark.parametrize(
+    "values",
+    [[], ["phases=true", "eval_every=3", "plateau=yes"], ["patience=1", "learning_rate=1.5", "epochs=4"]],
+    ids=["plain", "phases", "early stopping"],
+)
+def test_a_kill_at_any_moment_costs_time_and_nothing_else(values, tmp_path, capsys):
+    """A1. Of every other run the resume is killed too. State and log are those of the uninterrupted run; no litter stays."""
+    options = [*QUICK, "--log-every", "1", *(word for value in values for word in ("--set", value))]
+    with Calls() as calls:
+        assert call(["run", POINTS, "--out", str(tmp_path / "whole"), *options]) == 0
+    whole, rng, killed = everything(tmp_path / "whole"), random.Random(len(values)), 0
+    for number in range(KILLS):
+        out, at = tmp_path / str(number), []
+        for _ in range(1 + number % 2):
+            begun = (out / "config.json").exists()
+            words = ["resume", str(out), "--quiet"] if begun else ["run", POINTS, "--out", str(out), *options]
+            at.append(rng.randrange(1, calls.count))
+            child = Forked(tmp_path, *words, inside=Calls(at[-1], signal.SIGKILL))
+            code, _, err = child.end()
+            assert code in {0, -signal.SIGKILL}, (at, err)
+            killed += code != 0
+        begun = (out / "config.json").exists()
+        words = ["resume", str(out), "--quiet"] if begun else ["run", POINTS, "--out", str(out), *options]
+        assert call(words) == 0, (at, capsys.readouterr().err)
+        assert everything(out) == whole, at
+        assert [path.name for path in out.rglob(".*")] == [], at
+    assert killed > KILLS // 2

@@ -12,6 +12,7 @@ from typing import Any
 import attrs
 
 from steploop.checkpoint.filesystem import LOCAL
+from steploop.checkpoint.litter import sweep
 from steploop.errors import CheckpointDamagedError, CheckpointWriteError, ConfigError, RunExistsError
 from steploop.texts import readable
 
@@ -198,6 +199,8 @@ def clear_unfinished(directory: RunDirectory) -> None:
         if _BESIDE.fullmatch(path.name):
             with suppress(OSError):
                 path.unlink()
+    with suppress(OSError):
+        sweep(LOCAL, directory.path / "capsules")
 
 
 def open_directory(path: Path) -> RunDirectory:
