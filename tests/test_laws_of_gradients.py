@@ -6,7 +6,7 @@ from functools import partial
 import attrs
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from steploop import (
@@ -202,6 +202,19 @@ def test_gradients_are_divided_by_the_scale_whatever_it_is(scale):
 SOME = st.sampled_from([0.0, 1e-30, 1e-3, 0.4, 0.5, 0.6, 1e3, 3e38, math.inf, math.nan])
 
 
+@pytest.mark.parametrize("seen", [True, False])
+def test_the_norm_of_what_was_clipped_is_the_bound(seen, monkeypatch):
+    if not seen:
+        for module in (clip, steps):
+            monkeypatch.setattr(module, "on_host", lambda _: False)
+    state = unscale_and_clip(holding({"w": torch.tensor([3.0, -4.0])}), max_norm=2.0)
+    assert state.grad_norm.item() == 5.0
+    assert float(state.clipped_norm) == pytest.approx(2.0, rel=1e-6)
+    assert state.grads["w"].tolist() == pytest.approx([1.2, -1.6], rel=1e-6)
+
+
+@example(entries=[1e3, 0.5], max_norm=0.5)
+@example(entries=[0.4], max_norm=1.0)
 @given(entries=st.lists(SOME, min_size=1, max_size=3), max_norm=st.sampled_from([0.5, 1.0, 1e36, math.inf]))
 def test_clipping_where_the_host_does_not_look_is_clipping_where_it_does(entries, max_norm):
     """The path of a GPU: the factor is a tensor, and nothing is decided by an ``if``."""
