@@ -1,5 +1,6 @@
 """Laws 13 to 15: how samples are cut into batches does not matter, looking changes nothing, an epoch is a permutation."""
 
+from contextlib import nullcontext
 from functools import partial
 
 import pytest
@@ -8,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from steploop import (
+    LossScale,
     Optimizer,
     TrainState,
     accumulate,
@@ -70,9 +72,34 @@ def test_any_partition_gives_the_gradient_of_the_whole_batch(task, size, data, o
     precision = data.draw(st.sampled_from(["fp32", "fp16"]))
     # the law is about the sum, not about float16: under autocast each part rounds by itself
     tolerance = 2e-5 if precision == "fp32" else 2e-2
+    scale = None if precision == "fp32" else LossScale(scale=2.0**8)  # nothing overflows
     check_partition_gives_the_whole_gradient(
-        task.state(precision=precision), task.batch(0, size), sizes, objective, tolerance=tolerance
+        task.state(precision=precision, loss_scale=scale),
+        task.batch(0, size),
+        sizes,
+        objective,
+        tolerance=tolerance,
     )
+
+
+@pytest.mark.parametrize(("scale", "applies"), [(1.0, True), (2.0**127, False)])
+def test_the_law_of_partitions_is_about_finite_gradients(scale, applies):
+    """Found by 10,000 examples: under a scale that is too high, the whole and its parts overflow in different places."""
+    state = TrainState.create(
+        torch.nn.Linear(1, 1),
+        Optimizer(torch.optim.SGD, lr=0.1),
+        precision="fp16",
+        loss_scale=LossScale(scale=scale),
+    )
+
+    def depends_on_its_batch(model, batch):
+        return (model(batch) * 4.0).sum()  # a sum where a mean belongs
+
+    wrong = (
+        pytest.raises(AssertionError, match="gives what the whole batch gives") if applies else nullcontext()
+    )
+    with wrong:
+        check_partition_gives_the_whole_gradient(state, torch.ones(4, 1), [1, 3], depends_on_its_batch)
 
 
 @given(task=plain(), size=st.integers(2, 9), data=st.data())

@@ -39,6 +39,7 @@ Evaluation = Callable[[Any, Sequence[Any]], Mapping[str, float | None]]
 
 # Relative to the largest entry (or value). Float32 sums of the same numbers in another order differ by some EPS each.
 TOLERANCE = 2e-5
+_NEARLY_CANCELLED = 1e-3  # the terms of a gradient are of size 1 for most losses
 
 
 def split(batch: Any, sizes: Sequence[int]) -> list[Any]:
@@ -60,14 +61,16 @@ def check_partition_gives_the_whole_gradient(
 
         accumulate(s, [x_1, ..., x_k]).grads = backward_scaled(forward_loss(s, x)).grads
 
-    Not for BatchNorm, whose statistics are those of each part, nor for dropout, where each part draws its own mask.
+    Not for BatchNorm, whose statistics are those of each part, nor for dropout, where each part draws its own mask;
+    nor where the gradient of the whole batch is not finite, under a loss scale that is too high.
 
     Args:
         state: without BatchNorm and dropout; is left whole.
         batch: x.
         sizes: how many samples x_1, ..., x_k have.
         objective: a mean over the weight that it gives, or over the samples.
-        tolerance: relative to the largest entry of all gradients: a single one may be a sum that nearly cancels.
+        tolerance: relative to the largest entry of all gradients, since a single one may be a sum that nearly cancels;
+            and to 1e-3 where all are smaller, since then all nearly cancel and keep the rounding of their terms.
     """
     whole = backward_scaled(forward_loss(state.clone(), batch, objective))
     parts = accumulate(state.clone(), split(batch, sizes), objective)
@@ -76,10 +79,12 @@ def check_partition_gives_the_whole_gradient(
         list(found) == list(expected),
         f"a partition reaches the same parameters, but {list(found)} are not {list(expected)}",
     )
+    if not all(bool(g.isfinite().all()) for g in expected.values()):
+        return
     require_near = partial(_require_near, law=f"the partition {list(sizes)} gives what the whole batch gives")
     largest = max((float(g.abs().max()) for g in expected.values() if g.numel()), default=0.0)
     for name, g in expected.items():
-        require_near(name, found[name], g, tolerance * largest)
+        require_near(name, found[name], g, tolerance * max(largest, _NEARLY_CANCELLED))
     require_near("the loss", parts.loss, whole.loss, tolerance * max(abs(float(whole.loss)), 1.0))  # type: ignore[arg-type]  # there is one
 
 
