@@ -30,7 +30,7 @@ def shared_memory(params: Mapping[str, Tensor], buffers: Mapping[str, Tensor]) -
     """
     by_storage: dict[int, list[tuple[str, Tensor]]] = {}
     for name, tensor in (*params.items(), *buffers.items()):
-        if tensor.layout is torch.strided and tensor.numel():
+        if _has_address(tensor):
             by_storage.setdefault(tensor.untyped_storage().data_ptr(), []).append((name, tensor))
     for address, tensors in by_storage.items():
         if address and len(tensors) > 1:  # one without memory, as on the meta device, is at 0
@@ -38,6 +38,12 @@ def shared_memory(params: Mapping[str, Tensor], buffers: Mapping[str, Tensor]) -
                 if (one.is_param or other.is_param) and _meet(one.tensor, other.tensor):
                     return one.name, other.name
     return None
+
+
+def _has_address(tensor: Tensor) -> bool:
+    """Whether it lies somewhere itself: a sparse tensor does not, nor one that wraps others."""
+    plain = type(tensor).__torch_dispatch__ is Tensor.__torch_dispatch__
+    return plain and tensor.layout is torch.strided and tensor.numel() > 0
 
 
 def _span(name: str, tensor: Tensor, is_param: bool) -> _Span:

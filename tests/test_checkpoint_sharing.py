@@ -167,6 +167,33 @@ def test_a_tie_that_a_step_made_is_refused_at_save(tmp_path):
     assert listed(tmp_path) == []
 
 
+class Wrapper(torch.Tensor):
+    """A tensor that is made of others, as distributed and quantized ones are: it has no address."""
+
+    @staticmethod
+    def __new__(cls, inner):
+        return torch.Tensor._make_wrapper_subclass(cls, inner.shape, dtype=inner.dtype)
+
+    @classmethod
+    def __torch_dispatch__(cls, function, types, args=(), kwargs=None):
+        return NotImplemented
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: Wrapper(torch.ones(3)),
+        lambda: torch.eye(3).to_sparse(),
+        lambda: torch.ones(3, device="meta"),
+        lambda: torch.ones(0),
+    ],
+    ids=["wrapper", "sparse", "meta", "empty"],
+)
+def test_tensors_without_an_address_share_nothing(make):
+    one = make()
+    assert shared_memory({"a": one, "b": one}, {"c": one}) is None
+
+
 @given(
     st.lists(
         st.tuples(
