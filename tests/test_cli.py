@@ -342,7 +342,7 @@ def test_compile_auto_measures_both_forms_and_records_the_figures(tmp_path, caps
         == 0
     )
     events = [line for line in lines(tmp_path / "run") if line.get("event") == "compile"]
-    assert [event["form"] for event in events[:-1]] == ["undecided"] * (len(events) - 1)
+    assert not any("form" in event for event in events[:-1])
     chosen = events[-1]
     faster = min(("eager_us", "compiled_us"), key=chosen.get)
     assert chosen["form"] == faster.removesuffix("_us")

@@ -23,7 +23,10 @@ def compiled(recipe: Recipe, mode: bool | Literal["auto"], journal: RunJournal, 
 
     def tell(text: str) -> None:
         screen.note(text)
-        journal.event({"event": "compile", "note": text, **attrs.asdict(step.figures)})
+        known = {name: value for name, value in attrs.asdict(step.figures).items() if value}
+        if step.figures.form == "undecided":
+            del known["form"], known["reason"]
+        journal.event({"event": "compile", "note": text, **known})
 
     step = compile_step(recipe.train_step, mode=mode, report=tell)
     return attrs.evolve(recipe, train_step=step)
