@@ -180,11 +180,17 @@ def _counts_and_buffers(state: TrainState, finite: Tensor) -> dict[str, Any]:
 def _decided_by_fused_optimizer(state: TrainState, finite: Tensor) -> dict[str, Any]:
     """A fused optimizer reads ``found_inf`` in its own kernel, and changes nothing where it is 1."""
     optimizer: Any = state._machine.optimizer
+    new = [name for name, slot in state._slots.items() if not slot]
     optimizer.grad_scale, optimizer.found_inf = None, (~finite).float()
     try:
         slots = _run_optimizer(state)
     finally:
         del optimizer.grad_scale, optimizer.found_inf
+    for name in new:
+        for value in slots[name].values():
+            if isinstance(value, Tensor):
+                # a skipped kernel leaves a new momentum buffer as it was made: memory that nobody wrote
+                value.copy_(torch.where(finite, value, torch.zeros_like(value)))
     return {"_slots": slots, **_counts_and_buffers(state, finite)}
 
 

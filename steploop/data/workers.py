@@ -36,6 +36,7 @@ __all__ = ["WorkerPool"]
 
 POLL_S = 0.5  # how long a wait lasts at most before Python code runs again
 GRACE_S = 1.0  # how long a worker may take to finish when it is no longer needed
+KILLED_S = 10.0  # how long a busy machine may take to end a process that was killed
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
@@ -193,6 +194,7 @@ class WorkerPool:
             iterator._shutdown_workers()  # its only way to end persistent workers before __del__
         finally:
             killer.cancel()
+            killer.join()  # of two threads that wait for one process, one is told that there is none
             _kill(processes)
 
     def __del__(self) -> None:
@@ -240,7 +242,7 @@ def _kill(processes: list[Any]) -> None:
         if process.is_alive():
             process.kill()
     for process in processes:
-        process.join(GRACE_S)
+        process.join(KILLED_S)
 
 
 # Daemonic children that ignore SIGTERM would let Python's own exit handler wait for them for ever. Registered

@@ -102,7 +102,8 @@ def check_scaled_steps_follow_torch(
 
     The scaled gradients of every step are given, finite or not; both unscale them, clip nothing, step and update.
     The floor is the only difference, and gradients that are finite as long as they are scaled but overflow float32
-    afterwards, in themselves or in their norm: torch steps on those and we do not. The comparison ends there.
+    afterwards, in themselves or in their norm: torch steps on those and we do not. The comparison ends there, and
+    where the first step of torch's fused SGD is skipped, which leaves its momentum in memory that nobody wrote.
 
     Args:
         optimizer: the description.
@@ -122,9 +123,10 @@ def check_scaled_steps_follow_torch(
     for index, tree in enumerate(grads):
         inverse = 1.0 / scaler.get_scale() if scaler.get_scale() else math.inf
         unscaled = [g * inverse for g in tree.values()]
-        if all(g.isfinite().all() for g in tree.values()) and not math.isfinite(
-            torch.nn.utils.get_total_norm(unscaled)
-        ):
+        finite = all(g.isfinite().all() for g in tree.values())
+        if finite and not math.isfinite(torch.nn.utils.get_total_norm(unscaled)):
+            return
+        if not finite and not state.step and isinstance(theirs, torch.optim.SGD) and theirs.defaults["fused"]:
             return
         for name, p in module.named_parameters():
             p.grad = tree[name].clone()
