@@ -216,7 +216,12 @@ class WorkerPool:
 
     def _raise_if_a_worker_died(self, error: BaseException | None, *, patience_s: float = 0) -> None:
         if patience_s:
-            mp.connection.wait([process.sentinel for process in self._processes], timeout=patience_s)
+            ended = mp.connection.wait([process.sentinel for process in self._processes], timeout=patience_s)
+            for process in self._processes:
+                if process.sentinel in ended:
+                    process.join(
+                        KILLED_S
+                    )  # its files are closed a moment before the system says that it is dead
         for worker, process in enumerate(self._processes):
             if process.is_alive():
                 continue
