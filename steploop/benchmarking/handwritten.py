@@ -26,7 +26,6 @@ class _Parts:
     """What every loop here is made of: the state's live model and optimizer, and what else the recipe's state shows."""
 
     def __init__(self, state: TrainState) -> None:
-        self.state = state
         self.model = _training(state)
         self.optimizer = state._machine.optimizer
         self.params = [p for group in self.optimizer.param_groups for p in group["params"]]

@@ -37,7 +37,8 @@ def describe(run: Path) -> dict[str, Any]:
 
     Returns:
         "state" (finished, interrupted, failed, died, running), "pid", "host", "exit_code", "step" (the last that is
-        known to be taken, or None), "checkpoint" (the newest one's path or None), "error", and "resume": whether resuming it would train on.
+        known to be taken, or None), "checkpoint" (the newest one's path or None), "error", and "resume": whether
+        resuming it would train on.
     """
     from steploop.run.directory import open_directory, read_status
     from steploop.run_lock import run_owner

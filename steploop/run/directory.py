@@ -78,14 +78,7 @@ def write_json(path: Path, value: Mapping[str, Any]) -> None:
     Raises:
         CheckpointWriteError: it cannot be written.
     """
-    beside = path.with_name(f".{path.name}-{os.getpid()}")
-    try:
-        beside.write_bytes(json_bytes(value))
-        beside.replace(path)
-    except OSError as error:
-        with suppress(OSError):
-            beside.unlink()
-        raise not_written(path, error) from error
+    _replace(path, json_bytes(value), durable=False)
 
 
 def write_durably(path: Path, data: bytes) -> None:
@@ -94,14 +87,21 @@ def write_durably(path: Path, data: bytes) -> None:
     Raises:
         CheckpointWriteError: it cannot be written.
     """
+    _replace(path, data, durable=True)
+
+
+def _replace(path: Path, data: bytes, *, durable: bool) -> None:
+    """Put a whole file in the place of an older one, or of none; ``durable``: on the disk when this returns."""
     beside = path.with_name(f".{path.name}-{os.getpid()}")
     try:
         with beside.open("wb") as file:
             file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
+            if durable:
+                file.flush()
+                os.fsync(file.fileno())
         beside.replace(path)
-        LOCAL.sync_directory(path.parent)
+        if durable:
+            LOCAL.sync_directory(path.parent)
     except OSError as error:
         with suppress(OSError):
             beside.unlink()
