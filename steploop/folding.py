@@ -6,11 +6,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from steploop.differentiation import gradients, seed_of
 from steploop.errors import EmptyDataError, ObjectiveError
 from steploop.forwarding import Objective, TrainingPasses
 from steploop.shielding import shielded
 from steploop.state import Gradients, TrainState
-from steploop.steps import gradients, seed_of
 from steploop.trees import count_samples
 
 __all__ = ["accumulate"]

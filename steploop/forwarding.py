@@ -65,10 +65,10 @@ class SeededGenerators:
 def surroundings(machine: Machine, precision: Precision, *, grad: bool = True) -> AbstractContextManager[Any]:
     """The grad mode and the autocast that a forward pass runs under; its caller is shielded from all else."""
     if torch.is_grad_enabled() is grad:
-        return autocast(precision, machine.device.type)
+        return autocast(precision, machine.device_type)
     stack = ExitStack()
     stack.enter_context(torch.set_grad_enabled(grad))
-    stack.enter_context(autocast(precision, machine.device.type))
+    stack.enter_context(autocast(precision, machine.device_type))
     return stack
 
 

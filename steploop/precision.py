@@ -20,7 +20,7 @@ _NO_AUTOCAST: AbstractContextManager[None] = nullcontext()
 
 def on_host(tensor: Tensor) -> bool:
     """Whether reading ``tensor`` costs no wait: a real CPU tensor, neither on a device nor being traced."""
-    return type(tensor) is Tensor and tensor.device.type == "cpu"
+    return type(tensor) is Tensor and tensor.is_cpu
 
 
 def _float32(x: float) -> float:

@@ -18,7 +18,7 @@ R = TypeVar("R")
 
 
 class _Machine(Protocol):
-    device: torch.device
+    device_type: str
     default_dtype: torch.dtype
 
 
@@ -49,12 +49,12 @@ def _shield(machine: _Machine) -> ExitStack:
     if torch.is_inference_mode_enabled():
         stack.enter_context(torch.inference_mode(mode=False))
     stack.enter_context(DefaultDtype(machine.default_dtype))
-    if torch.is_autocast_enabled(machine.device.type):
+    if torch.is_autocast_enabled(machine.device_type):
         # The caller's autocast keeps its casts of the parameters until it ends. We change the parameters, so that
         # neither we nor the caller may find the old ones there.
         torch.clear_autocast_cache()
         stack.callback(torch.clear_autocast_cache)
-        stack.enter_context(torch.autocast(machine.device.type, enabled=False))
+        stack.enter_context(torch.autocast(machine.device_type, enabled=False))
     return stack
 
 
@@ -70,7 +70,7 @@ def shielded(function: Callable[Concatenate[S, P], R]) -> Callable[Concatenate[S
         if (
             torch.get_default_dtype() is machine.default_dtype
             and not torch.is_inference_mode_enabled()
-            and not torch.is_autocast_enabled(machine.device.type)
+            and not torch.is_autocast_enabled(machine.device_type)
         ):
             return function(state, *args, **kwargs)
         with _shield(machine):

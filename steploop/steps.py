@@ -18,13 +18,14 @@ import torch
 from torch import Tensor
 
 from steploop.clip import check_bound, clip_adaptive, clip_norm, clip_value, global_norm
+from steploop.differentiation import gradients, seed_of
 from steploop.errors import ConfigError, SpentStateError, StepOrderError
-from steploop.forwarding import Objective, TrainingPasses, translated
+from steploop.forwarding import Objective, TrainingPasses
 from steploop.precision import on_host
 from steploop.shielding import shielded
 from steploop.state import Gradients, TrainState
 
-__all__ = ["backward_scaled", "forward_loss", "gradients", "seed_of", "unscale_and_clip"]
+__all__ = ["backward_scaled", "forward_loss", "unscale_and_clip"]
 
 
 @shielded
@@ -89,59 +90,6 @@ def backward_scaled(state: TrainState) -> TrainState:
         if before is not None:
             module.place_params(before)
     return state.replace(_graph=None, _grads=Gradients(grads))
-
-
-def seed_of(state: TrainState, loss: Tensor, weight: float | Tensor = 1.0) -> Tensor:
-    """What ``loss`` is differentiated with: the loss scale times ``weight``, of the loss's dtype and shape ()."""
-    factor = weight if state.scale is None else state.scale.scale * weight
-    if isinstance(factor, Tensor):
-        return factor.to(loss.dtype)
-    if type(loss) is not Tensor:  # it is being traced: nothing of the trace may outlive it
-        return torch.full((), factor, dtype=loss.dtype, device=loss.device)
-    # a tensor a step is 2 us: the factor of the step before is nearly always the same
-    seeds = state._machine.seeds
-    key = (factor, loss.dtype)
-    if key not in seeds:
-        seeds.clear()
-        seeds[key] = torch.full((), factor, dtype=loss.dtype, device=loss.device)
-    return seeds[key]
-
-
-def gradients(
-    state: TrainState, loss: Tensor, seed: Tensor, *, keep: bool = False, take: bool = True
-) -> list[Tensor | None]:
-    """Run the backward pass and take every ``.grad`` away.
-
-    Args:
-        state: whose parameters the loss was computed from.
-        loss: shape (), with its graph.
-        seed: what it is differentiated with, of its dtype.
-        keep: add to the gradients of the pass before, instead of beginning anew.
-        take: False leaves them for the next pass to add to, and returns nothing.
-    """
-    leaves = state._leaves
-    if not keep:
-        for leaf in leaves:
-            if leaf.grad is not None:  # somebody's leftover would be added to ours
-                leaf.grad = None
-    try:
-        torch.autograd.backward(loss, seed)
-    except (RuntimeError, MemoryError) as error:
-        for leaf in leaves:
-            leaf.grad = None
-        if "backward through the graph a second time" in str(error):
-            raise SpentStateError(
-                "backward_scaled: the graph of this loss was used up by another backward pass. Call forward_loss again."
-            ) from error
-        if (ours := translated(error, state._machine, None)) is None:
-            raise
-        raise ours from error
-    if not take:
-        return []
-    grads = [leaf.grad for leaf in leaves]
-    for leaf in leaves:
-        leaf.grad = None
-    return grads
 
 
 @shielded
@@ -212,7 +160,11 @@ def unscale_and_clip(
             pairs = zip(values, state._leaves, strict=True)
             clip_adaptive(grads, [leaf for g, leaf in pairs if g is not None], adaptive)  # type: ignore[arg-type]
         clipped = global_norm(grads)
-    finite = math.isfinite(norm.item()) if on_host(norm) else torch.isfinite(norm)
+    finite: bool | Tensor
+    if isinstance(clipped, float):  # the norm was read, and what is clipped is finite if it was
+        finite = math.isfinite(clipped)
+    else:
+        finite = math.isfinite(norm.item()) if on_host(norm) else torch.isfinite(norm)
     return state.replace(_grads=Gradients(values), grad_norm=norm, clipped_norm=clipped, finite=finite)
 
 

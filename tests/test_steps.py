@@ -6,10 +6,13 @@ import weakref
 import pytest
 import torch
 import torch.nn.functional as F
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import steploop.clip
+import steploop.differentiation
 import steploop.steps
 from steploop import (
     LossScale,
@@ -26,6 +29,7 @@ from steploop import (
     unscale_and_clip,
     update_ema,
 )
+from steploop.differentiation import seed_of
 from steploop.errors import (
     ConfigError,
     EmptyDataError,
@@ -38,7 +42,8 @@ from steploop.errors import (
 from steploop.random_numbers import fold_in
 from steploop.scheduling import _Table
 from steploop.shielding import DefaultDtype
-from steploop.steps import seed_of
+from steploop.testing import strategies
+from steploop.testing.strategies import classification
 from steploop.traced import TracedCount
 from steploop.updating import first_nonfinite
 
@@ -149,6 +154,35 @@ def test_gradients_belong_to_the_state_that_unscale_and_clip_returns():
         unscale_and_clip(state, max_norm=1.0)
     assert optimizer_step(clipped, donate=False).grads is None
     assert clipped.grads is not None
+
+
+@pytest.mark.parametrize("there", [True, False], ids=["torch's own shortcut", "without it"])
+@given(task=strategies.tasks(), precision=st.sampled_from(["fp32", "fp16"]))
+def test_gradients_are_those_of_torch(there, task, precision):
+    """Bit for bit, with the function that ``torch.autograd.backward`` calls in the end as with that one itself."""
+    state = forward_loss(task.state(precision=precision), task.batch(0), classification)
+    loss = forward_loss(state, task.batch(0), classification)._graph
+    wanted = torch.autograd.grad(loss, state._leaves, seed_of(state, loss), allow_unused=True)
+    with pytest.MonkeyPatch.context() as patch:
+        if there:  # or the test would compare a function with itself
+            patch.setattr(torch.autograd, "backward", None)
+        else:
+            patch.setattr(steploop.differentiation, "_engine_run_backward", None)
+        found = backward_scaled(state)
+    for name, grad in zip(state._machine.trainable, wanted, strict=True):
+        assert (name in found.grads) == (grad is not None)
+        assert grad is None or torch.equal(found.grads[name], grad)
+    assert all(leaf.grad is None for leaf in state._leaves)
+
+
+def test_a_backward_pass_inside_of_a_transform_is_refused_as_torch_refuses_it():
+    state = fresh()
+
+    def loss(x):
+        return backward_scaled(forward_loss(state, batch(), lambda model, _: model(x).sum())).loss
+
+    with pytest.raises(RuntimeError, match="inside a functorch transform"):
+        torch.func.grad(loss)(torch.ones(2, 4))
 
 
 def test_a_loss_is_differentiated_once():

@@ -18,7 +18,7 @@ FLOORS = [
     {"errors", "trees", "random_numbers", "checks", "interruption", "texts", "extras"},
     {"schedules", "early_stopping", "plateau", "precision", "clip", "optim"},
     {"machine", "state", "ownership", "creation", "sharing", "traced", "tensor_stats", "shielding", "tracing"},
-    {"forwarding", "judging", "updating", "steps", "scheduling"},
+    {"forwarding", "differentiation", "judging", "updating", "steps", "scheduling"},
     {"evaluation", "folding", "averaging", "compilation", "checkpoint", "run_lock", "data", "logs", "batch_files",
      "layer_norms", "recipe", "capsules", "capsule_files"},
     {"benchmarking", "overrides", "recipe_files", "run", "testing", "checking", "reporting", "lr_finding", "replaying"},
