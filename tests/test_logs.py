@@ -91,6 +91,42 @@ def test_a_logger_that_fails_is_reported_once_and_the_others_go_on():
     assert good.closed
 
 
+def test_what_stands_of_a_table_takes_the_place_of_all_that_was_there(tmp_path):
+    table = CsvTable(tmp_path / "m.csv")
+    table(1, {"loss": 0.5})
+    table(2, {"loss": 0.25, "gone": 1.0})
+    calls = []
+
+    class Other:
+        """A logger that cannot take back what it has drawn, and one that fails at it."""
+
+        def __call__(self, step, values):
+            calls.append(step)
+
+        def close(self):
+            pass
+
+    class Failing(Other):
+        def rewrite(self, rows):
+            raise OSError("the disk is full")
+
+    said = []
+    loggers = Loggers([Failing(), Other(), table], said.append)
+    loggers.rewrite(iter([(1, {"loss": 0.5}), (1, {"accuracy": 0.75})]))
+    loggers(2, {"loss": 0.25})
+    assert (tmp_path / "m.csv").read_text().splitlines() == [
+        "step,loss,accuracy",
+        "1,0.5,",
+        "1,,0.75",
+        "2,0.25,",
+    ]
+    assert said == ["The logger Failing failed and is left out from here on: OSError: the disk is full"]
+    assert calls == [2]
+    assert [path.name for path in tmp_path.iterdir()] == ["m.csv"]
+    CsvTable(tmp_path / "other.csv").rewrite([])
+    assert (tmp_path / "other.csv").read_text().splitlines() == ["step"]
+
+
 def test_a_csv_table_grows_columns_and_is_continued(tmp_path):
     table = CsvTable(tmp_path / "m.csv")
     table(1, {"loss": 0.5})

@@ -1,8 +1,10 @@
 """The loop of a run: what it folds, what it logs when, and what it refuses."""
 
+import csv
 import ctypes
 import json
 import math
+import shutil
 
 import attrs
 import points_recipe
@@ -299,6 +301,29 @@ def test_a_resume_goes_on_logging_and_keeping_as_before(tmp_path):
     assert steps == [1, 3, 6, 9, 12]
     config = json.loads((tmp_path / "run" / "config.json").read_bytes())
     assert (config["watching"]["checkpoint_every"], config["watching"]["csv"]) == (4, True)
+
+
+@pytest.mark.parametrize("lost", [1, 9], ids=["the newest checkpoint", "all of them"])
+@pytest.mark.parametrize("phases", ["false", "true"])
+def test_a_table_holds_each_step_once_though_some_were_taken_twice(lost, phases, tmp_path):
+    """As after a kill: the checkpoints of some steps that are in the table are not there."""
+
+    def table(out):
+        with (out / "metrics.csv").open(newline="") as file:
+            rows = list(csv.DictReader(file))
+        clocks = {"train/samples_per_s", "train/data_wait", "train/time_s", "eval/time_s"}
+        return [{name: value for name, value in row.items() if name not in clocks} for row in rows]
+
+    values = {"phases": phases}
+    train(tmp_path / "whole", values, csv=True, checkpoint_every=3)
+    train(tmp_path / "run", values, csv=True, checkpoint_every=3, stop_at=11)
+    for newest in sorted((tmp_path / "run" / "checkpoints").glob("step-*"))[-lost:]:
+        shutil.rmtree(newest)
+    for name in ("metrics.csv", "metrics.jsonl", "status.json"):  # half written when the kill came
+        (tmp_path / "run" / f".{name}-4194305").touch()
+    train(tmp_path / "run", resume=True)
+    assert table(tmp_path / "run") == table(tmp_path / "whole")
+    assert not [path.name for path in (tmp_path / "run").iterdir() if path.name.startswith(".")]
 
 
 def test_the_allocator_is_tuned_where_there_is_glibc():

@@ -1,8 +1,10 @@
 """A Logger that writes a CSV table: a row for each step, a column for each name."""
 
 import csv
-from collections.abc import Mapping
+import os
+from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 __all__ = ["CsvTable"]
 
@@ -30,6 +32,12 @@ class CsvTable:
         with self._path.open("a", newline="", encoding="utf-8") as file:
             csv.DictWriter(file, self._names).writerow({"step": step, **values})
 
+    def rewrite(self, rows: Iterable[tuple[int, Mapping[str, float]]]) -> None:
+        """Put these rows in the place of all that are there: at a resume, those of steps that stand."""
+        rows = list(rows)
+        self._names = list(dict.fromkeys(["step", *(name for _, values in rows for name in values)]))
+        self._write([{"step": step, **values} for step, values in rows])
+
     def close(self) -> None:
         """Nothing is held back."""
 
@@ -38,8 +46,11 @@ class CsvTable:
             reader = csv.DictReader(file)
             return list(reader.fieldnames or ["step"]), list(reader)
 
-    def _write(self, rows: list[dict[str, str]]) -> None:
-        with self._path.open("w", newline="", encoding="utf-8") as file:
+    def _write(self, rows: Iterable[Mapping[str, Any]]) -> None:
+        """Write the table anew, beside the old one: a kill leaves one of the two."""
+        beside = self._path.with_name(f".{self._path.name}-{os.getpid()}")
+        with beside.open("w", newline="", encoding="utf-8") as file:
             writer = csv.DictWriter(file, self._names)
             writer.writeheader()
             writer.writerows(rows)
+        beside.replace(self._path)

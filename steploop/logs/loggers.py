@@ -1,13 +1,16 @@
 """The Logger interface, and several loggers as one: a logger that fails is reported once and left out, the run goes on."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Protocol
 
 __all__ = ["Logger", "Loggers"]
 
 
 class Logger(Protocol):
-    """Whatever takes named numbers at a step: a function with a ``close()``."""
+    """Whatever takes named numbers at a step: a function with a ``close()``.
+
+    It may have a ``rewrite(rows)`` besides, which is called at a resume with all the (step, values) that stand.
+    """
 
     def __call__(self, step: int, values: Mapping[str, float]) -> None:
         """Take the numbers of one step.
@@ -39,6 +42,16 @@ class Loggers:
             try:
                 logger(step, values)
             except Exception as error:  # noqa: BLE001  (a full disk or a lost server must not cost the training)
+                self._fail(logger, error)
+
+    def rewrite(self, rows: Iterable[tuple[int, Mapping[str, float]]]) -> None:
+        """Tell those that can what stands of all that was logged before: a resume takes some steps again."""
+        kept = list(rows)
+        for logger in tuple(self._loggers):
+            try:
+                if (rewrite := getattr(logger, "rewrite", None)) is not None:
+                    rewrite(kept)
+            except Exception as error:  # noqa: BLE001  (likewise)
                 self._fail(logger, error)
 
     def close(self) -> None:

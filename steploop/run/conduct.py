@@ -6,14 +6,11 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from typing import Any
 
-import attrs
-
 from steploop.capsules import CapsuleWriter
 from steploop.checkpoint import digest
 from steploop.errors import SteploopError
-from steploop.logs import CsvTable, JsonLines, Logger, Loggers, TensorBoard, read_json_lines
+from steploop.logs import read_json_lines
 from steploop.logs.screens import Screen
-from steploop.overrides import to_json
 from steploop.recipe import Recipe, State
 from steploop.run.compiling import compiled
 from steploop.run.directory import Status, clear_unfinished, read_status, refuse_taken
@@ -21,12 +18,13 @@ from steploop.run.journal import RunJournal
 from steploop.run.keeping import CheckpointKeeper
 from steploop.run.loop import Loop
 from steploop.run.monitoring import prepared
+from steploop.run.outlets import Outlets, open_outlets
 from steploop.run.plan import Ending
 from steploop.run.recording import announce, record
 from steploop.run.requests import Request
 from steploop.run.signals import StopFlag, signals_as
 from steploop.run.states import attempted_steps, lead
-from steploop.run.summary import Summary, plain_metrics, summarize
+from steploop.run.summary import Summary, summarize
 from steploop.run.tuning import tune_allocator
 from steploop.run_lock import run_lock
 
@@ -62,24 +60,6 @@ def carry_out(request: Request, screen: Screen, stop: StopFlag | None = None) ->
 _KEPT = ("step", "epoch", "metrics", "best", "checkpoint", "best_checkpoint", "evaluation_due")
 
 
-def _tell(status: Status, line: Mapping[str, Any], monitor: str | None) -> None:
-    """Put an evaluation into status.json."""
-    place = {"step": line["step"], "epoch": line["epoch"]}
-    best = (
-        {"best": {"metric": monitor, "value": line["metrics"].get(monitor), **place}} if line["best"] else {}
-    )
-    status.update(**place, metrics=plain_metrics(line["metrics"]), **best)
-
-
-@attrs.frozen
-class _Outlets:
-    """Where a run is recorded."""
-
-    lines: JsonLines
-    loggers: Loggers
-    status: Status
-
-
 class _Run:
     """The parts of a run while it lasts."""
 
@@ -113,18 +93,16 @@ class _Run:
             if not self._request.resume:
                 self._forget()
             raise
-        lines = JsonLines(self._directory.metrics)
-        loggers = Loggers(self._loggers(), self._screen.note)
+        outlets = open_outlets(self._request, status, self._screen.note)
         try:
-            state, recipe, ending = self._phases(recipe, due, _Outlets(lines, loggers, status))
+            state, recipe, ending = self._phases(recipe, due, outlets)
             if recipe.finish is not None and ending != "interrupted":
                 recipe.finish(state, self._directory.path)
         except BaseException as error:
             self._failed(status, error)
             raise
         finally:
-            loggers.close()
-            lines.close()
+            outlets.close()
         summary = summarize(
             self._request,
             recipe,
@@ -149,7 +127,7 @@ class _Run:
         finally:
             self._stop.at_once = False
 
-    def _phases(self, recipe: Recipe, due: str | None, outlets: "_Outlets") -> tuple[State, Recipe, Ending]:
+    def _phases(self, recipe: Recipe, due: str | None, outlets: Outlets) -> tuple[State, Recipe, Ending]:
         """Fold the recipe, and what follows it; on a resume, from the newest checkpoint on."""
         phase = 0
         while recipe.then is not None and any(self._directory.checkpoints(phase + 1).glob("step-*")):
@@ -161,9 +139,7 @@ class _Run:
                 return state, recipe, ending
             recipe, due, phase = recipe.then(state), None, phase + 1
 
-    def _phase(
-        self, recipe: Recipe, phase: int, due: str | None, outlets: "_Outlets"
-    ) -> tuple[State, Ending]:
+    def _phase(self, recipe: Recipe, phase: int, due: str | None, outlets: Outlets) -> tuple[State, Ending]:
         """Fold one recipe."""
         screen, status = self._screen, outlets.status
         keeper = CheckpointKeeper(
@@ -179,7 +155,7 @@ class _Run:
             steps_per_epoch=len(recipe.batches),
             epochs=recipe.epochs,
             phase=phase,
-            on_evaluation=lambda line: _tell(status, line, recipe.monitor),
+            on_evaluation=lambda line: outlets.tell(line, recipe.monitor),
         )
         state = prepared(recipe, recipe.state)
         loaded = keeper.newest(state, require_exact=self._request.require_exact, note=screen.note)
@@ -188,7 +164,7 @@ class _Run:
         elif phase:
             keeper.save(state, best=False)  # so that a resume finds this phase begun
         elif self._request.resume:  # it was ended before its first checkpoint: it begins anew
-            outlets.lines.keep(lambda _: False)
+            outlets.keep(self._past, lambda _: False)
         mode = recipe.compile if self._request.compile is None else self._request.compile
         loop = Loop(
             compiled(recipe, mode, journal, screen),
@@ -202,7 +178,7 @@ class _Run:
         owed = due is not None and due == digest(state)
         if loaded is not None:
             again = loop.evaluates_first(state, due=owed)
-            self._continue_from(state, phase, journal, outlets.lines, again=again)
+            self._continue_from(state, phase, journal, outlets, again=again)
         try:
             state, ending = loop.run(state, evaluation_due=owed)
             if (
@@ -217,7 +193,7 @@ class _Run:
         return state, ending
 
     def _continue_from(
-        self, state: State, phase: int, journal: RunJournal, lines: JsonLines, *, again: bool
+        self, state: State, phase: int, journal: RunJournal, outlets: Outlets, *, again: bool
     ) -> None:
         """Drop the lines of what will be done again, the last evaluation perhaps, and say where the run goes on."""
         first, attempted = lead(state), attempted_steps(state)
@@ -228,26 +204,10 @@ class _Run:
                 place == (phase, attempted) and not (again and line["kind"] == "eval")
             )
 
-        lines.keep(stands)
+        outlets.keep(self._past, stands)
         place = {"step": first.step, "attempted": attempted, "epoch": first.epoch, "batch": first.batch}
         journal.event({"event": "resumed", **place})
         self._screen.note(f"going on at step {attempted}: epoch {first.epoch + 1}, batch {first.batch}")
-
-    def _loggers(self) -> list[Logger]:
-        loggers: list[Logger] = []
-        if self._request.tensorboard:
-            loggers.append(TensorBoard(self._directory.path / "tensorboard"))
-        if self._request.mlflow:
-            from steploop.logs.mlflow_logger import MLflow
-
-            loggers.append(MLflow(self._directory.path, to_json(self._request.config)))
-        if self._request.wandb:
-            from steploop.logs.wandb_logger import WandB
-
-            loggers.append(WandB(self._directory.path, to_json(self._request.config)))
-        if self._request.csv:
-            loggers.append(CsvTable(self._directory.path / "metrics.csv"))
-        return loggers
 
     def _forget(self) -> None:
         """Leave no directory behind for a run that never began."""

@@ -2,16 +2,16 @@
 
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 from steploop.errors import CheckpointWriteError
 from steploop.logs import JsonLines, Loggers
 from steploop.logs.screens import Screen
 
-__all__ = ["RunJournal"]
+__all__ = ["RunJournal", "logged"]
 
-_PLACE = {"step", "attempted", "epoch", "batch", "epochs"}
+_PLACE = {"step", "attempted", "epoch", "batch", "epochs", "phase"}
 
 
 def _numbers(values: Mapping[str, Any], prefix: str) -> dict[str, float]:
@@ -21,6 +21,15 @@ def _numbers(values: Mapping[str, Any], prefix: str) -> dict[str, float]:
         for name, value in values.items()
         if name not in _PLACE and isinstance(value, (int, float)) and math.isfinite(value)
     }
+
+
+def logged(lines: Iterable[Mapping[str, Any]]) -> Iterator[tuple[int, dict[str, float]]]:
+    """The step and the numbers that the loggers are told of each log point and evaluation among ``lines``."""
+    for line in lines:
+        if line["kind"] == "train":
+            yield line["step"], _numbers(line, "train/")
+        elif line["kind"] == "eval":
+            yield line["step"], _numbers(line["metrics"], "eval/")
 
 
 class RunJournal:
@@ -59,7 +68,6 @@ class RunJournal:
     def train(self, line: Mapping[str, Any]) -> None:
         """A log point."""
         self._write("train", line)
-        self._loggers(line["step"], _numbers(line, "train/"))
         batches = line["epoch"] * self._steps_per_epoch + line["batch"]
         total = max(self._epochs * self._steps_per_epoch, 1)
         self._screen.train(
@@ -77,7 +85,6 @@ class RunJournal:
     def evaluation(self, line: Mapping[str, Any]) -> None:
         """An evaluation."""
         self._write("eval", line)
-        self._loggers(line["step"], _numbers(line["metrics"], "eval/"))
         self._screen.evaluation(line)
         self._on_evaluation(line)
 
@@ -86,10 +93,13 @@ class RunJournal:
         self._write("event", line)
 
     def _write(self, kind: str, line: Mapping[str, Any]) -> None:
+        line = {"kind": kind, **self._phase, **line}
+        for step, numbers in logged([line]):
+            self._loggers(step, numbers)
         if self._lines is None:
             return
         try:
-            self._lines({"kind": kind, **self._phase, **line})
+            self._lines(line)
         except CheckpointWriteError as error:  # the log of a run is not worth the run
             self._screen.note(f"{error} The run goes on without it.")
             self._lines = None

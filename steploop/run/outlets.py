@@ -1,0 +1,76 @@
+"""Where a run is recorded: metrics.jsonl, the loggers that were asked for, and status.json."""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import attrs
+
+from steploop.logs import CsvTable, JsonLines, Logger, Loggers, TensorBoard
+from steploop.overrides import to_json
+from steploop.run.directory import Status
+from steploop.run.journal import logged
+from steploop.run.requests import Request
+from steploop.run.summary import plain_metrics
+
+__all__ = ["Outlets", "open_outlets"]
+
+
+@attrs.frozen
+class Outlets:
+    """The open files of a run's record."""
+
+    lines: JsonLines
+    loggers: Loggers
+    status: Status
+
+    def tell(self, line: Mapping[str, Any], monitor: str | None) -> None:
+        """Put an evaluation into status.json."""
+        place = {"step": line["step"], "epoch": line["epoch"]}
+        value = line["metrics"].get(monitor)
+        best = {"best": {"metric": monitor, "value": value, **place}} if line["best"] else {}
+        self.status.update(**place, metrics=plain_metrics(line["metrics"]), **best)
+
+    def keep(self, past: Sequence[Mapping[str, Any]], stands: Callable[[Mapping[str, Any]], bool]) -> None:
+        """Drop what was recorded of steps that will be taken again.
+
+        Args:
+            past: the lines of metrics.jsonl as the run before left them.
+            stands: which of them stay.
+        """
+        self.lines.keep(stands)
+        self.loggers.rewrite(logged(filter(stands, past)))
+
+    def close(self) -> None:
+        """Write out what is held back."""
+        self.loggers.close()
+        self.lines.close()
+
+
+def open_outlets(request: Request, status: Status, note: Callable[[str], None]) -> Outlets:
+    """The files and loggers that a run asks for.
+
+    Args:
+        request: what was asked for, and where.
+        status: of the run.
+        note: told if a logger fails.
+    """
+    lines = JsonLines(request.directory.metrics)
+    return Outlets(lines, Loggers(_loggers(request), note), status)
+
+
+def _loggers(request: Request) -> list[Logger]:
+    path, config = request.directory.path, to_json(request.config)
+    loggers: list[Logger] = []
+    if request.tensorboard:
+        loggers.append(TensorBoard(path / "tensorboard"))
+    if request.mlflow:
+        from steploop.logs.mlflow_logger import MLflow
+
+        loggers.append(MLflow(path, config))
+    if request.wandb:
+        from steploop.logs.wandb_logger import WandB
+
+        loggers.append(WandB(path, config))
+    if request.csv:
+        loggers.append(CsvTable(path / "metrics.csv"))
+    return loggers
