@@ -67,6 +67,20 @@ def test_any_cursor_continues_the_epoch_exactly(n, batch_size, epoch, drop_last,
     assert rest.position == len(loader)
 
 
+@given(
+    n=st.integers(27, 60), batch_size=st.integers(1, 9), epoch=st.integers(0, 3), drop_last=st.booleans(),
+    shuffle=st.booleans(), ranks=st.integers(1, 3),
+)  # fmt: skip
+def test_the_samples_of_a_batch_are_those_that_it_holds(n, batch_size, epoch, drop_last, shuffle, ranks):
+    for rank in range(ranks):
+        loader = Loader(
+            torch.arange(n), batch_size=batch_size, seed=5, shuffle=shuffle, drop_last=drop_last, rank=rank,
+            world_size=ranks,
+        )  # fmt: skip
+        held = [batch.tolist() for batch in loader.epoch(epoch)]
+        assert [loader.samples_of(epoch, number) for number in range(len(loader))] == held
+
+
 @given(st.integers(1, 60), st.integers(1, 20), st.integers(0, 5))
 def test_tensors_and_a_dataset_of_the_same_samples_give_the_same_batches(n, batch_size, epoch):
     data = tensors(n)
@@ -283,6 +297,13 @@ def test_a_position_that_does_not_exist_is_refused():
         loader.epoch(0, 3)
     with pytest.raises(ConfigError, match="epoch must be an integer >= 0, got -1"):
         loader.epoch(-1)
+
+
+def test_the_samples_of_a_batch_that_does_not_exist_are_refused():
+    loader = Loader(torch.arange(10), batch_size=5, seed=0)
+    for epoch, batch in [(0, 2), (0, -1), (-1, 0)]:
+        with pytest.raises(ConfigError, match="batch must be" if epoch == 0 else "epoch must be"):
+            loader.samples_of(epoch, batch)
 
 
 def test_workers_cannot_read_what_lies_on_the_device():

@@ -30,6 +30,7 @@ from steploop.logs.screens import QuietScreen
 from steploop.recipe import Recipe
 from steploop.run.loop import Loop
 from steploop.run.monitoring import fold_metrics, prepared
+from steploop.run.pace import Pace
 from steploop.run.plan import Plan
 from steploop.run.signals import StopFlag
 from steploop.run.states import attempted_steps, members
@@ -324,6 +325,33 @@ def test_a_table_holds_each_step_once_though_some_were_taken_twice(lost, phases,
     train(tmp_path / "run", resume=True)
     assert table(tmp_path / "run") == table(tmp_path / "whole")
     assert not [path.name for path in (tmp_path / "run").iterdir() if path.name.startswith(".")]
+
+
+def test_the_pace_counts_the_time_in_which_steps_are_taken():
+    now = [100.0]
+    pace = Pace(90.0, clock=lambda: now[0])
+
+    def after(seconds):
+        now[0] += seconds
+
+    after(5)  # it has not begun
+    pace.go()
+    after(2)
+    pace.trained(torch.zeros(12, 3))
+    pace.waited(0.5)
+    assert pace.stand()
+    after(50)  # an evaluation and a checkpoint
+    assert not pace.stand()
+    pace.go()
+    after(1)
+    pace.trained(torch.zeros(6))
+    pace.waited(1.0)
+    assert pace.read() == {"samples_per_s": 6.0, "data_wait": 0.5, "time_s": 68.0}
+    after(4)
+    pace.trained(torch.zeros(4))
+    pace.waited(10.0)
+    assert pace.read() == {"samples_per_s": 1.0, "data_wait": 1.0, "time_s": 72.0}
+    assert pace.read() == {"samples_per_s": 0.0, "data_wait": 0.0, "time_s": 72.0}
 
 
 def test_the_allocator_is_tuned_where_there_is_glibc():

@@ -5,14 +5,15 @@ from typing import Any
 
 import attrs
 import torch
-from torch.utils.data import IterableDataset, TensorDataset
+from torch.utils.data import TensorDataset
 
 from steploop.data._checks import at_least, is_bool, require_int
+from steploop.data.counting import count_dataset, on_device
 from steploop.data.epochs import EpochBatches, ahead_of_use
 from steploop.data.fetching import Failure, Fetcher, Request, Transform, is_tensors
 from steploop.data.order import BATCH, batch_indices, batches_per_epoch, epoch_order
 from steploop.data.workers import WorkerPool
-from steploop.errors import ConfigError, DataError, EmptyDataError
+from steploop.errors import ConfigError, EmptyDataError
 from steploop.interruption import check_interruption
 from steploop.random_numbers import fold_in
 from steploop.trees import map_tensors
@@ -122,7 +123,7 @@ class Loader:
         require_int("rank", self.rank, minimum=0, maximum=self.world_size - 1)
         if type(self.dataset) is TensorDataset:
             object.__setattr__(self, "dataset", self.dataset.tensors)
-        object.__setattr__(self, "num_samples", _count(self.dataset))
+        object.__setattr__(self, "num_samples", count_dataset(self.dataset))
         if self.num_samples == 0:
             raise EmptyDataError("the dataset has no samples: there is nothing to load")
         if len(self) == 0:
@@ -131,7 +132,7 @@ class Loader:
                 f"{self.num_samples} samples with batch_size={self.batch_size} and drop_last={self.drop_last} make "
                 f"no batch{shared}; lower batch_size, set drop_last=False, or get more data"
             )
-        if self.num_workers > 0 and is_tensors(self.dataset) and _on_device(self.dataset):
+        if self.num_workers > 0 and is_tensors(self.dataset) and on_device(self.dataset):
             raise ConfigError(
                 f"num_workers={self.num_workers}, but the data lie on the device, where worker processes cannot read "
                 "them: set num_workers=0 (nothing is left for workers to do), or keep the data on the CPU"
@@ -165,8 +166,7 @@ class Loader:
         """
         require_int("epoch", epoch, minimum=0)
         require_int("start", start, minimum=0, maximum=len(self))
-        order = epoch_order(self.num_samples, seed=self.seed, epoch=epoch, shuffle=self.shuffle)
-        requests = _EpochRequests(self, epoch, start, order)
+        requests = self._requests(epoch, start)
         pool = self._pool() if self.num_workers > 0 and len(requests) > 0 else None
         if pool is not None:
             pool.begin(requests)
@@ -180,6 +180,21 @@ class Loader:
         else:
             batches = ahead_of_use(batches, self.device, finish, self.prefetch)
         return EpochBatches(batches, start=start, close=lambda: self._release(pool))
+
+    def samples_of(self, epoch: int, batch: int) -> list[int]:
+        """The indices of the samples in a batch of an epoch, in their order.
+
+        Raises:
+            ConfigError: there is no such batch.
+        """
+        require_int("epoch", epoch, minimum=0)
+        require_int("batch", batch, minimum=0, maximum=len(self) - 1)
+        request: Request = self._requests(epoch, batch)[0]
+        return request.indices
+
+    def _requests(self, epoch: int, start: int) -> _EpochRequests:
+        order = epoch_order(self.num_samples, seed=self.seed, epoch=epoch, shuffle=self.shuffle)
+        return _EpochRequests(self, epoch, start, order)
 
     def close(self) -> None:
         """End the workers that were kept for the next epoch."""
@@ -234,31 +249,3 @@ class Loader:
             return batch
         generator = torch.Generator().manual_seed(fold_in(self.seed, BATCH, epoch, number, self.rank))
         return self.augment(batch, generator)
-
-
-def _on_device(data: Any) -> bool:
-    found: list[bool] = []
-    map_tensors(lambda t: found.append(t.device.type != "cpu"), data)
-    return any(found)
-
-
-def _count(data: Any) -> int:
-    """The number of samples."""
-    if is_tensors(data):
-        sizes: list[tuple[int, ...]] = []
-        map_tensors(lambda t: sizes.append(tuple(t.shape)), data)
-        if any(not shape for shape in sizes) or len({shape[0] for shape in sizes}) != 1:
-            raise DataError(
-                f"the tensors must have a common first axis, the samples; their shapes are {sizes}"
-            )
-        return sizes[0][0]
-    what = type(data).__name__
-    if isinstance(data, IterableDataset) or not (hasattr(data, "__len__") and hasattr(data, "__getitem__")):
-        raise DataError(
-            f"a Loader needs a dataset with __len__ and __getitem__ (map-style), so that it can go to any position; "
-            f"{what} has no samples by index: wrap it in a Stream, which says what can be resumed and what not"
-        )
-    try:
-        return len(data)
-    except Exception as error:
-        raise DataError(f"len() of the dataset ({what}) failed: {type(error).__name__}: {error}") from error

@@ -10,16 +10,17 @@ from contextlib import nullcontext
 from functools import reduce
 from typing import Any
 
-from steploop.errors import EmptyDataError
+from steploop.errors import EmptyDataError, NonFiniteError
 from steploop.interruption import Interrupted
 from steploop.layer_norms import LayerNorms
 from steploop.recipe import Recipe, State
 from steploop.run.measuring import read_step
 from steploop.run.monitoring import fold_metrics, stopped
+from steploop.run.pace import Pace
 from steploop.run.plan import Ending, Journal, Keeper, Plan, Witness, lines_every
 from steploop.run.signals import StopFlag
+from steploop.run.skips import SkipReporter
 from steploop.run.states import at_position, attempted_steps, lead, next_epoch
-from steploop.trees import count_samples
 
 __all__ = ["Loop"]
 
@@ -58,8 +59,8 @@ class Loop:
         self._journal = journal
         self._keeper = keeper
         self._stop = stop
-        self._begun_s = begun_s
-        self._witness = witness
+        self._pace = Pace(begun_s)
+        self._skips = SkipReporter(recipe.batches, witness, journal)
         self._norms: LayerNorms | None = None
         self._steps_per_epoch = len(recipe.batches)
         if self._steps_per_epoch == 0:
@@ -72,8 +73,6 @@ class Loop:
         self._attempted = 0
         self._evaluated_at = -1
         self._taken = False
-        # since the last line: samples seen, seconds waited for data, and when it was
-        self._samples, self._waited_s, self._line_s = 0, 0.0, begun_s
         self.metrics: Mapping[str, float | None] = {}
         self.evaluation_due = False
 
@@ -112,10 +111,11 @@ class Loop:
         self._position = start
         if start < self._steps_per_epoch:
             batches = self._recipe.batches.epoch(epoch, start)
-            self._line_s = time.perf_counter()
+            self._pace.go()
             try:
                 state = reduce(self._step, self._until_told(batches), state)
             finally:
+                self._pace.stand()
                 if (close := getattr(batches, "close", None)) is not None:
                     close()
             if self._position == 0 and self._ending is None:
@@ -163,24 +163,27 @@ class Loop:
                 return
             finally:
                 self._stop.interruptible = False
-            self._waited_s += time.perf_counter() - begun
+            self._pace.waited(time.perf_counter() - begun)
             yield batch
 
     def _step(self, state: State, batch: Any) -> State:
         """A train step, and what is due after it."""
         if self._norms is not None and self._logs(self._attempted, self._attempted + 1):
             self._norms.request()
-        given = state
-        state = self._recipe.train_step(state, batch)
-        self._position += 1
-        state = at_position(state, self._position)
-        self._samples += count_samples(batch) or 0
-        before, self._attempted = self._attempted, attempted_steps(state)
-        now = self._attempted
-        due = self._logs(before, now)
-        self._see(given, state, batch, wait=due)
-        if due:
-            self._log(state, batch)
+        given, epoch, number = state, lead(state).epoch, self._position
+        try:
+            state = self._recipe.train_step(state, batch)
+            self._position += 1
+            state = at_position(state, self._position)
+            self._pace.trained(batch)
+            before, self._attempted = self._attempted, attempted_steps(state)
+            now = self._attempted
+            due = self._logs(before, now)
+            self._skips.see(given, state, batch, (epoch, number, now), wait=due)
+            if due:
+                self._log(state, batch)
+        except NonFiniteError as error:
+            raise self._skips.named(error, epoch, number) from error.__cause__
         improved = False
         if self._recipe.eval_every_steps is not None and _crossed(self._recipe.eval_every_steps, before, now):
             best = lead(state).best
@@ -206,16 +209,6 @@ class Loop:
         """Whether a line is due after the steps in (before, now]."""
         return now == 1 or _crossed(self._log_every, before, now)
 
-    def _see(self, given: State, state: State, batch: Any, *, wait: bool) -> None:
-        """Note a step that was skipped; on a device, only where its numbers are read anyway."""
-        if self._witness is None:
-            return
-        skipped = self._witness.after_step(given, state, batch, wait=wait)
-        if skipped is not None:
-            path = skipped.capsule
-            capsule = None if path is None else f"{path.parent.name}/{path.name}"
-            self._journal.event({"event": "skipped", **self._where(state), "capsule": capsule})
-
     def _reached_limit(self, attempted: int) -> bool:
         return self._plan.limit_steps is not None and attempted >= self._plan.limit_steps
 
@@ -233,20 +226,13 @@ class Loop:
         values = read_step(state, batch, self._recipe.train_metrics)  # waits for the device: times are honest
         if self._norms is not None:
             values |= {f"layer_norm/{group}": norm for group, norm in self._norms.read().items()}
-        now = time.perf_counter()
-        elapsed = max(now - self._line_s, 1e-9)
-        self._journal.train({
-            **self._where(state), **values,
-            "samples_per_s": self._samples / elapsed,
-            "data_wait": min(self._waited_s / elapsed, 1.0),
-            "time_s": now - self._begun_s,
-        })  # fmt: skip
-        self._samples, self._waited_s, self._line_s = 0, 0.0, time.perf_counter()
+        self._journal.train({**self._where(state), **values, **self._pace.read()})
 
     def _evaluated(self, state: State, *, fold: bool = True) -> State:
         """The state after an evaluation; as it was if a signal came, with ``_ending`` set."""
         if self._recipe.evaluate is None:
             return state
+        trained = self._pace.stand()
         begun = time.perf_counter()
         try:
             with self._stop.interruption_allowed():
@@ -259,7 +245,8 @@ class Loop:
             self.evaluation_due = within_epoch
             return state
         taken = time.perf_counter() - begun
-        self._line_s += taken  # the samples per second are those of training
+        if trained:
+            self._pace.go()
         self.metrics = metrics
         self._evaluated_at = self._attempted
         better = False
@@ -267,7 +254,7 @@ class Loop:
             state, better = fold_metrics(self._recipe, state, metrics)
         self._journal.evaluation({
             **self._after(state), "metrics": metrics, "best": better,
-            "time_s": time.perf_counter() - self._begun_s, "eval_s": taken,
+            "time_s": self._pace.time_s, "eval_s": taken,
         })  # fmt: skip
         if fold and stopped(state):
             self._journal.event({"event": "early_stop", **self._after(state)})
