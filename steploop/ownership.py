@@ -6,6 +6,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from steploop.errors import SpentStateError
+
 __all__ = ["Holder", "Lease", "ModuleMachine", "module_machine"]
 
 
@@ -30,6 +32,28 @@ class Lease:
         """Leave the tensors to nobody: some of them were updated and others not."""
         self.generation += 1
         self.torn = True
+
+    def spent(self, use: str, generation: int, attempted: object) -> SpentStateError:
+        """The error for a use of a state that has given its tensors away.
+
+        Args:
+            use: what was tried, for the message.
+            generation: the state's own.
+            attempted: its attempted steps.
+        """
+        if self.torn:
+            return SpentStateError(
+                f"{use}: this state is spent: the optimizer failed in the middle of attempted step {attempted}, "
+                "and its tensors are half updated. Go on from a checkpoint, or from a copy that state.clone() or "
+                "optimizer_step(state, donate=False) had left."
+            )
+        # states in between are gone: only the last one to update the tensors is known by name
+        spender = self.spender if generation + 1 == self.generation else "optimizer_step"
+        return SpentStateError(
+            f"{use}: this state is spent: {spender} at attempted step {attempted} updated its tensors in "
+            "place and gave them to the state it returned. Go on with that one, keep a copy beforehand with "
+            "state.clone(), or leave the old state whole with optimizer_step(state, donate=False)."
+        )
 
 
 class Holder:

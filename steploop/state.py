@@ -271,21 +271,8 @@ class TrainState:
 
     def check_alive(self, use: str) -> None:
         """Raise SpentStateError if the tensors of this state were given away."""
-        lease = self._lease
-        if self._generation != lease.generation:
-            if lease.torn:
-                raise SpentStateError(
-                    f"{use}: this state is spent: the optimizer failed in the middle of attempted step {self.attempted_steps}, "
-                    "and its tensors are half updated. Go on from a checkpoint, or from a copy that state.clone() or "
-                    "optimizer_step(state, donate=False) had left."
-                )
-            # states in between are gone: only the last one to update the tensors is known by name
-            spender = lease.spender if self._generation + 1 == lease.generation else "optimizer_step"
-            raise SpentStateError(
-                f"{use}: this state is spent: {spender} at attempted step {self.attempted_steps} updated its tensors in "
-                "place and gave them to the state it returned. Go on with that one, keep a copy beforehand with "
-                "state.clone(), or leave the old state whole with optimizer_step(state, donate=False)."
-            )
+        if self._generation != self._lease.generation:
+            raise self._lease.spent(use, self._generation, self.attempted_steps)
 
     def donate(self, by: str, **changes: Any) -> Self:
         """The next owner of this state's tensors; this state is spent."""
