@@ -74,12 +74,8 @@ def gradients(
 
 
 def _backward(loss: Tensor, seed: Tensor) -> None:
-    """``torch.autograd.backward(loss, seed)``."""
+    """``torch.autograd.backward(loss, seed)``; of a traced loss, and under torch.func, where that is an error, itself."""
     if type(loss) is not Tensor or _engine_run_backward is None or _transforms_active():
-        torch.autograd.backward(
-            loss, seed
-        )  # a traced loss has its own idea of it; under torch.func it is an error
+        torch.autograd.backward(loss, seed)
     else:
-        _engine_run_backward(
-            (loss,), (seed,), keep_graph=False, create_graph=False, inputs=(), allow_unreachable=True, accumulate_grad=True
-        )  # fmt: skip
+        _engine_run_backward((loss,), (seed,), keep_graph=False, create_graph=False, accumulate_grad=True)
