@@ -5,6 +5,7 @@ import ctypes
 import json
 import math
 import shutil
+from functools import reduce
 
 import attrs
 import points_recipe
@@ -90,8 +91,6 @@ def fold(recipe, stop=None, **plan):
 
 
 def test_an_epoch_is_the_fold_over_its_batches():
-    from functools import reduce
-
     state, ending, told = fold(a_recipe())
     batches = Loader(X, batch_size=4, seed=0)
     by_hand = reduce(step_of, [b for epoch in range(2) for b in batches.epoch(epoch)], a_state())
@@ -238,6 +237,16 @@ def test_evaluations_within_an_epoch_and_one_at_the_end():
     )
     fold(recipe)
     assert seen == [5, 10, 12]
+    # three optimizer steps a batch: the last batch goes over 35, and the evaluation there is that of the end
+    seen.clear()
+    thrice = attrs.evolve(
+        recipe,
+        train_step=lambda state, batch: reduce(step_of, [batch] * 3, state),
+        epochs=2,
+        eval_every_steps=5,
+    )
+    fold(attrs.evolve(thrice, state=a_state()))
+    assert seen == [6, 12, 15, 21, 27, 30, 36]
 
 
 def test_a_limit_ends_with_an_evaluation_that_is_not_folded():

@@ -144,7 +144,9 @@ class Loop:
             return True
         # a last step of all between two evaluations counts as one. It is folded before the state is kept, so that a run
         # that is killed at its very end makes up for it, and one that had ended does not evaluate again
-        return lead(state).epoch + 1 >= self._recipe.epochs and attempted_steps(state) % every != 0
+        attempted = attempted_steps(state)
+        seen = self._evaluated_at == attempted or attempted % every == 0
+        return lead(state).epoch + 1 >= self._recipe.epochs and not seen
 
     def _until_told(self, batches: Iterable[Any]) -> Iterator[Any]:
         """The batches, until there is a reason to stop; counts the time they make us wait."""
