@@ -219,7 +219,7 @@ def test_epochs_with_workers_leave_no_process_descriptor_thread_or_shared_memory
     pids = epochs(12)
     assert len(pids) >= 12
     assert not any(running(pid) for pid in pids)
-    wait_until(lambda: held() == before, timeout_s=10)  # the threads of torch's queues end in their own time
+    wait_until(lambda: held() == before)  # the threads of torch's queues end in their own time
 
 
 def test_runs_leave_no_descriptor_and_no_thread(tmp_path):
@@ -237,5 +237,5 @@ def test_runs_leave_no_descriptor_and_no_thread(tmp_path):
     runs(0, 1)
     before = settled(held)
     runs(1, 4)
-    wait_until(lambda: held() == before, timeout_s=10)
+    wait_until(lambda: held() == before)
     assert digest(tmp_path / "1") == digest(tmp_path / "4")

@@ -4,6 +4,7 @@ import json
 import os
 import signal
 import time
+from pathlib import Path
 
 import attrs
 import pytest
@@ -69,7 +70,7 @@ def check_end(tmp_path, child, code, golden):
 )
 def test_a_signal_in_a_step_saves_and_says_how_to_go_on(start, signum, code, golden, tmp_path):
     """D1."""
-    child = start("--set", "step_s=0.05")
+    child = start("--set", "step_s=0.3")
     child.wait_for(logged(tmp_path))
     os.kill(child.pid, signum)
     check_end(tmp_path, child, code, golden)
@@ -105,7 +106,7 @@ def test_a_signal_to_the_group_finds_workers_at_work_and_they_say_nothing(
     start, signum, code, golden, tmp_path
 ):
     """D4. They serve the step in hand, and are gone with the run."""
-    child = start("--set", "workers=2", "--set", "step_s=0.02", "--set", "data_s=0.002")
+    child = start("--set", "workers=2", "--set", "step_s=0.3", "--set", "data_s=0.002")
     child.wait_for(logged(tmp_path))
     os.killpg(child.pid, signum)
     check_end(tmp_path, child, code, golden)
@@ -116,7 +117,7 @@ def test_a_signal_to_the_group_finds_workers_at_work_and_they_say_nothing(
 
 def test_twenty_signals_are_as_good_as_one(start, golden, tmp_path):
     """D2."""
-    child = start("--set", "step_s=0.05", "--checkpoint-every", "1")
+    child = start("--set", "step_s=0.3", "--checkpoint-every", "1")
     child.wait_for(logged(tmp_path))
     for _ in range(20):
         os.kill(child.pid, signal.SIGTERM)
@@ -131,7 +132,7 @@ def test_signals_during_a_save_let_it_end_and_begin_no_other_inside_it(start, go
         begun = [p for p in path.parent.parent.iterdir() if p.name.startswith(".tmp-0")]
         if len(begun) > 1:  # two saves at once
             os._exit(99)
-        time.sleep(0.1)
+        time.sleep(0.2)
         return create(self, path)
 
     monkeypatch.setattr(LocalFs, "create", slow)
@@ -150,18 +151,21 @@ def test_signals_during_a_save_let_it_end_and_begin_no_other_inside_it(start, go
     assert digest(tmp_path / "run") == digest(golden)
 
 
-def test_a_second_ctrl_c_stops_at_once_and_leaves_the_last_checkpoint(start, tmp_path):
-    """D3."""
-    child = start("--set", "step_s=0.3", "--checkpoint-every", "1")
-    child.wait_for(logged(tmp_path, count=3))
-    steps = len(list((tmp_path / "run" / "checkpoints").glob("step-*")))
-    os.kill(child.pid, signal.SIGINT)
-    time.sleep(0.02)
-    os.kill(child.pid, signal.SIGINT)
-    code, out, _ = child.end()
-    assert (code, steps > 0) == (130, True)
-    assert '"state"' not in out  # it had no time for that
-    assert train(tmp_path / "run", {"step_s": 0.0}, resume=True).state == "finished"
+def delivered(pid, signum):
+    """Whether a signal that was sent has reached the process: two that wait together would be one."""
+
+    def happened():
+        try:
+            text = Path(f"/proc/{pid}/status").read_text()
+        except OSError:  # not Linux
+            time.sleep(0.5)
+            return True
+        waiting = [
+            int(line.split()[1], 16) for line in text.splitlines() if line.startswith(("SigPnd", "ShdPnd"))
+        ]
+        return not any(mask >> (signum - 1) & 1 for mask in waiting)
+
+    return happened
 
 
 def test_a_second_ctrl_c_ends_a_step_that_never_does(fork, golden, tmp_path):
@@ -180,11 +184,13 @@ def test_a_second_ctrl_c_ends_a_step_that_never_does(fork, golden, tmp_path):
     child = fork(tmp_path, "run", recipe, "--out", str(out), *SLOW, "--checkpoint-every", "2")
     child.wait_for(lambda: logged(tmp_path, count=5)() and 4 in steps(out))
     os.kill(child.pid, signal.SIGINT)
+    wait_until(delivered(child.pid, signal.SIGINT))
     time.sleep(0.1)
     assert os.waitpid(child.pid, os.WNOHANG) == (0, 0)  # the first one waits for the step
     os.kill(child.pid, signal.SIGINT)
-    code, _, _ = child.end()
+    code, said, _ = child.end()
     assert code == 130
+    assert '"state"' not in said  # it had no time for that
     (tmp_path / "stuck").unlink()
     train(out, resume=True)
     assert digest(out) == digest(golden)
@@ -218,9 +224,9 @@ def test_a_run_that_is_killed_leaves_no_worker_and_no_lock(fork, golden, tmp_pat
     assert run_owner(out).pid == child.pid
     os.kill(child.pid, signal.SIGKILL)
     child.end()
-    wait_until(lambda: run_owner(out) is None, timeout_s=5)
+    wait_until(lambda: run_owner(out) is None, timeout_s=60)
     for worker in tmp_path.glob("asked-*"):
-        wait_until(lambda pid=worker.name[6:]: not running(pid), timeout_s=5)
+        wait_until(lambda pid=worker.name[6:]: not running(pid), timeout_s=60)
     (tmp_path / "stuck").unlink()
     assert train(out, resume=True).state == "finished"
     assert digest(out) == digest(golden)
@@ -263,7 +269,7 @@ def test_of_many_that_start_in_one_directory_one_trains(fork, tmp_path):
     folders = [tmp_path / str(n) for n in range(6)]
     for folder in folders:
         folder.mkdir()
-    arguments = ("run", POINTS, "--out", str(tmp_path / "run"), *SLOW, "--set", "step_s=0.05")
+    arguments = ("run", POINTS, "--out", str(tmp_path / "run"), *SLOW, "--set", "step_s=0.3")
     children = [fork(folder, *arguments) for folder in folders]
     codes = sorted(child.end()[0] for child in children)
     assert codes[0] == 0
