@@ -310,7 +310,7 @@ def test_a_resume_goes_on_logging_and_keeping_as_before(tmp_path):
 
 @pytest.mark.parametrize("lost", [1, 9], ids=["the newest checkpoint", "all of them"])
 @pytest.mark.parametrize("phases", ["false", "true"])
-def test_a_table_holds_each_step_once_though_some_were_taken_twice(lost, phases, tmp_path):
+def test_a_table_holds_each_line_once_though_some_steps_were_taken_twice(lost, phases, tmp_path):
     """As after a kill: the checkpoints of some steps that are in the table are not there."""
 
     def table(out):

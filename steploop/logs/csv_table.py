@@ -1,4 +1,4 @@
-"""A Logger that writes a CSV table: a row for each step, a column for each name."""
+"""A Logger that writes a CSV table: a row for each log point and each evaluation, a column for each name."""
 
 import csv
 import os
@@ -10,7 +10,7 @@ __all__ = ["CsvTable"]
 
 
 class CsvTable:
-    """Rows of ``step`` and the numbers logged at it; what was not logged at a step is left empty.
+    """Rows of ``step`` and the numbers logged at once; what was not among them is left empty.
 
     A name that was not there before gets a column: the table is then written anew, which happens once or twice in
     a run.
