@@ -39,7 +39,7 @@ Evaluation = Callable[[Any, Sequence[Any]], Mapping[str, float | None]]
 
 # Relative to the largest entry (or value). Float32 sums of the same numbers in another order differ by some EPS each.
 TOLERANCE = 2e-5
-_NEARLY_CANCELLED = 1e-3  # the terms of a gradient are of size 1 for most losses
+_HALVES = {"fp16": torch.float16, "bf16": torch.bfloat16}
 
 
 def split(batch: Any, sizes: Sequence[int]) -> list[Any]:
@@ -69,8 +69,9 @@ def check_partition_gives_the_whole_gradient(
         batch: x.
         sizes: how many samples x_1, ..., x_k have.
         objective: a mean over the weight that it gives, or over the samples.
-        tolerance: relative to the largest entry of all gradients, since a single one may be a sum that nearly cancels;
-            and to 1e-3 where all are smaller, since then all nearly cancel and keep the rounding of their terms.
+        tolerance: relative to the largest entry of all gradients, since a single one may be a sum that nearly cancels.
+            Where all nearly do, they keep the rounding of their terms, which are of size 1 for most losses: an epsilon
+            of the dtype that the state computes in, times the loss scale, is always allowed.
     """
     whole = backward_scaled(forward_loss(state.clone(), batch, objective))
     parts = accumulate(state.clone(), split(batch, sizes), objective)
@@ -83,8 +84,11 @@ def check_partition_gives_the_whole_gradient(
         return
     require_near = partial(_require_near, law=f"the partition {list(sizes)} gives what the whole batch gives")
     largest = max((float(g.abs().max()) for g in expected.values() if g.numel()), default=0.0)
+    rounding = torch.finfo(_HALVES.get(state.precision, torch.float32)).eps
+    if state.scale is not None:
+        rounding *= float(state.scale.scale)
     for name, g in expected.items():
-        require_near(name, found[name], g, tolerance * max(largest, _NEARLY_CANCELLED))
+        require_near(name, found[name], g, max(tolerance * largest, rounding))
     require_near("the loss", parts.loss, whole.loss, tolerance * max(abs(float(whole.loss)), 1.0))  # type: ignore[arg-type]  # there is one
 
 
