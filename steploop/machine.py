@@ -37,7 +37,7 @@ class Machine:
         self.optimizer = optimizer
         self.group_names = group_names
         self.device = device
-        self.device_type = device.type  # reading it off the device makes a string, 3 times a step function
+        self.device_type = device.type  # the device makes a string each time that it is asked
         self.default_dtype = torch.get_default_dtype()
         grouped = {name for names in group_names for name in names}
         self.trainable = tuple(name for name, _ in self.model.named_parameters() if name in grouped)

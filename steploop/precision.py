@@ -11,10 +11,14 @@ from torch import Tensor
 
 from steploop.errors import ConfigError
 
-__all__ = ["LossScale", "Precision", "autocast", "best_precision", "check_precision", "on_host"]
+__all__ = ["DTYPES", "LossScale", "Precision", "autocast", "best_precision", "check_precision", "on_host"]
 
 Precision = Literal["fp32", "bf16", "fp16"]
-_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+DTYPES = {
+    "fp32": torch.float32,
+    "bf16": torch.bfloat16,
+    "fp16": torch.float16,
+}  # what products are computed in
 _NO_AUTOCAST: AbstractContextManager[None] = nullcontext()
 
 
@@ -132,7 +136,7 @@ def autocast(precision: Precision, device_type: str) -> AbstractContextManager[A
     """The autocast context of ``precision``; fp32 computes as it is."""
     if precision == "fp32":
         return _NO_AUTOCAST
-    return torch.autocast(device_type, dtype=_DTYPES[precision])
+    return torch.autocast(device_type, dtype=DTYPES[precision])
 
 
 def best_precision(device: torch.device) -> tuple[Precision, str]:

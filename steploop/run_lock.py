@@ -21,6 +21,7 @@ from typing import Final
 import attrs
 
 from steploop.errors import CheckpointWriteError, RunLockedError
+from steploop.replacing import replace_file
 
 __all__ = ["Owner", "run_lock", "run_owner"]
 
@@ -124,9 +125,7 @@ def _take(fd: int) -> bool:
 
 
 def _write_owner(directory: Path, owner: Owner) -> None:
-    beside = directory / f".{_OWNER}-{owner.pid}"
-    beside.write_bytes(json.dumps(attrs.asdict(owner)).encode())
-    beside.replace(directory / _OWNER)
+    replace_file(directory / _OWNER, json.dumps(attrs.asdict(owner)).encode())
 
 
 def _read_owner(directory: Path) -> Owner:

@@ -57,7 +57,6 @@ SETTINGS = {
 
 @pytest.mark.parametrize("name", list(TOLERANCES))
 def test_100_steps_of_every_traceable_optimizer_agree_with_eager(name):
-    torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(6, 8, bias=False), nn.Tanh(), nn.Linear(8, 4, bias=name != "Muon"))
     optimizer = Optimizer(getattr(torch.optim, name), lr=0.05, weight_decay=0.01, **SETTINGS.get(name, {}))
     if name == "Rprop":

@@ -224,9 +224,9 @@ def test_a_run_that_is_killed_leaves_no_worker_and_no_lock(fork, golden, tmp_pat
     assert run_owner(out).pid == child.pid
     os.kill(child.pid, signal.SIGKILL)
     child.end()
-    wait_until(lambda: run_owner(out) is None, timeout_s=60)
+    wait_until(lambda: run_owner(out) is None)
     for worker in tmp_path.glob("asked-*"):
-        wait_until(lambda pid=worker.name[6:]: not running(pid), timeout_s=60)
+        wait_until(lambda pid=worker.name[6:]: not running(pid))
     (tmp_path / "stuck").unlink()
     assert train(out, resume=True).state == "finished"
     assert digest(out) == digest(golden)

@@ -29,9 +29,9 @@ def compile(  # noqa: A001  (steploop.compile, as in torch.compile)
     **Numbers.** Those of eager but for the order of sums and, for Adam and its kin, bias corrections in float32: on
     small nets the parameters agree to 1e-4 of their largest after 100 steps in float32 (1e-5 for most optimizers,
     5e-3 for RAdam, 1e-1 for Muon, which computes in bfloat16), and steps are skipped where eager skips them. Random
-    numbers are eager's own: the same generator, seeded by (seed, attempted steps); only the second and later parts of ``accumulate`` draw other masks, which
-    are a function of the same. On a processor without bfloat16 arithmetic, convolutions and products are computed in
-    float32 and rounded.
+    numbers are eager's own: the same generator, seeded by (seed, attempted steps); only the second and later parts of
+    ``accumulate`` draw other masks, which are a function of the same. On a processor without bfloat16 arithmetic,
+    convolutions and products are computed in float32 and rounded.
 
     **Optimizers of torch.optim that can be captured:** SGD, Adam, AdamW, Adamax, NAdam, RAdam, RMSprop, Rprop, ASGD,
     Adagrad, Adadelta, Muon, with all their options. Not LBFGS, SparseAdam and Adafactor, which read values in Python.

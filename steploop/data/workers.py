@@ -219,9 +219,8 @@ class WorkerPool:
             ended = mp.connection.wait([process.sentinel for process in self._processes], timeout=patience_s)
             for process in self._processes:
                 if process.sentinel in ended:
-                    process.join(
-                        KILLED_S
-                    )  # its files are closed a moment before the system says that it is dead
+                    # its files are closed a moment before the system says that it is dead
+                    process.join(KILLED_S)
         for worker, process in enumerate(self._processes):
             if process.is_alive():
                 continue

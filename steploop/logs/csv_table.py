@@ -1,10 +1,12 @@
 """A Logger that writes a CSV table: a row for each log point and each evaluation, a column for each name."""
 
 import csv
-import os
-from collections.abc import Iterable, Mapping
+import io
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+from steploop.replacing import replace_file
 
 __all__ = ["CsvTable"]
 
@@ -32,9 +34,8 @@ class CsvTable:
         with self._path.open("a", newline="", encoding="utf-8") as file:
             csv.DictWriter(file, self._names).writerow({"step": step, **values})
 
-    def rewrite(self, rows: Iterable[tuple[int, Mapping[str, float]]]) -> None:
+    def rewrite(self, rows: Sequence[tuple[int, Mapping[str, float]]]) -> None:
         """Put these rows in the place of all that are there: at a resume, those of steps that stand."""
-        rows = list(rows)
         self._names = list(dict.fromkeys(["step", *(name for _, values in rows for name in values)]))
         self._write([{"step": step, **values} for step, values in rows])
 
@@ -47,10 +48,9 @@ class CsvTable:
             return list(reader.fieldnames or ["step"]), list(reader)
 
     def _write(self, rows: Iterable[Mapping[str, Any]]) -> None:
-        """Write the table anew, beside the old one: a kill leaves one of the two."""
-        beside = self._path.with_name(f".{self._path.name}-{os.getpid()}")
-        with beside.open("w", newline="", encoding="utf-8") as file:
-            writer = csv.DictWriter(file, self._names)
-            writer.writeheader()
-            writer.writerows(rows)
-        beside.replace(self._path)
+        """Write the table anew."""
+        text = io.StringIO(newline="")
+        writer = csv.DictWriter(text, self._names)
+        writer.writeheader()
+        writer.writerows(rows)
+        replace_file(self._path, text.getvalue().encode())

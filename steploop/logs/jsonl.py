@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from steploop.errors import CheckpointWriteError
+from steploop.replacing import replace_file
 from steploop.texts import readable
 
 __all__ = ["JsonLines", "encode", "read_json_lines"]
@@ -67,19 +68,18 @@ class JsonLines:
         except OSError as error:
             raise _not_written(self._path, error) from error
 
-    def keep(self, wanted: Callable[[Mapping[str, Any]], bool]) -> None:
-        """Drop the lines that are not wanted, and one that was cut off: all at once, by a rename."""
-        kept = b"".join(encode(line) for line in read_json_lines(self._path) if wanted(line))
-        if kept == self._path.read_bytes():
-            return
-        beside = self._path.with_name(f".{self._path.name}-{os.getpid()}")
-        try:
-            beside.write_bytes(kept)
-            beside.replace(self._path)
-        except OSError as error:
-            raise _not_written(self._path, error) from error
-        os.close(self._fd)
-        self._fd = os.open(self._path, os.O_WRONLY | os.O_APPEND | os.O_CLOEXEC)
+    def keep(self, wanted: Callable[[Mapping[str, Any]], bool]) -> list[dict[str, Any]]:
+        """Drop the lines that are not wanted, and one that was cut off, all at once; those that stay."""
+        kept = [line for line in read_json_lines(self._path) if wanted(line)]
+        data = b"".join(map(encode, kept))
+        if data != self._path.read_bytes():
+            try:
+                replace_file(self._path, data)
+            except OSError as error:
+                raise _not_written(self._path, error) from error
+            os.close(self._fd)
+            self._fd = os.open(self._path, os.O_WRONLY | os.O_APPEND | os.O_CLOEXEC)
+        return kept
 
     def close(self) -> None:
         """Give the file back."""

@@ -23,7 +23,7 @@ from steploop.run.plan import Ending
 from steploop.run.recording import announce, record
 from steploop.run.requests import Request
 from steploop.run.signals import StopFlag, signals_as
-from steploop.run.states import attempted_steps, lead
+from steploop.run.states import lead, place_of
 from steploop.run.summary import Summary, summarize
 from steploop.run.tuning import tune_allocator
 from steploop.run_lock import run_lock
@@ -164,7 +164,7 @@ class _Run:
         elif phase:
             keeper.save(state, best=False)  # so that a resume finds this phase begun
         elif self._request.resume:  # it was ended before its first checkpoint: it begins anew
-            outlets.keep(self._past, lambda _: False)
+            outlets.keep(lambda _: False)
         mode = recipe.compile if self._request.compile is None else self._request.compile
         loop = Loop(
             compiled(recipe, mode, journal, screen),
@@ -196,16 +196,16 @@ class _Run:
         self, state: State, phase: int, journal: RunJournal, outlets: Outlets, *, again: bool
     ) -> None:
         """Drop the lines of what will be done again, the last evaluation perhaps, and say where the run goes on."""
-        first, attempted = lead(state), attempted_steps(state)
+        first, place = lead(state), place_of(state)
+        attempted = place["attempted"]
 
         def stands(line: Mapping[str, Any]) -> bool:
-            place = line.get("phase", 0), line.get("attempted", 0)
-            return place < (phase, attempted) or (
-                place == (phase, attempted) and not (again and line["kind"] == "eval")
+            at = line.get("phase", 0), line.get("attempted", 0)
+            return at < (phase, attempted) or (
+                at == (phase, attempted) and not (again and line["kind"] == "eval")
             )
 
-        outlets.keep(self._past, stands)
-        place = {"step": first.step, "attempted": attempted, "epoch": first.epoch, "batch": first.batch}
+        outlets.keep(stands)
         journal.event({"event": "resumed", **place})
         self._screen.note(f"going on at step {attempted}: epoch {first.epoch + 1}, batch {first.batch}")
 

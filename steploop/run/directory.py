@@ -14,6 +14,7 @@ import attrs
 from steploop.checkpoint.filesystem import LOCAL
 from steploop.checkpoint.litter import sweep
 from steploop.errors import CheckpointDamagedError, CheckpointWriteError, ConfigError, RunExistsError
+from steploop.replacing import replace_file
 from steploop.texts import readable
 
 __all__ = [
@@ -91,20 +92,11 @@ def write_durably(path: Path, data: bytes) -> None:
 
 
 def _replace(path: Path, data: bytes, *, durable: bool) -> None:
-    """Put a whole file in the place of an older one, or of none; ``durable``: on the disk when this returns."""
-    beside = path.with_name(f".{path.name}-{os.getpid()}")
     try:
-        with beside.open("wb") as file:
-            file.write(data)
-            if durable:
-                file.flush()
-                os.fsync(file.fileno())
-        beside.replace(path)
+        replace_file(path, data, durable=durable)
         if durable:
             LOCAL.sync_directory(path.parent)
     except OSError as error:
-        with suppress(OSError):
-            beside.unlink()
         raise not_written(path, error) from error
 
 

@@ -20,7 +20,7 @@ from steploop.run.pace import Pace
 from steploop.run.plan import Ending, Journal, Keeper, Plan, Witness, lines_every
 from steploop.run.signals import StopFlag
 from steploop.run.skips import SkipReporter
-from steploop.run.states import at_position, attempted_steps, lead, next_epoch
+from steploop.run.states import at_position, attempted_steps, lead, next_epoch, place_of
 
 __all__ = ["Loop"]
 
@@ -181,7 +181,7 @@ class Loop:
             before, self._attempted = self._attempted, attempted_steps(state)
             now = self._attempted
             due = self._logs(before, now)
-            self._skips.see(given, state, batch, (epoch, number, now), wait=due)
+            self._skips.see(given, state, batch, epoch, number, wait=due)
             if due:
                 self._log(state, batch)
         except NonFiniteError as error:
@@ -214,21 +214,15 @@ class Loop:
     def _reached_limit(self, attempted: int) -> bool:
         return self._plan.limit_steps is not None and attempted >= self._plan.limit_steps
 
-    def _where(self, state: State) -> dict[str, Any]:
-        """Where the run stands; ``epoch`` counts whole ones, and ``batch`` those of the one begun."""
-        first = lead(state)
-        return {"step": first.step, "attempted": self._attempted, "epoch": first.epoch, "batch": first.batch}
-
     def _after(self, state: State) -> dict[str, Any]:
-        """The same for an evaluation, before which an epoch whose batches are used up is whole."""
-        first = lead(state)
-        return self._where(next_epoch(state) if first.batch == self._steps_per_epoch else state)
+        """The place of an evaluation, before which an epoch whose batches are used up is whole."""
+        return place_of(next_epoch(state) if lead(state).batch == self._steps_per_epoch else state)
 
     def _log(self, state: State, batch: Any) -> None:
         values = read_step(state, batch, self._recipe.train_metrics)  # waits for the device: times are honest
         if self._norms is not None:
             values |= {f"layer_norm/{group}": norm for group, norm in self._norms.read().items()}
-        self._journal.train({**self._where(state), **values, **self._pace.read()})
+        self._journal.train({**place_of(state), **values, **self._pace.read()})
 
     def _evaluated(self, state: State, *, fold: bool = True) -> State:
         """The state after an evaluation; as it was if a signal came, with ``_ending`` set."""

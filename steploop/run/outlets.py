@@ -1,6 +1,6 @@
 """Where a run is recorded: metrics.jsonl, the loggers that were asked for, and status.json."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import attrs
@@ -30,15 +30,13 @@ class Outlets:
         best = {"best": {"metric": monitor, "value": value, **place}} if line["best"] else {}
         self.status.update(**place, metrics=plain_metrics(line["metrics"]), **best)
 
-    def keep(self, past: Sequence[Mapping[str, Any]], stands: Callable[[Mapping[str, Any]], bool]) -> None:
+    def keep(self, stands: Callable[[Mapping[str, Any]], bool]) -> None:
         """Drop what was recorded of steps that will be taken again.
 
         Args:
-            past: the lines of metrics.jsonl as the run before left them.
-            stands: which of them stay.
+            stands: which lines of metrics.jsonl stay.
         """
-        self.lines.keep(stands)
-        self.loggers.rewrite(logged(filter(stands, past)))
+        self.loggers.rewrite(logged(self.lines.keep(stands)))
 
     def close(self) -> None:
         """Write out what is held back."""

@@ -6,12 +6,9 @@ from steploop.data.fetching import listed
 from steploop.errors import NonFiniteError
 from steploop.recipe import State
 from steploop.run.plan import Journal, Witness
-from steploop.run.states import lead
+from steploop.run.states import place_of
 
 __all__ = ["SkipReporter"]
-
-Where = tuple[int, int, int]
-"""The epoch of a batch, its number in it, and the steps attempted after it."""
 
 
 class SkipReporter:
@@ -28,14 +25,15 @@ class SkipReporter:
         self._witness = witness
         self._journal = journal
 
-    def see(self, given: State, state: State, batch: Any, where: Where, *, wait: bool) -> None:
+    def see(self, given: State, state: State, batch: Any, epoch: int, number: int, *, wait: bool) -> None:
         """Look at a step; on a device, only where its numbers are read anyway.
 
         Args:
             given: what went into it.
             state: what came out.
             batch: what it was taken on.
-            where: the epoch and the number of that batch, and the steps attempted after it.
+            epoch: of that batch.
+            number: of that batch in its epoch.
             wait: whether the device may be asked.
         """
         if self._witness is None:
@@ -43,14 +41,10 @@ class SkipReporter:
         skipped = self._witness.after_step(given, state, batch, wait=wait)
         if skipped is None:
             return
-        epoch, number, attempted = where
-        first, path = lead(state), skipped.capsule
-        line = {
-            "event": "skipped", "step": first.step, "attempted": attempted, "epoch": first.epoch, "batch": first.batch,
-            "capsule": None if path is None else f"{path.parent.name}/{path.name}",
-        }  # fmt: skip
+        path = skipped.capsule
+        capsule = None if path is None else f"{path.parent.name}/{path.name}"
         held = {} if self._samples_of is None else {"samples": self._samples_of(epoch, number)}
-        self._journal.event(line | held)
+        self._journal.event({"event": "skipped", **place_of(state), "capsule": capsule, **held})
 
     def named(self, error: NonFiniteError, epoch: int, number: int) -> NonFiniteError:
         """The error that ends a run, with the samples of the last batch where they are known."""

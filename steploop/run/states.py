@@ -6,7 +6,7 @@ from typing import Any
 from steploop.recipe import State
 from steploop.state import TrainState
 
-__all__ = ["at_position", "attempted_steps", "lead", "members", "next_epoch", "with_lead"]
+__all__ = ["at_position", "attempted_steps", "lead", "members", "next_epoch", "place_of", "with_lead"]
 
 
 def members(state: State) -> dict[str, TrainState]:
@@ -38,6 +38,14 @@ def attempted_steps(state: State) -> int:
     if isinstance(state, TrainState):  # asked first: a look at the abstract Mapping takes four times as long
         return state.attempted_steps
     return max(one.attempted_steps for one in state.values())
+
+
+def place_of(state: State) -> dict[str, int]:
+    """Where a run stands, for a line of its log; ``epoch`` counts whole ones, and ``batch`` those of the one begun."""
+    first = lead(state)
+    return {
+        "step": first.step, "attempted": attempted_steps(state), "epoch": first.epoch, "batch": first.batch,
+    }  # fmt: skip
 
 
 def at_position(state: State, batch: int) -> State:

@@ -9,6 +9,7 @@ import torch
 
 from steploop.folding import accumulate
 from steploop.forwarding import Objective
+from steploop.precision import DTYPES
 from steploop.state import TrainState
 from steploop.steps import backward_scaled, forward_loss
 from steploop.testing.comparing import (
@@ -39,7 +40,6 @@ Evaluation = Callable[[Any, Sequence[Any]], Mapping[str, float | None]]
 
 # Relative to the largest entry (or value). Float32 sums of the same numbers in another order differ by some EPS each.
 TOLERANCE = 2e-5
-_HALVES = {"fp16": torch.float16, "bf16": torch.bfloat16}
 
 
 def split(batch: Any, sizes: Sequence[int]) -> list[Any]:
@@ -84,7 +84,7 @@ def check_partition_gives_the_whole_gradient(
         return
     require_near = partial(_require_near, law=f"the partition {list(sizes)} gives what the whole batch gives")
     largest = max((float(g.abs().max()) for g in expected.values() if g.numel()), default=0.0)
-    rounding = torch.finfo(_HALVES.get(state.precision, torch.float32)).eps
+    rounding = torch.finfo(DTYPES[state.precision]).eps
     if state.scale is not None:
         rounding *= float(state.scale.scale)
     for name, g in expected.items():
