@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from steploop import (
+    EmptyDataError,
     Optimizer,
     TrainState,
     accumulate,
@@ -30,9 +31,7 @@ from steploop import (
     unscale_and_clip,
     warmup_cosine,
 )
-from steploop.data.loader import Loader
-from steploop.data.text import library_files, read_text
-from steploop.errors import EmptyDataError
+from steploop.data import Loader, library_files, read_text
 from steploop.recipe import Recipe
 
 Batch = tuple[

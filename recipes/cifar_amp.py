@@ -24,6 +24,7 @@ from steploop import (
     TrainState,
     accuracy,
     backward_scaled,
+    best_precision,
     evaluate,
     forward_loss,
     one_cycle,
@@ -32,9 +33,15 @@ from steploop import (
     unscale_and_clip,
     update_ema,
 )
-from steploop.data import Loader, normalize, random_crop, random_flip
-from steploop.data.images import ImageSource, channel_statistics, load_images
-from steploop.precision import best_precision
+from steploop.data import (
+    ImageSource,
+    Loader,
+    channel_statistics,
+    load_images,
+    normalize,
+    random_crop,
+    random_flip,
+)
 from steploop.recipe import Recipe
 
 Batch = tuple[Tensor, Tensor]  # images (B, 3, H, W), labels (B,) int64

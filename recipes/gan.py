@@ -21,8 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from steploop import Optimizer, TrainState, backward_scaled, forward_loss, optimizer_step, unscale_and_clip
-from steploop.data.digits import DigitSource, load_digits
-from steploop.data.loader import Loader
+from steploop.data import DigitSource, Loader, load_digits
 from steploop.recipe import Recipe
 
 Batch = tuple[Tensor, Tensor]  # images (B, 1, 28, 28) float32 in -1..1, labels (B,), which are not used

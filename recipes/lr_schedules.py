@@ -32,16 +32,14 @@ from steploop import (
     forward_loss,
     one_cycle,
     optimizer_step,
+    read_run,
     schedule,
     step_lr,
     unscale_and_clip,
     warmup_cosine,
 )
-from steploop.data.digits import DigitSource, load_digits
-from steploop.data.loader import Loader
-from steploop.extras import import_extra
-from steploop.recipe import Recipe
-from steploop.reporting.reading import read_run
+from steploop.data import DigitSource, Loader, load_digits
+from steploop.recipe import Recipe, import_extra
 
 Batch = tuple[Tensor, Tensor]  # images (B, 1, 28, 28) float32 in 0..1, labels (B,) int64
 States = Mapping[str, TrainState]

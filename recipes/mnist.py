@@ -28,8 +28,7 @@ from steploop import (
     optimizer_step,
     unscale_and_clip,
 )
-from steploop.data.digits import DigitSource, load_digits
-from steploop.data.loader import Loader
+from steploop.data import DigitSource, Loader, load_digits
 from steploop.recipe import Recipe
 
 Batch = tuple[Tensor, Tensor]  # images (B, 1, 28, 28) float32 in 0..1, labels (B,) int64

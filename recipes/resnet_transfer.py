@@ -28,6 +28,8 @@ from torchvision.models import ResNet18_Weights, resnet18
 from torchvision.transforms import v2
 
 from steploop import (
+    ConfigError,
+    DataError,
     Optimizer,
     TrainState,
     accuracy,
@@ -40,12 +42,7 @@ from steploop import (
     schedule,
     unscale_and_clip,
 )
-from steploop.data.augment import normalize
-from steploop.data.digits import load_digits
-from steploop.data.images import ImageData, ImageSource, load_images
-from steploop.data.loader import Loader
-from steploop.data.network import open_url
-from steploop.errors import ConfigError, DataError
+from steploop.data import ImageData, ImageSource, Loader, load_digits, load_images, normalize, open_url
 from steploop.recipe import Recipe
 
 Batch = tuple[Tensor, Tensor]  # images (B, 3, S, S) uint8, and float32 after normalisation; labels (B,) int64

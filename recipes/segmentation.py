@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from steploop import (
+    DataError,
     Optimizer,
     TrainState,
     backward_scaled,
@@ -32,9 +33,7 @@ from steploop import (
     schedule,
     unscale_and_clip,
 )
-from steploop.data.loader import Loader
-from steploop.data.shapes import SHAPE_CLASSES, draw_shapes
-from steploop.errors import DataError
+from steploop.data import SHAPE_CLASSES, Loader, draw_shapes
 from steploop.recipe import Recipe
 
 Batch = tuple[Tensor, Tensor]  # images (B, 3, S, S) uint8, masks (B, S, S) uint8 that name each pixel's class

@@ -30,13 +30,11 @@ from steploop import (
     evaluate,
     forward_loss,
     optimizer_step,
+    read_run,
     unscale_and_clip,
 )
-from steploop.data.loader import Loader
-from steploop.data.text import library_files, read_text
-from steploop.extras import import_extra
-from steploop.recipe import Recipe
-from steploop.reporting.reading import read_run
+from steploop.data import Loader, library_files, read_text
+from steploop.recipe import Recipe, import_extra
 
 Batch = tuple[Tensor, Tensor]  # token ids (B, T) int64, package (B,) int64
 States = Mapping[str, TrainState]

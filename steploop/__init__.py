@@ -1,73 +1,81 @@
 """steploop: a training epoch is ``functools.reduce(train_step, batches, state)``."""
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from steploop.core.lazy import lazy_names
+from steploop.core.moved_names import install as find_moved_names
 
 if TYPE_CHECKING:
-    from steploop.averaging import update_ema as update_ema
     from steploop.compilation import compile as compile  # noqa: A004  (steploop.compile, as in torch.compile)
-    from steploop.early_stopping import EarlyStopping as EarlyStopping
+    from steploop.core.early_stopping import EarlyStopping as EarlyStopping
+    from steploop.core.optimizer import Optimizer as Optimizer
+    from steploop.core.plateau import ReduceLROnPlateau as ReduceLROnPlateau
+    from steploop.core.precision import LossScale as LossScale
+    from steploop.core.precision import best_precision as best_precision
+    from steploop.core.schedules import Rates as Rates
+    from steploop.core.schedules import constant as constant
+    from steploop.core.schedules import cosine_annealing as cosine_annealing
+    from steploop.core.schedules import from_torch as from_torch
+    from steploop.core.schedules import one_cycle as one_cycle
+    from steploop.core.schedules import step_lr as step_lr
+    from steploop.core.schedules import warmup_cosine as warmup_cosine
+    from steploop.core.schedules import warmup_stable_decay as warmup_stable_decay
+    from steploop.core.seeds import fold_in as fold_in
+    from steploop.core.state.train_state import TrainState as TrainState
+    from steploop.core.steps.accumulation import accumulate as accumulate
+    from steploop.core.steps.averaging import update_ema as update_ema
+    from steploop.core.steps.backward import backward_scaled as backward_scaled
+    from steploop.core.steps.clip import unscale_and_clip as unscale_and_clip
+    from steploop.core.steps.evaluation import accuracy as accuracy
+    from steploop.core.steps.evaluation import evaluate as evaluate
+    from steploop.core.steps.forward import forward_loss as forward_loss
+    from steploop.core.steps.set_rates import schedule as schedule
+    from steploop.core.steps.update import optimizer_step as optimizer_step
+    from steploop.errors import ConfigError as ConfigError
+    from steploop.errors import DataError as DataError
+    from steploop.errors import EmptyDataError as EmptyDataError
+    from steploop.errors import ObjectiveError as ObjectiveError
     from steploop.errors import SteploopError as SteploopError
-    from steploop.evaluation import accuracy as accuracy
-    from steploop.evaluation import evaluate as evaluate
-    from steploop.folding import accumulate as accumulate
-    from steploop.optim import Optimizer as Optimizer
-    from steploop.plateau import ReduceLROnPlateau as ReduceLROnPlateau
-    from steploop.precision import LossScale as LossScale
-    from steploop.schedules import Rates as Rates
-    from steploop.schedules import constant as constant
-    from steploop.schedules import cosine_annealing as cosine_annealing
-    from steploop.schedules import from_torch as from_torch
-    from steploop.schedules import one_cycle as one_cycle
-    from steploop.schedules import step_lr as step_lr
-    from steploop.schedules import warmup_cosine as warmup_cosine
-    from steploop.schedules import warmup_stable_decay as warmup_stable_decay
-    from steploop.scheduling import schedule as schedule
-    from steploop.state import TrainState as TrainState
-    from steploop.steps import backward_scaled as backward_scaled
-    from steploop.steps import forward_loss as forward_loss
-    from steploop.steps import unscale_and_clip as unscale_and_clip
-    from steploop.updating import optimizer_step as optimizer_step
+    from steploop.runs.reading import read_run as read_run
 
 __version__ = "0.1.0"
 
-# Public name -> the module it lives in. A name is imported when it is first used: ``steploop --version`` and the
-# refusal of a mistyped option need not wait two seconds for torch.
+# Public name -> the module it is defined in.
 _HOMES = {
-    "update_ema": "averaging",
-    "EarlyStopping": "early_stopping",
-    "SteploopError": "errors",
-    "accuracy": "evaluation",
-    "evaluate": "evaluation",
-    "accumulate": "folding",
     "compile": "compilation",
-    "Optimizer": "optim",
-    "ReduceLROnPlateau": "plateau",
-    "LossScale": "precision",
-    "Rates": "schedules",
-    "constant": "schedules",
-    "cosine_annealing": "schedules",
-    "from_torch": "schedules",
-    "one_cycle": "schedules",
-    "step_lr": "schedules",
-    "warmup_cosine": "schedules",
-    "warmup_stable_decay": "schedules",
-    "schedule": "scheduling",
-    "TrainState": "state",
-    "backward_scaled": "steps",
-    "forward_loss": "steps",
-    "optimizer_step": "updating",
-    "unscale_and_clip": "steps",
+    "EarlyStopping": "core.early_stopping",
+    "Optimizer": "core.optimizer",
+    "ReduceLROnPlateau": "core.plateau",
+    "LossScale": "core.precision",
+    "best_precision": "core.precision",
+    "Rates": "core.schedules",
+    "constant": "core.schedules",
+    "cosine_annealing": "core.schedules",
+    "from_torch": "core.schedules",
+    "one_cycle": "core.schedules",
+    "step_lr": "core.schedules",
+    "warmup_cosine": "core.schedules",
+    "warmup_stable_decay": "core.schedules",
+    "fold_in": "core.seeds",
+    "TrainState": "core.state.train_state",
+    "accumulate": "core.steps.accumulation",
+    "update_ema": "core.steps.averaging",
+    "backward_scaled": "core.steps.backward",
+    "unscale_and_clip": "core.steps.clip",
+    "accuracy": "core.steps.evaluation",
+    "evaluate": "core.steps.evaluation",
+    "forward_loss": "core.steps.forward",
+    "schedule": "core.steps.set_rates",
+    "optimizer_step": "core.steps.update",
+    "ConfigError": "errors",
+    "DataError": "errors",
+    "EmptyDataError": "errors",
+    "ObjectiveError": "errors",
+    "SteploopError": "errors",
+    "read_run": "runs.reading",
 }
-__all__ = [*_HOMES, "__version__"]  # noqa: PLE0604  (they are strings)
+# `from steploop import *` must not hide the built-in compile: write steploop.compile.
+__all__ = [*(name for name in _HOMES if name != "compile"), "__version__"]  # noqa: PLE0604  (they are strings)
 
-
-def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = globals()[name] = getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
-    return value
-
-
-def __dir__() -> list[str]:
-    return sorted(__all__)
+__getattr__, __dir__ = lazy_names(__name__, _HOMES, globals())
+find_moved_names()

@@ -19,7 +19,7 @@ from steploop import (
     unscale_and_clip,
     update_ema,
 )
-from steploop.trees import first_difference
+from steploop.core.trees import first_difference
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")]
 

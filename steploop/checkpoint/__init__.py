@@ -64,10 +64,10 @@ elsewhere. Equal bits on another machine type, torch version, number of threads 
 """
 
 from steploop.checkpoint.background import BackgroundSaver as BackgroundSaver
-from steploop.checkpoint.environment import InexactResumeWarning as InexactResumeWarning
 from steploop.checkpoint.loading import Checkpoint as Checkpoint
 from steploop.checkpoint.loading import load as load
 from steploop.checkpoint.loading import open_checkpoint as open_checkpoint
+from steploop.checkpoint.provenance import InexactResumeWarning as InexactResumeWarning
 from steploop.checkpoint.saving import digest as digest
 from steploop.checkpoint.saving import save as save
 from steploop.checkpoint.store import CheckpointStore as CheckpointStore

@@ -14,9 +14,9 @@ import attrs
 import torch
 from torch import Tensor
 
-from steploop.checkpoint.collecting import Collected, State, collect
-from steploop.checkpoint.filesystem import LOCAL, Fs
+from steploop.checkpoint.packing import Collected, State, collect
 from steploop.checkpoint.saving import device_of, write_collected
+from steploop.checkpoint.storage.local import LOCAL, Fs
 
 __all__ = ["BackgroundSaver"]
 

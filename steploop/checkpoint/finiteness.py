@@ -6,7 +6,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from steploop.checkpoint.collecting import MODEL_FILE, Collected
+from steploop.checkpoint.packing import MODEL_FILE, Collected
 from steploop.errors import NonFiniteError
 
 __all__ = ["refuse_nonfinite"]

@@ -7,14 +7,20 @@ from typing import Any
 import attrs
 from torch import Tensor
 
-from steploop.checkpoint.collecting import State
-from steploop.checkpoint.commit import find
-from steploop.checkpoint.environment import ENVIRONMENT, check_environment, read_environment
-from steploop.checkpoint.filesystem import LOCAL, Fs
-from steploop.checkpoint.manifest import MANIFEST, MAX_MANIFEST_BYTES, Manifest, parse_manifest, read_small
-from steploop.checkpoint.restoring import restore
+from steploop.checkpoint.format.manifest import (
+    MANIFEST,
+    MAX_MANIFEST_BYTES,
+    Manifest,
+    parse_manifest,
+    read_small,
+)
+from steploop.checkpoint.format.tensor_files import read_tensors
+from steploop.checkpoint.packing import State
+from steploop.checkpoint.provenance import ENVIRONMENT, check_environment, read_environment
 from steploop.checkpoint.saving import device_of
-from steploop.checkpoint.tensors import read_tensors
+from steploop.checkpoint.storage.commit import find
+from steploop.checkpoint.storage.local import LOCAL, Fs
+from steploop.checkpoint.unpacking import restore
 from steploop.errors import CheckpointDamagedError
 
 __all__ = ["Checkpoint", "load", "load_from", "open_checkpoint"]

@@ -6,13 +6,13 @@ from pathlib import Path
 
 import torch
 
-from steploop.checkpoint.collecting import Collected, State, collect, members
-from steploop.checkpoint.commit import commit, write_bytes, write_file
-from steploop.checkpoint.environment import ENVIRONMENT, environment_bytes
-from steploop.checkpoint.filesystem import LOCAL, FileWriter, Fs
 from steploop.checkpoint.finiteness import refuse_nonfinite
-from steploop.checkpoint.manifest import MANIFEST, Manifest
-from steploop.checkpoint.tensors import FileRecord, hash_tensors, write_tensors
+from steploop.checkpoint.format.manifest import MANIFEST, Manifest
+from steploop.checkpoint.format.tensor_files import FileRecord, hash_tensors, write_tensors
+from steploop.checkpoint.packing import Collected, State, collect, members
+from steploop.checkpoint.provenance import ENVIRONMENT, environment_bytes
+from steploop.checkpoint.storage.commit import commit, write_bytes, write_file
+from steploop.checkpoint.storage.local import LOCAL, FileWriter, Fs
 from steploop.errors import CheckpointWriteError
 
 __all__ = ["digest", "save", "write_collected"]

@@ -11,12 +11,12 @@ from pathlib import Path
 from typing import Final
 
 from steploop.checkpoint.background import BackgroundSaver
-from steploop.checkpoint.collecting import State, collect, members
-from steploop.checkpoint.commit import write_error
-from steploop.checkpoint.filesystem import LOCAL, Fs
-from steploop.checkpoint.litter import discard, make_directories, probe, sweep
 from steploop.checkpoint.loading import Checkpoint, load_from, open_checkpoint
+from steploop.checkpoint.packing import State, collect, members
 from steploop.checkpoint.saving import device_of, write_collected
+from steploop.checkpoint.storage.commit import write_error
+from steploop.checkpoint.storage.litter import discard, make_directories, probe, sweep
+from steploop.checkpoint.storage.local import LOCAL, Fs
 from steploop.errors import CheckpointDamagedError, ConfigError
 
 __all__ = ["CheckpointStore", "DamagedCheckpointWarning", "step_of"]

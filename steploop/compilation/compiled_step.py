@@ -8,16 +8,16 @@ from typing import Any, Literal
 import attrs
 from torch import Tensor
 
-from steploop.compilation.choosing import measure
-from steploop.compilation.collecting import SlotsGrew
+from steploop.compilation.auto_choice import measure
+from steploop.compilation.capture import trace_step
 from steploop.compilation.diagnosis import diagnosed
+from steploop.compilation.flattening import describe, flatten
+from steploop.compilation.graph_calls import Bound, CompiledGraph
+from steploop.compilation.graph_outputs import SlotsGrew
 from steploop.compilation.inductor import Run, check_torch, compile_graph
 from steploop.compilation.plans import StepPlan
-from steploop.compilation.rebuilding import describe, flatten
-from steploop.compilation.running import Bound, CompiledGraph
-from steploop.compilation.tracing import trace_step
+from steploop.core.state.train_state import TrainState
 from steploop.errors import CompileError, NonFiniteError
-from steploop.state import TrainState
 
 __all__ = ["CompiledStep", "Figures"]
 

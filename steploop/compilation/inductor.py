@@ -12,7 +12,7 @@ import attrs
 import torch
 from torch import Tensor, fx
 
-from steploop.compilation.narrow import in_float32
+from steploop.compilation.low_precision import in_float32
 from steploop.compilation.pruning import Wiring, constants_to_inputs, prune
 from steploop.errors import CompileError
 

@@ -6,8 +6,8 @@ from typing import Any
 
 from torch import Tensor
 
+from steploop.core.state.train_state import TrainState
 from steploop.errors import CompileError
-from steploop.state import TrainState
 
 __all__ = ["Place", "constants_of", "counted_on_host", "places", "refuse_overlap", "signature", "tensor_at"]
 

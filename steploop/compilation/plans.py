@@ -5,11 +5,11 @@ from typing import Any
 
 import attrs
 
+from steploop.compilation.flattening import Reference
 from steploop.compilation.inductor import CapturedGraph
 from steploop.compilation.leaves import Place
-from steploop.compilation.rebuilding import Reference
-from steploop.schedules import Schedule
-from steploop.state import TrainState
+from steploop.core.schedules import Schedule
+from steploop.core.state.train_state import TrainState
 
 __all__ = ["COUNTERS", "HostValue", "StatePlan", "StepPlan"]
 

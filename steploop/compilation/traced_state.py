@@ -3,8 +3,8 @@
 from collections.abc import Callable
 from typing import Any
 
-from steploop.state import TrainState
-from steploop.traced import Trace, TracedCount
+from steploop.core.state.trace import Trace, TracedCount
+from steploop.core.state.train_state import TrainState
 
 __all__ = ["Notes", "OwnedCount", "TracedState"]
 

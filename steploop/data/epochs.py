@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from steploop.core.trees import map_tensors, to_device
 from steploop.errors import DataError
-from steploop.trees import map_tensors, to_device
 
 __all__ = ["EpochBatches", "ahead_of_use"]
 

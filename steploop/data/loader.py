@@ -7,16 +7,16 @@ import attrs
 import torch
 from torch.utils.data import TensorDataset
 
-from steploop.data._checks import at_least, is_bool, require_int
-from steploop.data.counting import count_dataset, on_device
+from steploop.core.argument_checks import at_least, is_bool, require_int
+from steploop.core.interruption import check_interruption
+from steploop.core.seeds import fold_in
+from steploop.core.trees import map_tensors
+from steploop.data.batch_requests import Failure, Fetcher, Request, Transform, is_tensors
+from steploop.data.dataset_size import count_dataset, on_device
 from steploop.data.epochs import EpochBatches, ahead_of_use
-from steploop.data.fetching import Failure, Fetcher, Request, Transform, is_tensors
 from steploop.data.order import BATCH, batch_indices, batches_per_epoch, epoch_order
 from steploop.data.workers import WorkerPool
 from steploop.errors import ConfigError, EmptyDataError
-from steploop.interruption import check_interruption
-from steploop.random_numbers import fold_in
-from steploop.trees import map_tensors
 
 __all__ = ["Augment", "Loader"]
 

@@ -8,9 +8,9 @@ distributed run computes the same order and takes its own share.
 import torch
 from torch import Tensor
 
-from steploop.data._checks import require_int
+from steploop.core.argument_checks import require_int
+from steploop.core.seeds import fold_in
 from steploop.errors import DataError
-from steploop.random_numbers import fold_in
 
 __all__ = ["batch_indices", "batches_per_epoch", "epoch_order"]
 

@@ -6,7 +6,7 @@ from typing import Any
 import attrs
 import torch
 
-from steploop.data._checks import at_least, is_bool, require_int
+from steploop.core.argument_checks import at_least, is_bool, require_int
 from steploop.data.epochs import EpochBatches, ahead_of_use
 from steploop.data.loader import _as_device
 from steploop.errors import ConfigError, DataError, EmptyDataError

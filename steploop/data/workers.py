@@ -27,10 +27,10 @@ import torch
 from torch._C import _remove_worker_pids, _set_worker_pids
 from torch.utils.data import DataLoader, Sampler
 
-from steploop.data.fetching import Fetcher, Request, listed
+from steploop.core.seeds import fold_in
+from steploop.data.batch_requests import Fetcher, Request, listed
 from steploop.data.order import WORKERS
 from steploop.errors import DataError
-from steploop.random_numbers import fold_in
 
 __all__ = ["WorkerPool"]
 

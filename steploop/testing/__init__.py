@@ -29,7 +29,7 @@ Test a loop of your own::
 """
 
 from steploop.testing import strategies as strategies
-from steploop.testing.clipping import (
+from steploop.testing.clipping_laws import (
     check_a_batch_of_nan_changes_nothing,
     check_adaptive_clip_bounds_each_unit,
     check_clip_keeps_direction,
@@ -42,32 +42,33 @@ from steploop.testing.clipping import (
     holding,
     steploop_clip,
 )
-from steploop.testing.comparing import clone, copied, fold, require_same, values
-from steploop.testing.determinism import check_operations_are_deterministic
-from steploop.testing.folds import (
-    check_fold_splits,
-    check_resume_is_exact,
-    check_runs_do_not_disturb_each_other,
+from steploop.testing.determinism_laws import check_operations_are_deterministic
+from steploop.testing.loss_scale_laws import (
+    check_scale_changes_no_bit,
+    check_scale_follows_torch,
+    check_scaled_steps_follow_torch,
+    in_float32,
 )
-from steploop.testing.learning import (
+from steploop.testing.objective_laws import (
     check_every_parameter_is_reached,
     check_one_batch_is_learned,
     check_step_lowers_the_loss,
 )
-from steploop.testing.orders import (
+from steploop.testing.optimizer_laws import check_optimizer_equals_its_loop
+from steploop.testing.order_laws import (
     check_batches_do_not_depend_on_workers,
     check_cursor_continues_the_epoch,
     check_epoch_is_a_permutation,
     check_ranks_partition_the_epoch,
 )
-from steploop.testing.partitions import (
+from steploop.testing.partition_laws import (
     check_evaluation_changes_nothing,
     check_evaluation_ignores_order,
     check_evaluation_ignores_partition,
     check_partition_gives_the_whole_gradient,
     split,
 )
-from steploop.testing.purity import (
+from steploop.testing.purity_laws import (
     SURROUNDINGS,
     check_all_surroundings,
     check_donation_equals_copy,
@@ -77,18 +78,18 @@ from steploop.testing.purity import (
     check_surroundings,
     pure,
 )
-from steploop.testing.rates import (
+from steploop.testing.resume_laws import (
+    check_fold_splits,
+    check_resume_is_exact,
+    check_runs_do_not_disturb_each_other,
+)
+from steploop.testing.schedule_laws import (
     check_schedule_equals_torch,
     check_schedule_is_a_function,
     check_scheduling_is_idempotent,
 )
-from steploop.testing.scaling import (
-    check_scale_changes_no_bit,
-    check_scale_follows_torch,
-    check_scaled_steps_follow_torch,
-    in_float32,
-)
-from steploop.testing.stopping import (
+from steploop.testing.state_comparison import clone, copied, fold, require_same, values
+from steploop.testing.stopping_laws import (
     check_best_is_the_running_best,
     check_max_is_min_of_the_negative,
     check_metric_fold_splits,
@@ -98,7 +99,6 @@ from steploop.testing.stopping import (
     check_stops_at_the_patience_th_bad_check,
     stop_check,
 )
-from steploop.testing.torch_loops import check_optimizer_equals_its_loop
 
 __all__ = [
     "SURROUNDINGS",

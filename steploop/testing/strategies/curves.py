@@ -5,9 +5,9 @@ from typing import Any
 
 from hypothesis import strategies as st
 
-from steploop.early_stopping import EarlyStopping
-from steploop.plateau import ReduceLROnPlateau
-from steploop.schedules import (
+from steploop.core.early_stopping import EarlyStopping
+from steploop.core.plateau import ReduceLROnPlateau
+from steploop.core.schedules import (
     Schedule,
     constant,
     cosine_annealing,

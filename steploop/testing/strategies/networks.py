@@ -8,8 +8,8 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from steploop.optim import Optimizer
-from steploop.state import TrainState
+from steploop.core.optimizer import Optimizer
+from steploop.core.state.train_state import TrainState
 from steploop.testing.strategies.optimizers import optimizers
 
 __all__ = ["Batch", "Network", "Task", "batches", "classification", "models", "runs", "states", "tasks"]

@@ -7,7 +7,7 @@ import torch
 from hypothesis import strategies as st
 from torch import Tensor
 
-from steploop.precision import LossScale
+from steploop.core.precision import LossScale
 
 __all__ = ["bounds", "cuts", "gradient_trees", "loss_scales", "partitions", "powers_of_two", "shapes"]
 

@@ -7,7 +7,7 @@ import torch
 from hypothesis import strategies as st
 from torch import nn
 
-from steploop.optim import Optimizer
+from steploop.core.optimizer import Optimizer
 
 __all__ = ["OPTIMIZERS", "dense_optimizers", "optimizers"]
 

@@ -1,0 +1,64 @@
+"""A batch as JSON and tensors: its structure stays readable, and no code is needed to build it again."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from steploop.checkpoint.format.layout import spec_from_json, spec_of
+from steploop.errors import CheckpointUnsupportedError, DataError
+
+__all__ = ["decode", "encode"]
+
+
+def encode(tree: Any, tensors: dict[str, Tensor]) -> Any:
+    """The structure of a batch as JSON; its tensors go to ``tensors``, by number.
+
+    Raises:
+        CheckpointUnsupportedError: it holds something else than tensors, numbers, text, lists, tuples and dicts.
+    """
+    if isinstance(tree, Tensor):
+        name = str(len(tensors))
+        tensors[name] = tree
+        return {"tensor": name, "spec": spec_of(name, tree).to_json()}
+    if isinstance(tree, dict) and all(isinstance(key, (str, int)) for key in tree):
+        return {"dict": [[key, encode(value, tensors)] for key, value in tree.items()]}
+    if type(tree) in {list, tuple}:
+        return {type(tree).__name__: [encode(value, tensors) for value in tree]}
+    if isinstance(tree, float):
+        return {"float": repr(tree)}
+    if tree is None or isinstance(tree, (bool, int, str)):
+        return {"value": tree}
+    raise CheckpointUnsupportedError(
+        f"a batch that holds a {type(tree).__name__} is read from the data again, at its cursor"
+    )
+
+
+def decode(node: Any, tensors: Mapping[str, Tensor]) -> Any:  # noqa: PLR0911  (a case for each kind of node)
+    """A batch out of its structure and its tensors.
+
+    Raises:
+        DataError: the structure is none that ``encode`` gives.
+    """
+    match node:
+        case {"tensor": str(name), "spec": entry}:
+            spec = spec_from_json(name, entry)
+            value = tensors[name]
+            if spec.stride is None:
+                return value
+            return torch.empty_strided(spec.shape, spec.stride, dtype=value.dtype).copy_(value)
+        case {"dict": list(items)}:
+            return {key: decode(value, tensors) for key, value in items}
+        case {"list": list(items)}:
+            return [decode(value, tensors) for value in items]
+        case {"tuple": list(items)}:
+            return tuple(decode(value, tensors) for value in items)
+        case {"float": str(text)}:
+            return float(text)
+        case {"value": value}:
+            return value
+        case _:
+            raise DataError(
+                f"capsule.json: expected a part of a batch, but found {str(node)[:80]!r}. The file was changed."
+            )

@@ -1,0 +1,184 @@
+"""Whether a saved state fits another one, by name, shape and dtype; and the map that makes one fit that does not."""
+
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+import attrs
+from torch import Tensor
+
+from steploop.core.state.train_state import TrainState
+from steploop.errors import CheckpointIncompatibleError
+
+__all__ = ["Migrated", "differences", "migrated"]
+
+
+@attrs.frozen(kw_only=True)
+class Migrated:
+    """A saved state as values, before it is built.
+
+    Attributes:
+        scalars: plain fields of TrainState.
+        records: early stopping, loss scale and the like.
+        optimizer: the name of the optimizer's class; compared as text, never looked up.
+        groups: the parameter names of each group.
+        params: name -> tensor, in the saved order.
+        buffers: likewise.
+        hyper: the hyperparameters of each group.
+        slots: parameter name -> slot name -> value.
+        ema: name -> average, or None.
+    """
+
+    scalars: Mapping[str, Any]
+    records: Mapping[str, Any]
+    optimizer: str
+    groups: tuple[tuple[str, ...], ...]
+    params: Mapping[str, Tensor]
+    buffers: Mapping[str, Tensor]
+    hyper: tuple[Mapping[str, Any], ...]
+    slots: Mapping[str, Mapping[str, Any]]
+    ema: Mapping[str, Tensor] | None
+
+
+def differences(saved: Migrated, like: TrainState) -> list[str]:
+    """What keeps a saved state from being loaded into ``like``, one line each; empty where it fits."""
+    machine = like._machine
+    ours = type(machine.optimizer).__name__
+    found = [
+        *_tensor_differences("parameter", saved.params, like._params),
+        *_tensor_differences("buffer", saved.buffers, like._buffers),
+        *_group_differences(saved.groups, machine.group_names),
+    ]
+    if saved.optimizer != ours:
+        found.append(f"optimizer: saved with {saved.optimizer}, but this state has {ours}")
+    elif [sorted(group) for group in saved.hyper] != [sorted(group) for group in like.hyper]:
+        found.append(
+            f"optimizer: the groups of {ours} have other hyperparameters than here: another version of it"
+        )
+    if saved.scalars["precision"] != like.precision:
+        found.append(f"precision: saved as {saved.scalars['precision']}, but this state has {like.precision}")
+    if (saved.records["scale"] is None) != (saved.scalars["precision"] != "fp16"):
+        found.append("precision: fp16 has a loss scale, and the others have none")
+    if (saved.ema is None) != (like._ema is None):
+        found.append(
+            f"ema: {'not saved, but carried by' if saved.ema is None else 'saved, but not carried by'} this state"
+        )
+    elif saved.ema is not None and like._ema is not None:
+        found += _tensor_differences("ema", saved.ema, like._ema, ordered=False)
+    strays = [name for name in saved.slots if name not in machine.trainable]
+    return found or [f"slots: saved for {name}, which is not trained" for name in strays]
+
+
+def _tensor_differences(
+    kind: str, saved: Mapping[str, Tensor], ours: Mapping[str, Tensor], *, ordered: bool = True
+) -> Iterator[str]:
+    for name, tensor in saved.items():
+        if name not in ours:
+            yield f"{kind} {name}: in the checkpoint only, {_say(tensor)}"
+        elif (tensor.shape, tensor.dtype) != (ours[name].shape, ours[name].dtype):
+            yield f"{kind} {name}: saved as {_say(tensor)}, but here it is {_say(ours[name])}"
+    yield from (
+        f"{kind} {name}: not in the checkpoint, {_say(t)}" for name, t in ours.items() if name not in saved
+    )
+    if ordered and saved.keys() == ours.keys() and list(saved) != list(ours):
+        first = next((a, b) for a, b in zip(saved, ours, strict=True) if a != b)
+        yield f"the order of the {kind}s: {first[0]} is saved where this state has {first[1]}"
+
+
+def _say(tensor: Tensor) -> str:
+    return f"{str(tensor.dtype).removeprefix('torch.')} {tuple(tensor.shape)}"
+
+
+def _group_differences(
+    saved: tuple[tuple[str, ...], ...], ours: tuple[tuple[str, ...], ...]
+) -> Iterator[str]:
+    trained, here = {n for names in saved for n in names}, {n for names in ours for n in names}
+    yield from (
+        f"parameter {name}: trained in the checkpoint, but frozen here" for name in sorted(trained - here)
+    )
+    yield from (
+        f"parameter {name}: frozen in the checkpoint, but trained here" for name in sorted(here - trained)
+    )
+    if trained == here and saved != ours:
+        sizes = [len(names) for names in saved], [len(names) for names in ours]
+        yield f"parameter groups: saved with {sizes[0]} parameters each, but here they have {sizes[1]}, or are in another order"
+
+
+def migrated(saved: Migrated, like: TrainState, names: Mapping[str, str | None]) -> Migrated:
+    """A saved state made to fit ``like``; every difference is named by the caller or refused.
+
+    What a parameter's optimizer keeps for it goes with it, where the optimizer is of the same class and the
+    parameter is trained in both; the grouping and, where it differs, the hyperparameters are those of ``like``.
+
+    Args:
+        saved: what was read.
+        like: what it has to fit.
+        names: saved name -> name in ``like``, or None: not loaded, ``like`` keeps its own. Others keep their names.
+
+    Raises:
+        CheckpointIncompatibleError: something does not fit that is not named.
+    """
+    known = {*saved.params, *saved.buffers, *like._params, *like._buffers}
+    if stray := [name for name in names if name not in known]:
+        raise CheckpointIncompatibleError(
+            f"migrate: {stray[0]!r} is a parameter or buffer of neither the checkpoint nor this state."
+        )
+    if None in names.values() or saved.ema is None:
+        like.check_alive("checkpoint.load with migrate")
+    params = _renamed(saved.params, like._params, names)
+    buffers = _renamed(saved.buffers, like._buffers, names)
+    ema = None
+    if like._ema is not None:
+        ema = (
+            {n: t.clone() for n, t in like._ema.items()}
+            if saved.ema is None
+            else _renamed(saved.ema, like._ema, names)
+        )
+    found = [
+        *_tensor_differences("parameter", params, like._params, ordered=False),
+        *_tensor_differences("buffer", buffers, like._buffers, ordered=False),
+        *_tensor_differences("ema", ema or {}, like._ema or {}, ordered=False),
+    ]
+    if found:
+        listed = "\n  ".join(found[:10])
+        raise CheckpointIncompatibleError(
+            f"migrate does not say what becomes of:\n  {listed}\nGive the saved name its new one, or None for 'not loaded'."
+        )
+    machine = like._machine
+    same_class = saved.optimizer == type(machine.optimizer).__name__
+    trainable = set(machine.trainable)
+    moved = _moved(saved.slots, names)
+    carried = {n: s for n, s in moved.items() if n in trainable} if same_class else {}
+    groups = tuple(tuple(_moved(dict.fromkeys(group), names)) for group in saved.groups)
+    keeps_hyper = same_class and groups == machine.group_names
+    scale = (
+        saved.records["scale"]
+        if saved.records["scale"] is not None and like.scale is not None
+        else like.scale
+    )
+    return attrs.evolve(
+        saved,
+        scalars={**saved.scalars, "precision": like.precision},
+        records={**saved.records, "scale": scale},
+        groups=machine.group_names,
+        params=params,
+        buffers=buffers,
+        hyper=saved.hyper if keeps_hyper else like.hyper,
+        slots=carried,
+        ema=ema,
+    )
+
+
+def _moved(values: Mapping[str, Any], names: Mapping[str, str | None]) -> dict[str, Any]:
+    """The values under their new names; those that are not loaded are left out."""
+    renamed: Iterable[tuple[str | None, Any]] = (
+        (names.get(name, name), value) for name, value in values.items()
+    )
+    return {name: value for name, value in renamed if name is not None}
+
+
+def _renamed(
+    saved: Mapping[str, Tensor], ours: Mapping[str, Tensor], names: Mapping[str, str | None]
+) -> dict[str, Tensor]:
+    """The same for tensors, with ``ours`` where the map says that ours is kept."""
+    kept = {name: ours[name].detach().clone() for name, new in names.items() if new is None and name in ours}
+    return {**_moved(saved, names), **kept}

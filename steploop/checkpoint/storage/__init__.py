@@ -1,0 +1,1 @@
+"""Where checkpoints are written: local files, the atomic commit, and cleaning up after crashes."""

@@ -1,0 +1,131 @@
+"""Calls a compiled graph on states: what is done at every step, and therefore kept short."""
+
+import itertools
+from collections.abc import Sequence
+from operator import attrgetter
+from typing import Any
+
+from torch import Tensor
+
+from steploop.compilation.graph_inputs import Feed
+from steploop.compilation.inductor import Run
+from steploop.compilation.leaves import constants_of, counted_on_host, signature
+from steploop.compilation.next_state import Advance
+from steploop.compilation.plans import StepPlan
+from steploop.core.state.train_state import TrainState
+from steploop.core.steps.forward_pass import SeededGenerators
+from steploop.core.steps.set_rates import schedule
+
+__all__ = ["Bound", "CompiledGraph"]
+
+_GENERATIONS = itertools.count()
+_SPENDER = "a compiled train step"
+
+
+class Bound:
+    """The states whose tensors are in the graphs' lists of inputs: those that the last step gave.
+
+    Donated tensors are the same objects at every step, so the lists are made once and hold until other states
+    come: a clone, one from a checkpoint, or one that an eager step gave.
+    """
+
+    __slots__ = ("_held", "generation")
+
+    def __init__(self) -> None:
+        self.generation = next(_GENERATIONS)
+        self._held: list[tuple[Any, ...]] = []
+
+    def holds(self, states: Sequence[TrainState]) -> bool:
+        """Whether these are the states, and nobody has put other tensors or hyperparameters into them."""
+        if len(states) != len(self._held):
+            return False
+        for state, (lease, params, buffers, slots, ema, hyper) in zip(states, self._held, strict=True):
+            fields = state.__dict__
+            if (
+                fields["_lease"] is not lease
+                or fields["_params"] is not params
+                or fields["_buffers"] is not buffers
+                or fields["_slots"] is not slots
+                or fields["_ema"] is not ema
+                or fields["hyper"] is not hyper
+            ):
+                return False
+        return True
+
+    def take(self, states: Sequence[TrainState], *, same_tensors: bool) -> None:
+        """Hold these from now on; where their tensors are others, every list of inputs has to be made anew."""
+        self._held = [(s._lease, s._params, s._buffers, s._slots, s._ema, s.hyper) for s in states]
+        if not same_tensors:
+            self.generation = next(_GENERATIONS)
+
+
+class CompiledGraph:
+    """One compiled graph with the plan around it: for batches of one shape and states of one kind."""
+
+    def __init__(self, plan: StepPlan, run: Run, names: Sequence[str], states: Sequence[TrainState]) -> None:
+        self.plan = plan
+        self.run = run
+        self._like = [signature(state) for state in states]
+        self._constants = [constants_of(state.hyper, cycled=plan.cycled) for state in states]
+        self._reads = [
+            (names.index(name), attrgetter(path), value) for (name, path), value in plan.reads.items()
+        ]
+        given = plan.graph.wiring.given
+        outputs = 1 + max((where for where in given if where >= 0), default=-1)
+        passed = iter(range(outputs, outputs + len(given)))
+        where = [index if index >= 0 else next(passed) for index in given]
+        plans = [plan.states[name] for name in names]
+        self._advances = [Advance(p, where) for p in plans]
+        self._passes = any(index < 0 for index in given)
+        self._donated = all(p.donated for p in plans)
+        self._before = [(i, fn) for i, p in enumerate(plans) for fn in p.before]
+        self._after = [(i, fn) for i, p in enumerate(plans) for fn in p.after]
+        self._limits = [(i, p.limit) for i, p in enumerate(plans) if p.limit and p.on_host]
+        self._feed = Feed(plan, names, states[0].device, on_host=all(map(counted_on_host, states)))
+        self._generation = -1
+
+    def reads_as_traced(self, states: Sequence[TrainState]) -> bool:
+        """Whether the plain values that the step read while it was traced are what they were."""
+        return not self._reads or all(read(states[i]) == value for i, read, value in self._reads)
+
+    def fits(self, states: Sequence[TrainState]) -> bool:
+        """Whether the graph holds for these states; looks at everything, so it is asked when other states come."""
+        return (
+            [signature(state) for state in states] == self._like
+            and [constants_of(state.hyper, cycled=self.plan.cycled) for state in states] == self._constants
+            and self.reads_as_traced(states)
+        )
+
+    def __call__(self, bound: Bound, states: Sequence[TrainState], batch: list[Tensor]) -> list[TrainState]:
+        """One step: numbers in, graph, states out; then the schedules."""
+        feed = self._feed
+        if self._generation != bound.generation:
+            feed.bind(states)
+            self._generation = bound.generation
+        if self._before:
+            states = list(states)
+            for i, learning_rate in self._before:
+                states[i] = schedule(states[i], learning_rate)
+        inputs = feed.arguments(states, batch)
+        if self._donated:
+            # whatever ends the call before its time may leave the tensors half updated: then nobody may use them
+            for state in states:
+                state._lease.generation += 1
+                state._lease.spender = "a compiled train step"
+        if self.plan.graph.random:
+            first = states[0]
+            with SeededGenerators(first._machine, first.seed, first.attempted_steps, 0):
+                given = self.run(inputs)
+        else:
+            given = self.run(inputs)
+        if self._passes:
+            given = [*given, *feed.passed(states, batch)]
+        new = [advance(state, given) for advance, state in zip(self._advances, states, strict=True)]
+        for i, learning_rate in self._after:
+            new[i] = schedule(new[i], learning_rate)
+        bound.take(new, same_tensors=self._donated)
+        return new
+
+    def over_limit(self, new: Sequence[TrainState]) -> bool:
+        """Whether too many steps in a row were not finite."""
+        return any(new[i].nonfinite_steps >= limit for i, limit in self._limits)

@@ -1,0 +1,138 @@
+"""Turns the states that a traced train step returned into outputs of the graph and a plan for the host."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from steploop.compilation.flattening import Reference
+from steploop.compilation.leaves import Place, counted_on_host, places
+from steploop.compilation.plans import StatePlan
+from steploop.compilation.traced_state import OwnedCount, TracedState
+from steploop.core.schedules import Schedule
+from steploop.core.state.train_state import TrainState
+from steploop.core.trees import map_tensors
+from steploop.errors import CompileError, SteploopError
+
+__all__ = ["SlotsGrew", "collect"]
+
+_IN_FLIGHT = ("loss", "outputs", "grad_norm", "clipped_norm", "finite")
+_PLAIN = ("seed", "epoch", "early_stopping", "plateau", "best", "precision")
+
+
+class SlotsGrew(SteploopError):  # noqa: N818  (it says what happened: nothing is wrong)
+    """The optimizer made new slots in this step: it has to run in eager once, and is captured afterwards."""
+
+
+def collect(
+    real: TrainState,
+    old: TracedState,
+    came: Mapping[Place, Tensor],
+    new: TracedState,
+    given: list[Tensor],
+    *,
+    before: Sequence[Schedule],
+    after: Sequence[Schedule],
+    limit: int,
+) -> StatePlan:
+    """Append to ``given`` what the graph has to give for one state, and say how the host makes the state of it.
+
+    A state whose tensors were donated has every changed tensor written into the one it came in; buffers too, which
+    eager replaces: the graph then takes the same tensors at every step.
+
+    Args:
+        real: the state that the trace was made for.
+        old: the traced state that went in; an optimizer may have put other tensors into its slots since.
+        came: the tensors that went in.
+        new: the state that came back.
+        given: what the graph gives, so far.
+        before: schedules that the step called before the optimizer.
+        after: schedules that it called afterwards.
+        limit: steps in a row that may be not finite.
+    """
+    _check_finished(new)
+    donated = not old.alive
+    tensors: dict[Place, Reference] = {}
+    _check_slots(real, new)
+    went = dict(places(new))
+    if list(came) != list(went):
+        raise CompileError(
+            f"changed which parameters, buffers or averages the state holds: {_difference(came, went)}. Do that outside of the step."
+        )
+    with torch.no_grad():
+        for place, tensor in came.items():
+            result = went[place]
+            if (result.shape, result.dtype) != (tensor.shape, tensor.dtype):
+                raise CompileError(
+                    f"changed the shape or dtype of {place[1]}, from {tuple(tensor.shape)} {tensor.dtype} to {tuple(result.shape)} {result.dtype}."
+                )
+            if not donated:
+                tensors[place] = _give(result, given)
+            elif result is not tensor:
+                tensor.copy_(result)
+    attempts, batches = _offset(new, "attempted_steps"), _offset(new, "batch")
+    on_host = counted_on_host(real)
+    if on_host and attempts > 1:
+        raise CompileError(
+            f"takes {attempts} optimizer steps on one state; a compiled step takes one at most. Split it into several."
+        )
+    fields: dict[str, Any] = {name: getattr(new, name) for name in _IN_FLIGHT}
+    if not on_host:
+        fields |= {"applied_steps": new.applied_steps, "nonfinite_steps": new.nonfinite_steps}
+        if new.scale is not None:
+            fields |= {"scale": (new.scale.scale, new.scale.growth_tracker)}
+    return StatePlan(
+        donated=donated,
+        on_host=on_host,
+        attempts=attempts,
+        batches=batches,
+        given={name: map_tensors(lambda t: _give(t, given), value) for name, value in fields.items()},
+        tensors=tensors,
+        before=tuple(before),
+        after=tuple(after),
+        changed={name: new.__dict__[name] for name in _PLAIN if new.__dict__[name] is not old.__dict__[name]},
+        limit=limit,
+    )
+
+
+def _give(tensor: Tensor, given: list[Tensor]) -> Reference:
+    given.append(tensor.detach())
+    return Reference(len(given) - 1)
+
+
+def _check_finished(new: TracedState) -> None:
+    if new._graph is not None or new._grads is not None:
+        missing = "optimizer_step" if new._grads is not None else "backward_scaled and optimizer_step"
+        raise CompileError(f"returned a state in the middle of a step. Call {missing} before returning it.")
+
+
+def _check_slots(old: TrainState, new: TracedState) -> None:
+    """The slots' structure must be as it was, and plain numbers in them unchanged."""
+    for name, slot in new._slots.items():
+        before = old._slots.get(name, {})
+        if list(before) != list(slot):
+            raise SlotsGrew(f"the optimizer made new slots for {name}")
+        for key, value in slot.items():
+            if not isinstance(value, Tensor) and value is not before[key] and value != before[key]:
+                optimizer = type(new._machine.optimizer).__name__
+                raise CompileError(
+                    f"uses {optimizer}, which counts in a Python number ({key!r} of {name}); a graph would count it once. "
+                    "Take an optimizer of torch.optim that can be captured (see help(steploop.compile))."
+                )
+            if isinstance(value, Tensor) is not isinstance(before[key], Tensor):
+                raise SlotsGrew(f"the optimizer made new slots for {name}")
+
+
+def _offset(new: TracedState, name: str) -> int:
+    count = new.__dict__[name]
+    if not isinstance(count, OwnedCount):
+        raise CompileError(
+            f"set {name} to {count!r}. Leave counting to optimizer_step, and set it outside of the step."
+        )
+    return count.offset
+
+
+def _difference(came: Mapping[Place, Tensor], went: Mapping[Place, Tensor]) -> str:
+    changed = [place for place in (*came, *went) if (place in came) != (place in went)]
+    return changed[0][1] if changed else "their order"

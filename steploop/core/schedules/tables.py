@@ -1,0 +1,136 @@
+"""Any torch scheduler as a schedule: run it once on a dummy optimizer and keep the table of what it gave."""
+
+import math
+import warnings
+from collections.abc import Callable
+
+import attrs
+import torch
+from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
+
+from steploop.core.schedules.rates import Rates, learning_rate, total_steps
+from steploop.core.validators import real, to_integer, to_real
+from steploop.errors import ConfigError
+
+
+@attrs.frozen(kw_only=True)
+class Tabulated:
+    """One value for each step, the last one held; made by `from_torch`.
+
+    Attributes:
+        scheduler: the class of torch that gave the values.
+        total_steps: how many values there are, in optimizer steps.
+        table: the values, those of step 0 first.
+    """
+
+    scheduler: str
+    total_steps: int = attrs.field(converter=to_integer, validator=total_steps)
+    table: tuple[float, ...] | tuple[Rates, ...] = attrs.field(repr=False)
+
+    def __call__(self, step: int) -> float | Rates:
+        """The value of the step after ``step`` (>= 0) applied ones."""
+        return self.table[step] if step < self.total_steps else self.table[-1]
+
+
+@attrs.frozen(kw_only=True)
+class _Request:
+    """The numbers that `from_torch` was given, checked."""
+
+    total_steps: int = attrs.field(converter=to_integer, validator=total_steps)
+    lr: float = attrs.field(converter=to_real, validator=learning_rate)
+    momentum: float = attrs.field(
+        converter=to_real,
+        validator=real(at_least=0.0, below=1.0, hint="Give what your optimizer starts with."),
+    )
+
+
+_Request.__name__ = "from_torch"  # whose arguments they are, for those who read a refusal
+
+
+def from_torch(
+    make_scheduler: Callable[[torch.optim.Optimizer], LRScheduler],
+    total_steps: int,
+    *,
+    lr: float = 0.1,
+    momentum: float = 0.9,
+) -> Tabulated:
+    """Tabulate a torch scheduler: the rate of each of ``total_steps`` steps, as torch itself computes it.
+
+        table[t] = optimizer's rate after t calls of ``scheduler.step()``,    t = 0 .. total_steps - 1
+
+    The scheduler is built on a dummy ``torch.optim.SGD`` of one parameter and one group, and thrown away afterwards.
+    Where it changes momentum too, the values are `Rates`. Example:
+
+        from_torch(lambda optimizer: PolynomialLR(optimizer, total_iters=1000, power=2.0), 1000, lr=0.1)
+
+    Args:
+        make_scheduler: from an optimizer to a scheduler of ``torch.optim.lr_scheduler`` (or a subclass of
+            ``LRScheduler``) whose values depend on the number of steps only.
+        total_steps: how many optimizer steps to tabulate, >= 1; from then on the last value is held. Tabulating costs 30 to 45 us a step, once.
+        lr: the learning rate that the scheduler starts from, >= 0.
+        momentum: the momentum that it starts from, in [0, 1).
+
+    Returns:
+        A frozen schedule, ``step -> learning rate`` or ``step -> Rates``.
+
+    Raises:
+        ConfigError: an argument is outside its range; the scheduler follows a metric (use
+            ``steploop.core.plateau.ReduceLROnPlateau``), fails, or gives a rate that is no finite number >= 0.
+    """
+    request = _Request(total_steps=total_steps, lr=lr, momentum=momentum)
+    if not callable(make_scheduler):
+        raise ConfigError(
+            "from_torch: make_scheduler must be a function from an optimizer to a torch scheduler, "
+            f"got {make_scheduler!r}. Give for instance lambda optimizer: StepLR(optimizer, step_size=30)."
+        )
+    optimizer = torch.optim.SGD([torch.zeros(1)], lr=request.lr, momentum=request.momentum)
+    values: list[Rates] = []
+    # Torch warns about how a scheduler is used in a training loop; this is none, so that nothing there is news.
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            scheduler = make_scheduler(optimizer)
+            _refuse_unless_a_function_of_the_step(scheduler)
+            optimizer.step()  # without a gradient it changes nothing; torch wants it before scheduler.step()
+            while True:
+                values.append(_read(optimizer, step=len(values)))
+                if len(values) == request.total_steps:
+                    break
+                scheduler.step()
+        except ConfigError:
+            raise
+        except Exception as error:
+            raise ConfigError(
+                f"from_torch: the scheduler must run for total_steps = {request.total_steps} steps on an SGD of one "
+                f"parameter group, but at step {len(values)} it failed with {type(error).__name__}: {str(error).rstrip('.')}. "
+                "Correct its arguments, or give fewer total_steps."
+            ) from error
+    cycles = any(value.momentum != request.momentum for value in values)
+    table = tuple(values) if cycles else tuple(value.learning_rate for value in values)
+    return Tabulated(scheduler=type(scheduler).__name__, total_steps=request.total_steps, table=table)
+
+
+def _refuse_unless_a_function_of_the_step(scheduler: object) -> None:
+    """Raise ConfigError for what is no scheduler, and for one that follows a metric (inside others torch refuses it)."""
+    if not isinstance(scheduler, LRScheduler):
+        raise ConfigError(
+            f"from_torch: make_scheduler must return a torch.optim.lr_scheduler.LRScheduler, got {scheduler!r}. "
+            "Return the scheduler that it builds."
+        )
+    if isinstance(scheduler, ReduceLROnPlateau):
+        raise ConfigError(
+            "from_torch: make_scheduler must return a scheduler that is a function of the step, got "
+            "ReduceLROnPlateau, which follows a metric. Use steploop.core.plateau.ReduceLROnPlateau, a fold over the metric."
+        )
+
+
+def _read(optimizer: torch.optim.Optimizer, *, step: int) -> Rates:
+    """The rates that the scheduler left in the optimizer, as plain floats."""
+    group = optimizer.param_groups[0]
+    rates = Rates(float(group["lr"]), float(group["momentum"]))
+    if not (math.isfinite(rates.learning_rate) and rates.learning_rate >= 0.0 <= rates.momentum < 1.0):
+        raise ConfigError(
+            "from_torch: the scheduler must give a finite learning rate >= 0 and a momentum in [0, 1) at every step, "
+            f"got {rates} at step {step}. Correct its arguments, or give fewer total_steps."
+        )
+    return rates

@@ -1,0 +1,1 @@
+"""TrainState: the value, its parts, the machine that computes with it, and who owns its tensors."""

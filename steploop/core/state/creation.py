@@ -1,0 +1,125 @@
+"""The fields of a first state: a model and an optimizer, checked, and the machine that computes with them."""
+
+from collections.abc import Mapping
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from steploop.core.precision import LossScale, Precision, check_precision
+from steploop.core.state.machine import Machine
+from steploop.core.state.ownership import Lease, module_machine
+from steploop.core.state.shared_memory import shared_memory
+from steploop.errors import ConfigError
+
+__all__ = ["OptimizerDescription", "copy_leaf", "initial_fields"]
+
+
+class OptimizerDescription(Protocol):
+    """What ``TrainState.create`` asks of an optimizer: ``steploop.Optimizer`` is one."""
+
+    def build(
+        self, params: Mapping[str, nn.Parameter]
+    ) -> tuple[torch.optim.Optimizer, tuple[tuple[str, ...], ...]]:
+        """The live optimizer over ``params``, and the parameter names of each of its groups."""
+        ...
+
+
+def initial_fields(
+    model: nn.Module,
+    optimizer: OptimizerDescription,
+    *,
+    seed: int,
+    precision: Precision,
+    device: torch.device | str | None,
+    memory_format: torch.memory_format | None,
+    loss_scale: LossScale | None,
+    ema: bool,
+) -> dict[str, Any]:
+    """What ``TrainState.create`` passes to its constructor; see there for the arguments."""
+    check_precision(precision)
+    if not isinstance(seed, int) or not 0 <= seed < 2**63:
+        raise ConfigError(f"TrainState.create: seed must be an int in 0 .. 2**63 - 1, but is {seed!r}.")
+    _refuse_unready(model)
+    _refuse_shared_memory(model)
+    module = module_machine(model)
+    shared = not module.holder.free()
+    if device is not None or memory_format is not None:
+        if shared:
+            raise ConfigError(
+                "TrainState.create: another state trains this model; clone or drop that one before moving it."
+            )
+        model.to(device=device, memory_format=memory_format)  # type: ignore[call-overload]  # None is allowed
+        module = module_machine(model)
+    params = {n: copy_leaf(p) if shared else p for n, p in model.named_parameters()}
+    buffers = {n: b.clone() if shared else b for n, b in model.named_buffers()}
+    where = _one_device([*params.values(), *buffers.values()])
+    halves = {n: p.dtype for n, p in params.items() if p.dtype in {torch.float16, torch.bfloat16}}
+    if precision == "fp16" and halves:
+        name, dtype = next(iter(halves.items()))
+        raise ConfigError(
+            f"TrainState.create: {name} is {str(dtype).removeprefix('torch.')}. precision='fp16' computes in float16 under "
+            "autocast and keeps parameters in float32: call model.float() first."
+        )
+    scale = (loss_scale or LossScale()) if precision == "fp16" else loss_scale
+    trainable = {n: p for n, p in params.items() if p.requires_grad}
+    live, group_names = optimizer.build(trainable)  # type: ignore[arg-type]  # leaves are Parameters here
+    machine = Machine(module, live, group_names, where)
+    lease = Lease()
+    machine.holder.give_to(lease)
+    if not shared:
+        module.holder.give_to(lease)
+    return {
+        "params": params,
+        "buffers": buffers,
+        "slots": {name: live.state[params[name]] for name in machine.trainable},
+        "machine": machine,
+        "lease": lease,
+        "hyper": machine.initial_hyper(),
+        "seed": seed,
+        "precision": precision,
+        "scale": scale,
+        "ema": {n: p.detach().clone() for n, p in params.items()} if ema else None,
+        "leaves": tuple(params[name] for name in machine.trainable),
+    }
+
+
+def copy_leaf(param: Tensor) -> Tensor:
+    """A copy of a parameter that gradients arrive at: a leaf, and a Parameter where that was one."""
+    copy = param.detach().clone()
+    if isinstance(param, nn.Parameter):
+        return nn.Parameter(copy, requires_grad=param.requires_grad)
+    return copy.requires_grad_(param.requires_grad)
+
+
+def _refuse_unready(model: nn.Module) -> None:
+    for name, value in (*model.named_parameters(), *model.named_buffers()):
+        if nn.parameter.is_lazy(value):
+            raise ConfigError(
+                f"TrainState.create: {name} is lazy and has no shape yet. Run the model on one batch first."
+            )
+        if value.is_meta:
+            raise ConfigError(
+                f"TrainState.create: {name} is on the meta device. Call model.to_empty(device=...) and initialise it."
+            )
+
+
+def _refuse_shared_memory(model: nn.Module) -> None:
+    """Before anything is moved or copied, which would untie them without a word."""
+    shared = shared_memory(dict(model.named_parameters()), dict(model.named_buffers()))
+    if shared is not None:
+        raise ConfigError(
+            f"TrainState.create: {shared[0]} and {shared[1]} lie in the same memory but are two tensors. A step would update "
+            "it twice, and a copy or a checkpoint would untie them. To share a weight, assign the same Parameter in both "
+            "places (head.weight = embedding.weight); else give one of them memory of its own with clone()."
+        )
+
+
+def _one_device(tensors: list[Tensor]) -> torch.device:
+    devices = {t.device for t in tensors}
+    if len(devices) > 1:
+        raise ConfigError(
+            f"TrainState.create: expected all parameters and buffers on one device, but found {sorted(map(str, devices))}. "
+            "Pass device=... to move them."
+        )
+    return devices.pop() if devices else torch.device("cpu")

@@ -1,0 +1,119 @@
+"""Gradient accumulation: the gradients of several micro-batches as those of the whole batch they are parts of."""
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from steploop.core.state.surroundings import shielded
+from steploop.core.state.train_state import Gradients, TrainState
+from steploop.core.steps.backward_pass import gradients, seed_of
+from steploop.core.steps.forward_pass import Objective, TrainingPasses
+from steploop.core.trees import count_samples
+from steploop.errors import EmptyDataError, ObjectiveError
+
+__all__ = ["accumulate"]
+
+
+@shielded
+def accumulate(state: TrainState, micro_batches: Iterable[Any], objective: Objective) -> TrainState:
+    """Take the place of ``forward_loss`` and ``backward_scaled`` for a batch that comes in parts.
+
+    With L_i the loss of micro-batch i, a mean over w_i samples (or tokens), and S the loss scale:
+
+        loss = Σ w_i L_i / Σ w_i,      grads = Σ w_i ∂(S L_i) / Σ w_i
+
+    so that any partition of a batch, ragged ones and a short last part too, gives the gradient of the whole batch,
+    up to the rounding of the sum. BatchNorm is the exception: its statistics are those of each part. So is dropout:
+    each part draws its own mask.
+
+    Only one micro-batch's graph is alive at a time.
+
+    Args:
+        state: any living state.
+        micro_batches: the parts; a list, or an iterable that is read once.
+        objective: as for ``forward_loss``. Its third value is the weight w_i; the default is the number of samples,
+            the length of the batch's first tensor.
+
+    Returns:
+        The state with ``loss`` (shape (), detached), ``outputs`` (a list, one per part) and ``grads``, still multiplied
+        by the loss scale.
+
+    Raises:
+        EmptyDataError: there is no micro-batch, or the weights sum to 0.
+        ObjectiveError: no weight was given and the batch has no tensor to count samples in.
+    """
+    state.check_alive("accumulate")
+    parts = list(micro_batches)
+    if not parts:
+        raise EmptyDataError(
+            "accumulate: expected at least one micro-batch, but got none. Look at how the batch is split."
+        )
+    sizes = [count_samples(part) for part in parts]
+    # Known beforehand, the weights go into the backward pass as w_i / Σ w; an objective that gives its own overrides.
+    total = float(sum(size or 0 for size in sizes)) or 1.0
+    losses, outputs, weights = [], [], []
+    grads: list[Tensor | None] = []
+    own_weights, unit, last = False, 1.0, len(parts) - 1
+    with TrainingPasses(state) as passes:
+        for index, (part, size) in enumerate(zip(parts, sizes, strict=True)):
+            loss, out, given = passes.run(part, objective, draw=index)
+            if index == 0 and given is not None:
+                own_weights, unit = True, _unit(given, len(parts))
+            _check_weight(given, size, own_weights=own_weights)
+            weight = (size or 0) / total if given is None else given / unit
+            grads = gradients(state, loss, seed_of(state, loss, weight), keep=index > 0, take=index == last)
+            losses.append(loss.detach())
+            outputs.append(out)
+            weights.append(weight)
+        buffers = passes.buffers()
+    loss = _weighted_sum(losses, weights)
+    if own_weights:
+        whole = sum(weights)
+        if not isinstance(whole, Tensor) and whole <= 0:
+            raise EmptyDataError(
+                f"accumulate: the weights of the micro-batches sum to {whole}; there is nothing to average over."
+            )
+        loss = loss / whole
+        torch._foreach_div_([g for g in grads if g is not None], whole)
+    return state.replace(
+        loss=loss, outputs=outputs, _graph=None, _buffers=buffers, _old_buffers=state._buffers,
+        _grads=Gradients(grads), grad_norm=None, clipped_norm=None, finite=None,
+    )  # fmt: skip
+
+
+def _check_weight(given: Any, size: int | None, *, own_weights: bool) -> None:
+    if own_weights != (given is not None):
+        raise ObjectiveError(
+            "accumulate: the objective gave a weight for some micro-batches and none for others."
+        )
+    if given is None and size is None:
+        raise ObjectiveError(
+            "accumulate: cannot count the samples of a batch without a tensor. Return (loss, outputs, weight) from the "
+            "objective."
+        )
+
+
+def _unit(weight: float | Tensor, parts: int) -> Any:
+    """What an objective's own weights are counted in: about Σ w, before it is known.
+
+    A float16 gradient has room for S, not for S times a number of tokens.
+    """
+    if isinstance(weight, Tensor):
+        return torch.where(weight > 0, weight * parts, torch.ones_like(weight))
+    return weight * parts if weight > 0 else 1.0
+
+
+def _weighted_sum(losses: list[Tensor], weights: list[Any]) -> Tensor:
+    loss = torch.stack(losses)
+    if all(isinstance(w, float) and w == weights[0] > 0 for w in weights):
+        return loss.sum().mul_(weights[0])  # parts of one size, the usual case
+    if any(isinstance(weight, Tensor) for weight in weights):
+        weight = torch.stack(
+            [torch.as_tensor(weight, dtype=loss.dtype, device=loss.device) for weight in weights]
+        )
+    else:
+        weight = torch.tensor(weights, dtype=loss.dtype, device=loss.device)
+    # the mean over nothing is nan: with a weight of 0 it counts for nothing
+    return torch.where(weight == 0, torch.zeros_like(loss), loss * weight).sum()

@@ -1,0 +1,112 @@
+"""``unscale_and_clip``: divide the gradients by the loss scale and bound them."""
+
+import math
+
+import torch
+from torch import Tensor
+
+from steploop.core.precision import on_host
+from steploop.core.state.surroundings import shielded
+from steploop.core.state.train_state import Gradients, TrainState
+from steploop.core.steps.clipping import check_bound, clip_adaptive, clip_norm, clip_value, global_norm
+from steploop.errors import ConfigError, SpentStateError, StepOrderError
+
+__all__ = ["unscale_and_clip"]
+
+
+@shielded
+def unscale_and_clip(
+    state: TrainState,
+    *,
+    max_norm: float | None = None,
+    max_value: float | None = None,
+    adaptive: float | None = None,
+) -> TrainState:
+    """Divide the gradients by the loss scale, then bound them in one of three ways.
+
+    With g all gradients as one flat vector, S the loss scale and u = g / S:
+
+        max_norm:   clipped = u * min(1, max_norm / (||u|| + 1e-6))
+        max_value:  clipped = min(max(u, -max_value), max_value), for every entry
+        adaptive:   clipped = u * min(1, adaptive * max(||w||, 1e-3) / ||u||), for every output unit w
+
+    Gradients that are not finite are not rescaled: ``optimizer_step`` sees ``finite`` and skips. A norm that
+    overflows float32 counts as not finite (torch would multiply all gradients by 0).
+
+    Works on the gradients in place: those of the state that went in are spent.
+
+    Args:
+        state: holds ``grads``, one tensor per parameter, of its shape.
+        max_norm: bound on ||clipped||, in units of the *unscaled* gradient. ``inf`` measures and clips nothing.
+        max_value: bound on every |entry|, in the same units.
+        adaptive: bound on the ratio of gradient norm to weight norm of each output unit, typically 0.01 to 0.2.
+
+    Returns:
+        The state with true ``grads``, ``grad_norm`` (shape (), before clipping), ``clipped_norm`` and ``finite``.
+
+    Raises:
+        ConfigError: not exactly one bound was given, or it is not > 0.
+        StepOrderError: there are no gradients (``backward_scaled`` comes before), or they are unscaled already.
+
+    Source: Pascanu et al. 2013, https://arxiv.org/abs/1211.5063, with the 1e-6 of
+    ``torch.nn.utils.clip_grad_norm_``; Brock et al. 2021, https://arxiv.org/abs/2102.06171.
+    """
+    state.check_alive("unscale_and_clip")
+    bound = _one_bound(max_norm, max_value, adaptive)
+    flight = state._grads
+    if flight is None:
+        raise StepOrderError(
+            "unscale_and_clip: this state has no gradients. Call backward_scaled(state) before."
+        )
+    if state.grad_norm is not None:
+        raise StepOrderError(
+            "unscale_and_clip: these gradients are unscaled and clipped already. Call it once, after backward_scaled."
+        )
+    if flight.taken_by is not None:
+        raise SpentStateError(
+            f"unscale_and_clip: the gradients of this state were given to {flight.taken_by} already."
+        )
+    flight.taken_by = "unscale_and_clip"
+    values = flight.values
+    grads = [g for g in values if g is not None]
+    if state.scale is not None:
+        _multiply(grads, state.scale.inverse())
+    norm = global_norm(grads)
+    clipped: float | Tensor
+    if bound == "max_norm":
+        clipped = clip_norm(grads, norm, max_norm)  # type: ignore[arg-type]  # it is the one that was given
+    else:
+        if bound == "max_value":
+            clip_value(grads, max_value)  # type: ignore[arg-type]  # likewise
+        else:
+            pairs = zip(values, state._leaves, strict=True)
+            clip_adaptive(grads, [leaf for g, leaf in pairs if g is not None], adaptive)  # type: ignore[arg-type]
+        clipped = global_norm(grads)
+    finite: bool | Tensor
+    if isinstance(clipped, float):  # the norm was read, and what is clipped is finite if it was
+        finite = math.isfinite(clipped)
+    else:
+        finite = math.isfinite(norm.item()) if on_host(norm) else torch.isfinite(norm)
+    return state.replace(_grads=Gradients(values), grad_norm=norm, clipped_norm=clipped, finite=finite)
+
+
+def _one_bound(max_norm: float | None, max_value: float | None, adaptive: float | None) -> str:
+    given = [
+        (k, v)
+        for k, v in (("max_norm", max_norm), ("max_value", max_value), ("adaptive", adaptive))
+        if v is not None
+    ]
+    if len(given) != 1:
+        names = ", ".join(name for name, _ in given) or "none"
+        raise ConfigError(
+            f"unscale_and_clip: give exactly one of max_norm, max_value and adaptive, but got {names}. "
+            "max_norm=float('inf') measures the norm and clips nothing."
+        )
+    name, value = given[0]
+    check_bound(f"unscale_and_clip: {name}", value)
+    return name
+
+
+def _multiply(grads: list[Tensor], factor: float | Tensor) -> None:
+    if grads and (isinstance(factor, Tensor) or factor != 1.0):
+        torch._foreach_mul_(grads, factor)

@@ -1,0 +1,186 @@
+"""Makes one batch out of a request: what runs in a worker process, or in this one, with the same result.
+
+A request says everything that a batch depends on, so that it does not matter who serves it, or after what.
+Errors travel back as values: an exception that crosses a process loses its type, or cannot be built again.
+"""
+
+import random
+import traceback
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+from typing import Any, Protocol
+
+import attrs
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset, Subset, default_collate, get_worker_info
+
+from steploop.core.seeds import fold_in
+from steploop.core.trees import map_tensors
+from steploop.data.order import AMBIENT, SAMPLE
+from steploop.errors import DataError
+
+__all__ = ["Failure", "Fetcher", "MapDataset", "Request", "Transform", "is_tensors", "listed"]
+
+Transform = Callable[[Any, torch.Generator], Any]
+"""``(sample, generator) -> sample``; the generator (CPU) is seeded by (seed, epoch, sample index)."""
+
+
+class MapDataset(Protocol):
+    """What torch calls a map-style dataset: samples by index, and a length."""
+
+    def __getitem__(self, index: int, /) -> Any:
+        """The sample at ``index``."""
+
+    def __len__(self) -> int:
+        """The number of samples."""
+
+
+@attrs.frozen
+class Request:
+    """One batch to be made: its place in the run and its samples."""
+
+    epoch: int
+    batch: int
+    indices: list[int]
+
+
+@attrs.frozen
+class Failure:
+    """What a request gives when the dataset, the transform or the collation raised."""
+
+    worker: int | None
+    indices: list[int]
+    cause: str
+    stack: str
+    error: Exception | None  # in this process only: it need not survive pickling
+
+    def raise_error(self, num_samples: int, batch: int) -> None:
+        """Raise what went wrong as a DataError.
+
+        Raises:
+            DataError: always.
+        """
+        where = "" if self.worker is None else f" in worker {self.worker}"
+        hint = "look at that sample, or catch the error in the dataset"
+        if self.cause.startswith("IndexError"):
+            hint = f"the dataset's __len__ says {num_samples}: it must not say more than there are"
+        message = f"making batch {batch} failed at {listed(self.indices)}{where}: {self.cause}; {hint}"
+        error = DataError(message)
+        if self.error is None:  # otherwise the chained exception shows it
+            error.add_note(f"In the worker:\n{self.stack}")
+        raise error from self.error
+
+
+def listed(indices: list[int]) -> str:
+    """``sample 3``, or ``samples [3, 5]``, and of many the first ones, for messages."""
+    if len(indices) == 1:
+        return f"sample {indices[0]}"
+    shown = ", ".join(map(str, indices[:16]))
+    return f"samples [{shown}{f', ... {len(indices)} in all' if len(indices) > 16 else ''}]"
+
+
+@contextmanager
+def _ambient_generators_restored() -> Iterator[None]:
+    """Give back the states of torch's, Python's and NumPy's global generators (on the CPU) as they were."""
+    state = torch.default_generator.get_state(), random.getstate(), np.random.get_state()  # noqa: NPY002  (the global one is meant)
+    try:
+        yield
+    finally:
+        torch.default_generator.set_state(state[0])
+        random.setstate(state[1])
+        np.random.set_state(state[2])  # noqa: NPY002  (likewise)
+
+
+def _seed_ambient_generators(seed: int) -> None:
+    """Seed the global generators, which most datasets and torchvision's transforms draw from."""
+    torch.default_generator.manual_seed(seed)  # torch.manual_seed costs a hundred times as much
+    random.seed(seed)
+    np.random.seed(seed & 0xFFFF_FFFF)  # noqa: NPY002  (the global one is what such datasets use)
+
+
+class Fetcher(Dataset[Any]):
+    """A dataset of batches, indexed by requests; torch's DataLoader carries it into its workers.
+
+    Where the data are tensors and nothing is done to single samples, a batch is an ``index_select`` of each.
+    Otherwise each sample is fetched with the global generators (CPU) seeded by (seed, epoch, sample index), so
+    that a dataset which draws from them, as torchvision's transforms do, is reproducible as it is. In the
+    training process their states are put back afterwards.
+
+    Args:
+        data: tensors with a common first axis (a tensor, or a tuple or mapping of them), or a map-style dataset.
+        seed: the run's seed.
+        transform: applied to each sample.
+        collate: makes a batch of a list of samples; torch's ``default_collate`` unless given.
+    """
+
+    def __init__(
+        self, data: Any, *, seed: int, transform: Transform | None, collate: Callable[[list[Any]], Any] | None
+    ) -> None:
+        self._data = data
+        self._seed = seed
+        self._transform = transform
+        self._collate = collate or default_collate
+        self._whole = is_tensors(data) and transform is None and collate is None
+        self._generator = torch.Generator()
+
+    def __getitem__(self, request: Request) -> Any:
+        info = get_worker_info()
+        at = request.indices
+        try:
+            if self._whole:
+                rows = torch.tensor(at)
+                return map_tensors(
+                    lambda t: t.index_select(0, rows.to(t.device, non_blocking=True)), self._data
+                )
+            # a worker's own generators are nobody else's: there is nothing to put back
+            with _ambient_generators_restored() if info is None else nullcontext():
+                samples: list[Any] = []
+                if _fetches_many(self._data):
+                    _seed_ambient_generators(fold_in(self._seed, AMBIENT, request.epoch, at[0]))
+                    samples = [self._transformed(s, request.epoch, i) for s, i in self._many(request.indices)]
+                else:
+                    for index in request.indices:
+                        at = [index]
+                        _seed_ambient_generators(fold_in(self._seed, AMBIENT, request.epoch, index))
+                        samples.append(self._transformed(self._sample(index), request.epoch, index))
+                at = request.indices
+                return self._collate(samples)
+        except Exception as error:  # noqa: BLE001  (a StopIteration from a dataset must not end the epoch either)
+            return Failure(
+                worker=None if info is None else info.id,
+                indices=at,
+                cause=f"{type(error).__name__}: {error}".removesuffix(": "),
+                stack=traceback.format_exc(),
+                error=error if info is None else None,
+            )
+
+    def _many(self, indices: list[int]) -> Iterator[tuple[Any, int]]:
+        return zip(self._data.__getitems__(indices), indices, strict=True)
+
+    def _sample(self, index: int) -> Any:
+        return map_tensors(lambda t: t[index], self._data) if is_tensors(self._data) else self._data[index]
+
+    def _transformed(self, sample: Any, epoch: int, index: int) -> Any:
+        if self._transform is None:
+            return sample
+        return self._transform(sample, self._generator.manual_seed(fold_in(self._seed, SAMPLE, epoch, index)))
+
+
+def _fetches_many(data: Any) -> bool:
+    """Whether a dataset knows torch's protocol for fetching many samples at once, and not only passes it on.
+
+    A ``Subset`` always has the method. Fetched one by one, each sample of it has random numbers of its own.
+    """
+    while isinstance(data, Subset):
+        data = data.dataset
+    return hasattr(data, "__getitems__")
+
+
+def is_tensors(data: Any) -> bool:
+    """Whether ``data`` is a tensor, or a tuple or mapping of nothing but tensors (a list is a list of samples)."""
+    parts = tuple(data.values()) if isinstance(data, Mapping) else data
+    return isinstance(data, Tensor) or (
+        isinstance(parts, tuple) and len(parts) > 0 and all(isinstance(t, Tensor) for t in parts)
+    )

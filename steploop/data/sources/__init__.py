@@ -1,0 +1,1 @@
+"""Small datasets for recipes: CIFAR-10, digits, image folders, text, and images made by code."""

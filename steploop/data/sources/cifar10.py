@@ -1,0 +1,110 @@
+"""CIFAR-10 through torchvision: from disk, or downloaded with a progress bar and without ever hanging."""
+
+import hashlib
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torchvision.datasets import CIFAR10
+
+from steploop.data.sources.network import open_url
+from steploop.data.sources.progress import Progress, showing
+from steploop.errors import DataError
+
+__all__ = ["load_cifar10"]
+
+_CHUNK = 1 << 18  # bytes between two looks at the progress
+_STALL_S = 15.0  # a download that brings nothing for so long is given up
+
+Split = tuple[Tensor, Tensor]
+
+
+def load_cifar10(
+    root: Path, *, timeout_s: float, progress: Progress | None = None
+) -> tuple[Split, Split, tuple[str, ...]]:
+    """The 50,000 and 10,000 images of CIFAR-10.
+
+    Args:
+        root: the directory that holds, or will hold, ``cifar-10-batches-py``.
+        timeout_s: seconds after which the server counts as out of reach.
+        progress: told how far the download is.
+
+    Returns:
+        ``(images, labels)`` to train on and to test on (``(N, 3, 32, 32)`` uint8, ``(N,)`` int64), and the class
+        names.
+
+    Raises:
+        DataError: it is not on disk, and cannot be downloaded.
+
+    Source:
+        Krizhevsky, "Learning Multiple Layers of Features from Tiny Images" (2009).
+    """
+    try:
+        return _read(root)
+    except RuntimeError:  # torchvision: not found, or the digest of a file is wrong
+        archive = root / CIFAR10.filename
+        if not (archive.is_file() and _md5(archive) == CIFAR10.tgz_md5):
+            _download(archive, timeout_s, progress)
+    try:
+        CIFAR10(root, download=True)  # takes the archive that lies there, checks it and unpacks it
+        return _read(root)
+    except (RuntimeError, OSError, EOFError) as error:
+        raise DataError(
+            f"{archive} could not be unpacked: {error}; delete it, and it is downloaded anew"
+        ) from error
+
+
+def _read(root: Path) -> tuple[Split, Split, tuple[str, ...]]:
+    train, test = (CIFAR10(root, train=part) for part in (True, False))  # checks the digest of every file
+    return _tensors(train), _tensors(test), tuple(train.classes)
+
+
+def _tensors(part: Any) -> Split:
+    return torch.from_numpy(part.data).permute(0, 3, 1, 2).contiguous(), torch.tensor(part.targets)
+
+
+def _md5(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, lambda: hashlib.md5(usedforsecurity=False)).hexdigest()
+
+
+def _download(archive: Path, timeout_s: float, progress: Progress | None) -> None:
+    """Fetch the archive: it appears whole and verified, or not at all."""
+    try:
+        response = open_url(CIFAR10.url, timeout_s=timeout_s)
+    except DataError as error:
+        raise DataError(f"it is not in {archive.parent}, and {error}") from error
+    try:
+        archive.parent.mkdir(parents=True, exist_ok=True)
+        with response, tempfile.TemporaryDirectory(dir=archive.parent, prefix=".cifar-10-") as beside:
+            part = Path(beside) / archive.name
+            _receive(response, part, progress)
+            part.replace(archive)
+    except Exception as error:  # the network can fail in many ways, http.client's own among them
+        raise DataError(
+            f"it is not in {archive.parent}, and {CIFAR10.url} cannot be downloaded: {type(error).__name__}: {error}"
+        ) from error
+
+
+def _receive(response: Any, part: Path, progress: Progress | None) -> None:
+    """Write what comes to ``part``; an OSError if it is not the archive."""
+    total, done = int(response.headers.get("Content-Length") or 0), 0
+    digest = hashlib.md5(usedforsecurity=False)
+    _allow_pauses(response)
+    with part.open("wb") as file, showing(progress) as show:
+        while chunk := response.read(_CHUNK):
+            file.write(chunk)
+            digest.update(chunk)
+            done += len(chunk)
+            show("downloading CIFAR-10", done, max(total, done))
+    if digest.hexdigest() != CIFAR10.tgz_md5:
+        raise OSError(f"{done:,} bytes came, of {total:,}, and their MD5 digest is wrong")
+
+
+def _allow_pauses(response: Any) -> None:
+    """A server that has answered may be slower than one that has not: a stall is longer than a silence."""
+    sock = getattr(getattr(getattr(response, "fp", None), "raw", None), "_sock", None)
+    if sock is not None:
+        sock.settimeout(_STALL_S)

@@ -1,8 +1,0 @@
-"""Logs: where the numbers of a run go (a file of JSON lines, the screen, TensorBoard, CSV), and the Logger interface."""
-
-from steploop.logs.csv_table import CsvTable as CsvTable
-from steploop.logs.jsonl import JsonLines as JsonLines
-from steploop.logs.jsonl import read_json_lines as read_json_lines
-from steploop.logs.loggers import Logger as Logger
-from steploop.logs.loggers import Loggers as Loggers
-from steploop.logs.tensorboard import TensorBoard as TensorBoard

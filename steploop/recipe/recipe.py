@@ -1,0 +1,74 @@
+"""Recipe: what a recipe file gives to the run: the initial state, the step, the batches, the evaluation."""
+
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+import attrs
+
+from steploop.core.early_stopping import EarlyStopping, Mode
+from steploop.core.plateau import ReduceLROnPlateau
+from steploop.core.state.train_state import TrainState
+from steploop.core.steps.forward_pass import Objective
+
+__all__ = ["Batches", "Recipe", "State", "TrainStep"]
+
+# A run trains one state, or several by name (a generator and a discriminator, say).
+State = TrainState | Mapping[str, TrainState]
+TrainStep = Callable[[Any, Any], Any]
+
+
+class Batches(Protocol):
+    """Batches in an order that is a function of (seed, epoch): ``steploop.data.Loader`` is one."""
+
+    def epoch(self, epoch: int, start: int = 0) -> Iterable[Any]:
+        """The batches of an epoch from the cursor ``start`` on."""
+        ...
+
+    def __len__(self) -> int:
+        """Batches in an epoch."""
+        ...
+
+
+@attrs.frozen(kw_only=True)
+class Recipe:
+    """What ``build(config, device)`` of a recipe file returns.
+
+    Attributes:
+        state: the initial state; a resume loads its values from a checkpoint.
+        train_step: ``(state, batch) -> state``, written out of the six functions.
+        batches: the training data.
+        epochs: how many epochs to train.
+        evaluate: ``state -> {metric: value}``, called after every epoch (or every ``eval_every_steps``).
+        monitor: the metric that decides about best checkpoint, early stopping and plateau; None: no best.
+        mode: "min" where less of it is better.
+        early_stopping: when to end early; its state travels in the TrainState.
+        plateau: ReduceLROnPlateau on the monitored metric; its state travels in the TrainState, and ``train_step``
+            reads ``state.plateau.learning_rate``.
+        eval_every_steps: evaluate every so many attempted steps instead of at the end of each epoch.
+        objective: of the (first) train step, for tools that look at a single step: check, lr-find, replay.
+        train_metrics: metrics computed from a training batch's outputs when a line is logged.
+        data: one sentence that says what the data are; shown on the screen and recorded.
+        notes: further sentences to show when the run begins, such as which precision was chosen and why.
+        then: what follows when this recipe has finished: ``state -> Recipe`` of the next phase (a fold of its own).
+        finish: called at the very end with the state and the run directory, to draw or print a sample.
+        compile: True, False or "auto": whether ``run`` compiles ``train_step`` unless told otherwise.
+    """
+
+    state: State
+    train_step: TrainStep
+    batches: Batches
+    epochs: int
+    evaluate: Callable[[Any], Mapping[str, float | None]] | None = None
+    monitor: str | None = None
+    mode: Mode = "min"
+    early_stopping: EarlyStopping | None = None
+    plateau: ReduceLROnPlateau | None = None
+    eval_every_steps: int | None = None
+    objective: Objective | None = None
+    train_metrics: Mapping[str, Callable[[Any, Any], tuple[Any, Any]]] = attrs.field(factory=dict)
+    data: str = ""
+    notes: tuple[str, ...] = ()
+    then: "Callable[[Any], Recipe] | None" = None
+    finish: Callable[[Any, Path], None] | None = None
+    compile: bool | Literal["auto"] = False

@@ -1,0 +1,159 @@
+"""Recipe files: found by path or by the name of a shipped one, loaded, and checked for what a recipe must have."""
+
+import ast
+import hashlib
+import importlib.machinery
+import importlib.util
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import attrs
+import torch
+
+from steploop.errors import ConfigError, SteploopError
+from steploop.recipe.config_values import nearest
+from steploop.recipe.recipe import Recipe
+
+__all__ = ["RecipeFile", "find_recipe", "load_recipe_file", "shipped_recipes", "summary_of"]
+
+
+@attrs.frozen
+class RecipeFile:
+    """A recipe file that was loaded.
+
+    Attributes:
+        path: the file.
+        name: its name without ``.py``.
+        source: its bytes.
+        sha256: their digest, as hexadecimal digits.
+        module: what it defines.
+    """
+
+    path: Path
+    name: str
+    source: bytes = attrs.field(repr=False)
+    sha256: str
+    module: ModuleType = attrs.field(repr=False)
+
+    @property
+    def config_class(self) -> type[Any]:
+        """The recipe's ``Config``, an attrs class."""
+        found: type[Any] = self.module.Config
+        return found
+
+    @property
+    def build(self) -> Callable[[Any, torch.device], Recipe]:
+        """The recipe's ``build(config, device) -> Recipe``."""
+        found: Callable[[Any, torch.device], Recipe] = self.module.build
+        return found
+
+
+def _folder() -> Path:
+    """Where the shipped recipes lie: in the wheel, or beside the package in a checkout."""
+    here = Path(__file__).parents[1]
+    return here / "_recipes" if (here / "_recipes").is_dir() else here.parent / "recipes"
+
+
+def shipped_recipes() -> dict[str, Path]:
+    """Name -> file of each recipe that comes with the package, sorted."""
+    return {path.stem: path for path in sorted(_folder().glob("*.py")) if not path.name.startswith("_")}
+
+
+def summary_of(path: Path) -> str:
+    """The first line of a recipe's docstring, read without running it."""
+    document = ast.get_docstring(ast.parse(path.read_bytes())) or ""
+    return document.partition("\n")[0]
+
+
+def find_recipe(name: str) -> Path:
+    """The file of a recipe given as a path or as the name of a shipped one.
+
+    Raises:
+        ConfigError: there is neither; the nearest name is said.
+    """
+    path = Path(name)
+    if path.is_file():
+        return path
+    shipped = shipped_recipes()
+    if name in shipped:
+        return shipped[name]
+    if path.is_dir():
+        raise ConfigError(
+            f"{name} is a directory. Give the recipe's file, or --resume {name} to go on with a run."
+        )
+    raise ConfigError(
+        f"There is no recipe {name!r}: neither a file nor a shipped recipe. {nearest(path.stem, list(shipped))}"
+    )
+
+
+class _Loader(importlib.machinery.SourceFileLoader):
+    """Compiles the file as it is now, and leaves no ``__pycache__`` beside it."""
+
+    def get_code(self, fullname: str) -> Any:  # noqa: ARG002  (importlib's signature)
+        return self.source_to_code(self.get_data(self.path), self.path)
+
+
+def load_recipe_file(path: Path, *, beside: Path | None = None) -> RecipeFile:
+    """Run a recipe file and check that it has a ``Config`` and a ``build``.
+
+    Args:
+        path: the file.
+        beside: the folder whose modules it may import; its own unless given.
+
+    Raises:
+        ConfigError: it cannot be read or run, or lacks something; says what and where.
+    """
+    try:
+        source = path.read_bytes()
+    except OSError as error:
+        raise ConfigError(f"The recipe {path} cannot be read: {error.strerror}.") from error
+    folder = str((beside or path.parent).resolve())
+    if folder not in sys.path:
+        sys.path.append(folder)
+    # its own name, so that no recipe hides a module, and a worker process finds its classes by it
+    name = f"steploop_recipe_{path.stem}"
+    spec = importlib.util.spec_from_file_location(name, path, loader=_Loader(name, str(path)))
+    if spec is None or spec.loader is None:
+        raise ConfigError(f"The recipe {path} is no Python file. Give one that ends in .py.")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    try:
+        spec.loader.exec_module(module)
+    except SteploopError:
+        raise
+    except Exception as error:
+        raise ConfigError(
+            f"The recipe {path} cannot be loaded: {type(error).__name__}: {error}{_line(error, path)}. "
+            "steploop --debug run shows the traceback."
+        ) from error
+    _check(module, path)
+    return RecipeFile(path, path.stem, source, hashlib.sha256(source).hexdigest(), module)
+
+
+def _line(error: Exception, path: Path) -> str:
+    """The line of the recipe that an error comes from, where it is known."""
+    line, trace = None, error.__traceback__
+    while trace is not None:
+        if trace.tb_frame.f_code.co_filename == str(path):
+            line = trace.tb_lineno
+        trace = trace.tb_next
+    return "" if line is None else f" (line {line})"
+
+
+def _check(module: ModuleType, path: Path) -> None:
+    config = getattr(module, "Config", None)
+    if not (isinstance(config, type) and attrs.has(config)):
+        raise ConfigError(
+            f"The recipe {path} needs a class Config made with @attrs.frozen, whose fields --set can change."
+        )
+    if without := [f.name for f in attrs.fields(config) if f.init and f.default is attrs.NOTHING]:
+        raise ConfigError(
+            f"The recipe {path}: every field of Config needs a default, but {', '.join(without)} has none."
+        )
+    if not callable(getattr(module, "build", None)):
+        raise ConfigError(
+            f"The recipe {path} needs a function build(config, device) that returns a steploop.recipe.Recipe."
+        )

@@ -1,0 +1,229 @@
+"""The run directory: made for one run, refused to a second one, and what it says about itself in JSON files."""
+
+import json
+import os
+import re
+import socket
+from collections.abc import Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import attrs
+
+from steploop.checkpoint.storage.local import LOCAL
+from steploop.checkpoint.storage.litter import sweep
+from steploop.errors import CheckpointDamagedError, CheckpointWriteError, ConfigError, RunExistsError
+from steploop.runs.atomic_files import replace_file
+from steploop.runs.text_names import readable
+
+__all__ = [
+    "RunDirectory",
+    "Status",
+    "clear_unfinished",
+    "json_bytes",
+    "make_directory",
+    "not_written",
+    "open_directory",
+    "read_json",
+    "read_status",
+    "refuse_taken",
+    "write_durably",
+    "write_json",
+]
+
+_OF_THE_LOCK = {"run.lock", "run.owner.json"}
+# written beside a file of that name, to take its place: a kill in between leaves them
+_BESIDE = re.compile(r"\.(config\.json|recipe\.py|status\.json|metrics\.(jsonl|csv)|run\.owner\.json)-\d+")
+
+
+@attrs.frozen
+class RunDirectory:
+    """The names in a run directory."""
+
+    path: Path
+
+    @property
+    def config(self) -> Path:
+        """What was run: recipe, Config, versions, device."""
+        return self.path / "config.json"
+
+    @property
+    def recipe(self) -> Path:
+        """A copy of the recipe file."""
+        return self.path / "recipe.py"
+
+    @property
+    def status(self) -> Path:
+        """How far the run is, and how it ended."""
+        return self.path / "status.json"
+
+    @property
+    def metrics(self) -> Path:
+        """A line for each log point, evaluation and event."""
+        return self.path / "metrics.jsonl"
+
+    def checkpoints(self, phase: int = 0) -> Path:
+        """The checkpoints of a phase; the second phase of a recipe is number 1."""
+        return self.path / ("checkpoints" if phase == 0 else f"checkpoints-phase-{phase + 1}")
+
+
+def json_bytes(value: Mapping[str, Any]) -> bytes:
+    """The content of a JSON file of a run."""
+    return readable(json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False)).encode() + b"\n"
+
+
+def write_json(path: Path, value: Mapping[str, Any]) -> None:
+    """Write a JSON file so that a reader sees the old one or the new one.
+
+    Raises:
+        CheckpointWriteError: it cannot be written.
+    """
+    _replace(path, json_bytes(value), durable=False)
+
+
+def write_durably(path: Path, data: bytes) -> None:
+    """Write a file that is written once and needed for every resume: it is on the disk when this returns.
+
+    Raises:
+        CheckpointWriteError: it cannot be written.
+    """
+    _replace(path, data, durable=True)
+
+
+def _replace(path: Path, data: bytes, *, durable: bool) -> None:
+    try:
+        replace_file(path, data, durable=durable)
+        if durable:
+            LOCAL.sync_directory(path.parent)
+    except OSError as error:
+        raise not_written(path, error) from error
+
+
+def read_status(directory: RunDirectory) -> dict[str, Any]:
+    """What a run last said of itself; nothing where a kill or a power loss left no such file, or half of one.
+
+    No step depends on it, so it keeps nobody from going on.
+    """
+    try:
+        return read_json(directory.status)
+    except CheckpointDamagedError:
+        return {}
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON file of a run.
+
+    Raises:
+        CheckpointDamagedError: it is missing or no JSON object.
+    """
+    try:
+        value = json.loads(path.read_bytes())
+    except OSError as error:
+        raise CheckpointDamagedError(f"{path} cannot be read: {error.strerror}.") from error
+    except ValueError as error:
+        raise CheckpointDamagedError(
+            f"{path} is not the JSON that a run writes: {error}. Give --out for a new run."
+        ) from error
+    if not isinstance(value, dict):
+        raise CheckpointDamagedError(f"{path} should hold a JSON object, but holds a {type(value).__name__}.")
+    return value
+
+
+def not_written(path: Path, error: OSError) -> CheckpointWriteError:
+    """The error for a file or directory of a run that cannot be written."""
+    raised = CheckpointWriteError(
+        f"{path} cannot be written: {error.strerror or error}. Choose another directory with --out."
+    )
+    raised.errno = error.errno
+    return raised
+
+
+def make_directory(out: Path | None, name: str) -> RunDirectory:
+    """A new directory for a run: ``out``, or the first ``runs/<name>-<n>`` that nobody has.
+
+    Raises:
+        RunExistsError: ``out`` holds something already.
+        CheckpointWriteError: it cannot be made.
+    """
+    try:
+        if out is not None:
+            out.mkdir(parents=True, exist_ok=True)
+            if not (
+                out / "run.lock"
+            ).exists():  # else its owner, if it has one, is what the user wants to hear of
+                refuse_taken(RunDirectory(out))
+            return RunDirectory(out)
+        runs = Path("runs")
+        runs.mkdir(exist_ok=True)
+        numbers = [
+            int(p.name.rpartition("-")[2])
+            for p in runs.glob(f"{name}-*")
+            if p.name.rpartition("-")[2].isdecimal()
+        ]
+        number = max(numbers, default=0) + 1
+        while True:
+            with suppress(FileExistsError):  # another run took it in between
+                (runs / f"{name}-{number}").mkdir()
+                return RunDirectory(runs / f"{name}-{number}")
+            number += 1
+    except RunExistsError:
+        raise
+    except OSError as error:
+        raise not_written(out or Path("runs"), error) from error
+
+
+def refuse_taken(directory: RunDirectory) -> None:
+    """Raise RunExistsError if a directory holds anything but a lock, and what a killed start left that never was a run."""
+    names = {path.name for path in directory.path.iterdir() if not _BESIDE.fullmatch(path.name)}
+    names -= _OF_THE_LOCK
+    if names:
+        what = "a run" if directory.config.name in names else f"{min(names)!r} and is not empty"
+        hint = (
+            f"Go on with it by steploop resume {directory.path}, or choose" if what == "a run" else "Choose"
+        )
+        raise RunExistsError(f"{directory.path} holds {what} already. {hint} another --out.")
+
+
+def clear_unfinished(directory: RunDirectory) -> None:
+    """Remove what kills have left half written; with the run locked, nobody else is writing."""
+    for path in directory.path.iterdir():
+        if _BESIDE.fullmatch(path.name):
+            with suppress(OSError):
+                path.unlink()
+    with suppress(OSError):
+        sweep(LOCAL, directory.path / "capsules")
+
+
+def open_directory(path: Path) -> RunDirectory:
+    """The directory of a run that exists.
+
+    Raises:
+        ConfigError: there is no run in it.
+    """
+    directory = RunDirectory(path)
+    if not directory.config.is_file():
+        what = "holds no run (there is no config.json)" if path.is_dir() else "is no directory"
+        raise ConfigError(
+            f"{path} {what}. Give the directory that steploop run wrote, such as runs/cifar_amp-1."
+        )
+    return directory
+
+
+class Status:
+    """status.json: written at the start, after each evaluation and checkpoint, and at the end."""
+
+    def __init__(self, directory: RunDirectory, **values: Any) -> None:
+        self._path = directory.status
+        self._values: dict[str, Any] = {
+            "state": "running",
+            "pid": os.getpid(),
+            "host": socket.gethostname(),
+            **values,
+        }
+        write_json(self._path, self._values)
+
+    def update(self, **values: Any) -> None:
+        """Change some entries."""
+        self._values |= values
+        write_json(self._path, self._values)

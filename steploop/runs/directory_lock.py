@@ -1,0 +1,144 @@
+"""One process at a time in a run directory: a POSIX record lock on a file that serves nothing else.
+
+``lockf`` and not ``flock`` (which the filelock library takes): an flock belongs to the open file, so a data-loading
+worker that was forked inherits it, and one that hangs keeps the run locked after the run itself is dead. A POSIX lock
+belongs to the process and goes with it. Its one trap is that it is dropped when the process closes *any* descriptor
+of the file, so the file is opened once, here, and a process that holds the lock never opens it again: who holds it
+is written to a second file.
+"""
+
+import fcntl
+import json
+import os
+import socket
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Final
+
+import attrs
+
+from steploop.errors import CheckpointWriteError, RunLockedError
+from steploop.runs.atomic_files import replace_file
+
+__all__ = ["Owner", "run_lock", "run_owner"]
+
+_LOCK: Final = "run.lock"
+_OWNER: Final = "run.owner.json"
+_LIMIT: Final = 4096  # bytes of the owner's file
+# A look at the lock takes it for a moment (shared); a starter that meets one tries again.
+_PATIENCE_S: Final = 0.2
+_held: dict[tuple[int, int], "Owner"] = {}  # (device, inode) of each run directory locked by this process
+
+
+@attrs.frozen
+class Owner:
+    """Who runs in a directory.
+
+    Attributes:
+        pid: its process number.
+        host: the name of its machine.
+        started: when, in UTC, to the second.
+    """
+
+    pid: int
+    host: str
+    started: str
+
+    def __str__(self) -> str:
+        return f"process {self.pid} on {self.host}, since {self.started}"
+
+
+@contextmanager
+def run_lock(directory: Path) -> Iterator[Owner]:
+    """Own a run directory for the length of a ``with`` block; the system frees it whatever ends the process.
+
+    Args:
+        directory: the run directory, which exists. On a network file system locks may not hold.
+
+    Raises:
+        RunLockedError: another process owns it, or this one does already. Nothing was written.
+        CheckpointWriteError: the lock file cannot be made.
+    """
+    key = _identity(directory)
+    if key in _held:  # opening the file again and closing it would free the lock
+        raise _locked(directory, _held[key])
+    try:
+        fd = os.open(directory / _LOCK, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
+    except OSError as error:
+        raised = CheckpointWriteError(
+            f"The run directory {directory} cannot be locked: {error.strerror}. Choose one that this user may write to."
+        )
+        raised.errno = error.errno
+        raise raised from error
+    try:
+        if not _take(fd):
+            raise _locked(directory, _read_owner(directory))
+        owner = Owner(os.getpid(), socket.gethostname(), datetime.now(UTC).isoformat(timespec="seconds"))
+        _held[key] = owner
+        try:
+            _write_owner(directory, owner)
+            yield owner
+        finally:
+            if owner.pid == os.getpid():  # and not a fork that leaves by the same door
+                (directory / _OWNER).unlink(missing_ok=True)
+            del _held[key]
+    finally:
+        os.close(fd)
+
+
+def run_owner(directory: Path) -> Owner | None:
+    """Who owns a run directory now, or None: what a status command shows. It changes nothing and waits for nobody."""
+    if (owner := _held.get(_identity(directory))) is not None:
+        return owner
+    try:
+        fd = os.open(directory / _LOCK, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    except FileNotFoundError:
+        return None
+    try:
+        fcntl.lockf(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except OSError:
+        return _read_owner(directory)
+    finally:
+        os.close(fd)  # frees the shared lock too
+    return None
+
+
+def _identity(directory: Path) -> tuple[int, int]:
+    status = directory.stat()
+    return status.st_dev, status.st_ino
+
+
+def _take(fd: int) -> bool:
+    deadline = time.monotonic() + _PATIENCE_S
+    while True:
+        try:
+            fcntl.lockf(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            if time.monotonic() > deadline:
+                return False
+            time.sleep(_PATIENCE_S / 10)
+        else:
+            return True
+
+
+def _write_owner(directory: Path, owner: Owner) -> None:
+    replace_file(directory / _OWNER, json.dumps(attrs.asdict(owner)).encode())
+
+
+def _read_owner(directory: Path) -> Owner:
+    """What the owner says of itself; it has the lock for an instant before it says so, and may be gone by now."""
+    try:
+        with (directory / _OWNER).open("rb") as file:
+            said = json.loads(file.read(_LIMIT))
+        return Owner(int(said["pid"]), str(said["host"]), str(said["started"]))
+    except (OSError, ValueError, TypeError, KeyError):
+        return Owner(0, "an unknown host", "an unknown time")
+
+
+def _locked(directory: Path, owner: Owner) -> RunLockedError:
+    return RunLockedError(
+        f"The run directory {directory} is in use by {owner}. Wait for it to end, stop it, or choose another directory."
+    )

@@ -1,0 +1,265 @@
+"""The loop: ``reduce(train_step, batches, state)`` for each epoch, and what happens between two steps.
+
+Nothing in here changes what is trained: logging, checkpoints and signals look at the state; only the fold over an
+evaluation's metrics, and the cursor, write to it.
+"""
+
+import time
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import nullcontext
+from functools import reduce
+from typing import Any
+
+from steploop.errors import EmptyDataError, NonFiniteError
+from steploop.core.interruption import Interrupted
+from steploop.runs.layer_norms import LayerNorms
+from steploop.recipe.recipe import Recipe, State
+from steploop.runs.step_metrics import read_step
+from steploop.runs.monitoring import fold_metrics, stopped
+from steploop.runs.pace import Pace
+from steploop.runs.plan import Ending, Journal, Keeper, Plan, Witness, lines_every
+from steploop.runs.signals import StopFlag
+from steploop.runs.skips import SkipReporter
+from steploop.runs.members import at_position, attempted_steps, lead, next_epoch, place_of
+
+__all__ = ["Loop"]
+
+
+def _crossed(every: int | None, before: int, now: int) -> bool:
+    """Whether a multiple of ``every`` lies in (before, now]."""
+    return every is not None and now // every > before // every
+
+
+class Loop:
+    """One recipe, folded over its batches from wherever its state stands.
+
+    Args:
+        recipe: what to train; its ``state`` is where to begin.
+        plan: see `Plan`.
+        journal: told of each log point, evaluation and event.
+        keeper: given the states to keep.
+        stop: looked at between two steps.
+        begun_s: ``time.perf_counter()`` at the start of the run, for the times in the journal.
+        witness: shown each step; None: steps that are skipped are only counted.
+    """
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        *,
+        plan: Plan,
+        journal: Journal,
+        keeper: Keeper,
+        stop: StopFlag,
+        begun_s: float,
+        witness: Witness | None = None,
+    ) -> None:
+        self._recipe = recipe
+        self._plan = plan
+        self._journal = journal
+        self._keeper = keeper
+        self._stop = stop
+        self._pace = Pace(begun_s)
+        self._skips = SkipReporter(recipe.batches, witness, journal)
+        self._norms: LayerNorms | None = None
+        self._steps_per_epoch = len(recipe.batches)
+        if self._steps_per_epoch == 0:
+            raise EmptyDataError(
+                "The recipe's batches are empty: there is nothing to train on. Look at the size of the data and at drop_last."
+            )
+        self._log_every = lines_every(plan, self._steps_per_epoch)
+        self._ending: Ending | None = None
+        self._position = 0
+        self._attempted = 0
+        self._evaluated_at = -1
+        self._taken = False
+        self.metrics: Mapping[str, float | None] = {}
+        self.evaluation_due = False
+
+    def run(self, state: State, *, evaluation_due: bool = False) -> tuple[State, Ending]:
+        """Train to the end, or until told to stop.
+
+        Args:
+            state: where to begin; its cursor says at which batch.
+            evaluation_due: whether the evaluation after the state's last step was interrupted.
+
+        Returns:
+            The last state and why it is the last. It has been given to the keeper.
+        """
+        self._attempted = attempted_steps(state)
+        if evaluation_due:
+            best = lead(state).best
+            state = self._evaluated(state)
+            self._keeper.save(state, best=lead(state).best is not best)
+        depth = self._plan.layer_norms
+        with nullcontext() if depth is None else LayerNorms(state, depth=depth) as self._norms:
+            while self._ending is None:
+                if stopped(state):
+                    self._ending = "early_stop"
+                elif lead(state).epoch >= self._recipe.epochs:
+                    self._ending = "finished"
+                elif self._reached_limit(self._attempted):
+                    self._ending = "limit"
+                else:
+                    self._taken = True
+                    state = self._epoch(state)
+        return self._closed(state), self._ending
+
+    def _epoch(self, state: State) -> State:
+        """The fold over the rest of an epoch."""
+        epoch, start = lead(state).epoch, lead(state).batch
+        self._position = start
+        if start < self._steps_per_epoch:
+            batches = self._recipe.batches.epoch(epoch, start)
+            self._pace.go()
+            try:
+                state = reduce(self._step, self._until_told(batches), state)
+            finally:
+                self._pace.stand()
+                if (close := getattr(batches, "close", None)) is not None:
+                    close()
+            if self._position == 0 and self._ending is None:
+                raise EmptyDataError(
+                    f"Epoch {epoch} has not a single batch, although len(batches) is {self._steps_per_epoch}."
+                )
+        if self._is_over():
+            return state
+        before = lead(state).best
+        if self._evaluates_after_epoch(state):
+            state = self._evaluated(state)
+            if self._is_over():  # interrupted: the cursor stays behind the last batch, and a resume evaluates
+                return state
+        state = next_epoch(state)
+        self._keeper.save(state, best=lead(state).best is not before)
+        return state
+
+    def evaluates_first(self, state: State, *, due: bool) -> bool:
+        """Whether a run that begins with ``state`` begins with an evaluation, which may be in its log already."""
+        return due or (lead(state).batch == self._steps_per_epoch and self._evaluates_after_epoch(state))
+
+    def _evaluates_after_epoch(self, state: State) -> bool:
+        """Whether an evaluation is due between the last step of the state's epoch and its checkpoint."""
+        every = self._recipe.eval_every_steps
+        if every is None:
+            return True
+        # a last step of all between two evaluations counts as one. It is folded before the state is kept, so that a run
+        # that is killed at its very end makes up for it, and one that had ended does not evaluate again
+        attempted = attempted_steps(state)
+        seen = self._evaluated_at == attempted or attempted % every == 0
+        return lead(state).epoch + 1 >= self._recipe.epochs and not seen
+
+    def _until_told(self, batches: Iterable[Any]) -> Iterator[Any]:
+        """The batches, until there is a reason to stop; counts the time they make us wait."""
+        iterator = iter(batches)
+        if self._stop.signum is not None:
+            self._ending = "interrupted"
+        while self._ending is None:
+            begun = time.perf_counter()
+            self._stop.interruptible = True
+            try:
+                batch = next(iterator)
+            except StopIteration:
+                return
+            except Interrupted:
+                self._ending = "interrupted"
+                return
+            finally:
+                self._stop.interruptible = False
+            self._pace.waited(time.perf_counter() - begun)
+            yield batch
+
+    def _step(self, state: State, batch: Any) -> State:
+        """A train step, and what is due after it."""
+        if self._norms is not None and self._logs(self._attempted, self._attempted + 1):
+            self._norms.request()
+        given, epoch, number = state, lead(state).epoch, self._position
+        try:
+            state = self._recipe.train_step(state, batch)
+            self._position += 1
+            state = at_position(state, self._position)
+            self._pace.trained(batch)
+            before, self._attempted = self._attempted, attempted_steps(state)
+            now = self._attempted
+            due = self._logs(before, now)
+            self._skips.see(given, state, batch, epoch, number, wait=due)
+            if due:
+                self._log(state, batch)
+        except NonFiniteError as error:
+            raise self._skips.named(error, epoch, number) from error.__cause__
+        improved = False
+        if self._recipe.eval_every_steps is not None and _crossed(self._recipe.eval_every_steps, before, now):
+            best = lead(state).best
+            state = self._evaluated(state)
+            improved = lead(state).best is not best
+            if stopped(state):
+                self._ending = "early_stop"
+        # at the end of an epoch, the checkpoint after its evaluation is the one that counts
+        if improved or (
+            _crossed(self._plan.checkpoint_every, before, now) and self._position < self._steps_per_epoch
+        ):
+            self._keeper.save(state, best=improved)
+        if self._stop.signum is not None:
+            self._ending = "interrupted"
+        elif self._reached_limit(now) and self._position < self._steps_per_epoch:
+            self._ending = self._ending or "limit"
+        return state
+
+    def _is_over(self) -> bool:
+        return self._ending is not None
+
+    def _logs(self, before: int, now: int) -> bool:
+        """Whether a line is due after the steps in (before, now]."""
+        return now == 1 or _crossed(self._log_every, before, now)
+
+    def _reached_limit(self, attempted: int) -> bool:
+        return self._plan.limit_steps is not None and attempted >= self._plan.limit_steps
+
+    def _after(self, state: State) -> dict[str, Any]:
+        """The place of an evaluation, before which an epoch whose batches are used up is whole."""
+        return place_of(next_epoch(state) if lead(state).batch == self._steps_per_epoch else state)
+
+    def _log(self, state: State, batch: Any) -> None:
+        values = read_step(state, batch, self._recipe.train_metrics)  # waits for the device: times are honest
+        if self._norms is not None:
+            values |= {f"layer_norm/{group}": norm for group, norm in self._norms.read().items()}
+        self._journal.train({**place_of(state), **values, **self._pace.read()})
+
+    def _evaluated(self, state: State, *, fold: bool = True) -> State:
+        """The state after an evaluation; as it was if a signal came, with ``_ending`` set."""
+        if self._recipe.evaluate is None:
+            return state
+        trained = self._pace.stand()
+        begun = time.perf_counter()
+        try:
+            with self._stop.interruption_allowed():
+                metrics = dict(self._recipe.evaluate(state))
+        except Interrupted:
+            self._ending = "interrupted"
+            # after an epoch the cursor says it: it stays behind the last batch
+            every = self._recipe.eval_every_steps
+            within_epoch = fold and every is not None and self._attempted % every == 0
+            self.evaluation_due = within_epoch
+            return state
+        taken = time.perf_counter() - begun
+        if trained:
+            self._pace.go()
+        self.metrics = metrics
+        self._evaluated_at = self._attempted
+        better = False
+        if fold:
+            state, better = fold_metrics(self._recipe, state, metrics)
+        self._journal.evaluation({
+            **self._after(state), "metrics": metrics, "best": better,
+            "time_s": self._pace.time_s, "eval_s": taken,
+        })  # fmt: skip
+        if fold and stopped(state):
+            self._journal.event({"event": "early_stop", **self._after(state)})
+        return state
+
+    def _closed(self, state: State) -> State:
+        """The last state, kept; looked at once more where its last step was not evaluated."""
+        if self._ending == "limit" and self._evaluated_at != self._attempted and self._taken:
+            # this look leaves no trace in the state: a resume goes on as if it had never stopped
+            self._evaluated(state, fold=False)
+        self._keeper.save(state, best=False)
+        return state

@@ -1,0 +1,61 @@
+"""One state or several by name, treated alike: cursor, counters, and changes to all of them."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from steploop.recipe.recipe import State
+from steploop.core.state.train_state import TrainState
+
+__all__ = ["at_position", "attempted_steps", "lead", "members", "next_epoch", "place_of", "with_lead"]
+
+
+def members(state: State) -> dict[str, TrainState]:
+    """Name -> state; a single one has the name ``""``."""
+    return dict(state) if isinstance(state, Mapping) else {"": state}
+
+
+def lead(state: State) -> TrainState:
+    """The state that carries the cursor, early stopping and the best metric: the only one, or the first."""
+    return next(iter(state.values())) if isinstance(state, Mapping) else state
+
+
+def with_lead(state: State, **changes: Any) -> State:
+    """The state with some plain fields of its lead changed."""
+    if not isinstance(state, Mapping):
+        return state.replace(**changes)
+    name = next(iter(state))
+    return {**state, name: state[name].replace(**changes)}
+
+
+def _all_replaced(state: State, **changes: Any) -> State:
+    if isinstance(state, Mapping):
+        return {name: one.replace(**changes) for name, one in state.items()}
+    return state.replace(**changes)
+
+
+def attempted_steps(state: State) -> int:
+    """Steps tried; of several states, the most that one of them has tried."""
+    if isinstance(state, TrainState):  # asked first: a look at the abstract Mapping takes four times as long
+        return state.attempted_steps
+    return max(one.attempted_steps for one in state.values())
+
+
+def place_of(state: State) -> dict[str, int]:
+    """Where a run stands, for a line of its log; ``epoch`` counts whole ones, and ``batch`` those of the one begun."""
+    first = lead(state)
+    return {
+        "step": first.step, "attempted": attempted_steps(state), "epoch": first.epoch, "batch": first.batch,
+    }  # fmt: skip
+
+
+def at_position(state: State, batch: int) -> State:
+    """The state with its cursor at ``batch``: a step may call ``optimizer_step`` never, once or often per batch."""
+    if isinstance(state, TrainState):
+        return state if state.batch == batch else state.replace(batch=batch)
+    there = all(one.batch == batch for one in state.values())
+    return state if there else _all_replaced(state, batch=batch)
+
+
+def next_epoch(state: State) -> State:
+    """The state with its cursor at the first batch of the next epoch."""
+    return _all_replaced(state, epoch=lead(state).epoch + 1, batch=0)

@@ -1,0 +1,56 @@
+"""What an evaluation changes in a state: best metric, early stopping and plateau, as one fold."""
+
+import math
+from collections.abc import Mapping
+
+from steploop.core.early_stopping import keep_best
+from steploop.errors import ConfigError
+from steploop.recipe.config_values import nearest
+from steploop.recipe.recipe import Recipe, State
+from steploop.runs.members import lead, with_lead
+
+__all__ = ["fold_metrics", "prepared", "stopped"]
+
+
+def prepared(recipe: Recipe, state: State) -> State:
+    """The state with a beginning for each fold that the recipe asks for."""
+    first = lead(state)
+    if recipe.early_stopping is not None and first.early_stopping is None:
+        state = with_lead(state, early_stopping=recipe.early_stopping.init())
+    if recipe.plateau is not None and first.plateau is None:
+        state = with_lead(state, plateau=recipe.plateau.init())
+    return state
+
+
+def stopped(state: State) -> bool:
+    """Whether early stopping has ended this run."""
+    fold = lead(state).early_stopping
+    return fold is not None and fold.stopped
+
+
+def fold_metrics(recipe: Recipe, state: State, metrics: Mapping[str, float | None]) -> tuple[State, bool]:
+    """The state after an evaluation, and whether its monitored metric is the best so far.
+
+    Raises:
+        ConfigError: a metric that the recipe monitors is not among those its evaluation gives.
+    """
+    first = lead(state)
+    best = first.best
+    if recipe.monitor is not None:
+        value = _value(metrics, recipe.monitor, "Recipe(monitor=...)")
+        best = keep_best(first.best, value, step=first.step, epoch=first.epoch, mode=recipe.mode)
+        if recipe.plateau is not None and first.plateau is not None:
+            state = with_lead(state, plateau=recipe.plateau.update(first.plateau, value))
+    if recipe.early_stopping is not None and first.early_stopping is not None:
+        value = _value(metrics, recipe.early_stopping.monitor, "EarlyStopping(monitor=...)")
+        state = with_lead(state, early_stopping=recipe.early_stopping.update(first.early_stopping, value))
+    return with_lead(state, best=best), best is not first.best
+
+
+def _value(metrics: Mapping[str, float | None], name: str, where: str) -> float:
+    if name not in metrics:
+        raise ConfigError(
+            f"{where} names {name!r}, which evaluate does not give. {nearest(name, list(metrics))}"
+        )
+    value = metrics[name]
+    return math.nan if value is None else float(value)

@@ -1,0 +1,74 @@
+"""Where a run is recorded: metrics.jsonl, the loggers that were asked for, and status.json."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import attrs
+
+from steploop.runs.logs import CsvTable, JsonLines, Logger, Loggers, TensorBoard
+from steploop.recipe.config_values import to_json
+from steploop.runs.directory import Status
+from steploop.runs.journal import logged
+from steploop.runs.requests import Request
+from steploop.runs.summary import plain_metrics
+
+__all__ = ["Outlets", "open_outlets"]
+
+
+@attrs.frozen
+class Outlets:
+    """The open files of a run's record."""
+
+    lines: JsonLines
+    loggers: Loggers
+    status: Status
+
+    def tell(self, line: Mapping[str, Any], monitor: str | None) -> None:
+        """Put an evaluation into status.json."""
+        place = {"step": line["step"], "epoch": line["epoch"]}
+        value = line["metrics"].get(monitor)
+        best = {"best": {"metric": monitor, "value": value, **place}} if line["best"] else {}
+        self.status.update(**place, metrics=plain_metrics(line["metrics"]), **best)
+
+    def keep(self, stands: Callable[[Mapping[str, Any]], bool]) -> None:
+        """Drop what was recorded of steps that will be taken again.
+
+        Args:
+            stands: which lines of metrics.jsonl stay.
+        """
+        self.loggers.rewrite(logged(self.lines.keep(stands)))
+
+    def close(self) -> None:
+        """Write out what is held back."""
+        self.loggers.close()
+        self.lines.close()
+
+
+def open_outlets(request: Request, status: Status, note: Callable[[str], None]) -> Outlets:
+    """The files and loggers that a run asks for.
+
+    Args:
+        request: what was asked for, and where.
+        status: of the run.
+        note: told if a logger fails.
+    """
+    lines = JsonLines(request.directory.metrics)
+    return Outlets(lines, Loggers(_loggers(request), note), status)
+
+
+def _loggers(request: Request) -> list[Logger]:
+    path, config = request.directory.path, to_json(request.config)
+    loggers: list[Logger] = []
+    if request.tensorboard:
+        loggers.append(TensorBoard(path / "tensorboard"))
+    if request.mlflow:
+        from steploop.runs.logs.mlflow_logger import MLflow
+
+        loggers.append(MLflow(path, config))
+    if request.wandb:
+        from steploop.runs.logs.wandb_logger import WandB
+
+        loggers.append(WandB(path, config))
+    if request.csv:
+        loggers.append(CsvTable(path / "metrics.csv"))
+    return loggers

@@ -1,0 +1,85 @@
+"""Checkpoints of a run: what the loop gives to be kept goes to a store, and a resume begins with the newest."""
+
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+
+from steploop.checkpoint import CheckpointStore
+from steploop.checkpoint.store import step_of
+from steploop.recipe.recipe import State
+from steploop.runs.members import attempted_steps, lead
+
+__all__ = ["CheckpointKeeper"]
+
+
+class CheckpointKeeper:
+    """Keeps the newest states of one phase of a run, and the best one.
+
+    Args:
+        directory: of the checkpoints; made if it is missing, and cleared of what crashed runs left in it.
+        on_saved: told of each once it is on the disk: the checkpoint's directory, and whether it is the best.
+
+    Raises:
+        CheckpointWriteError: no checkpoint can be written there.
+    """
+
+    def __init__(self, directory: Path, on_saved: Callable[[Path, bool], None] = lambda *_: None) -> None:
+        self._store = CheckpointStore(directory, background=True)
+        self._store.prepare()
+        self._on_saved = on_saved
+        self._saved: tuple[object, ...] | None = None
+        self._begun: tuple[Path, bool] | None = None  # what is being written, and nobody was told of
+
+    def save(self, state: State, *, best: bool) -> None:
+        """Keep the state, unless it was the last one kept; it is copied here and written while training goes on.
+
+        Raises:
+            CheckpointWriteError: the one before could not be written.
+            NonFiniteError: a trained parameter of the one before was not finite.
+        """
+        place = _place(state)
+        if place != self._saved:
+            before, self._begun = self._begun, None
+            self._store.save(state, best=best)  # the one before is on the disk when this returns
+            self._tell(before)
+            self._saved = place
+            self._begun = self._store.path(step_of(state)), best
+
+    def _tell(self, saved: tuple[Path, bool] | None) -> None:
+        if saved is not None:
+            self._on_saved(*saved)
+
+    def newest(self, like: State, *, require_exact: bool, note: Callable[[str], None]) -> State | None:
+        """The newest state that is whole, or None where none was kept; warnings become notes.
+
+        Raises:
+            CheckpointError: there are some, but none is whole, or it does not fit ``like``.
+        """
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            try:
+                state = self._store.load(like=like, require_exact=require_exact)
+            finally:
+                for warning in caught:
+                    note(f"warning: {warning.message}")
+        if state is not None:
+            self._saved = _place(state)
+        return state
+
+    def close(self) -> None:
+        """Return once the last one is on the disk.
+
+        Raises:
+            CheckpointWriteError: it could not be written.
+            NonFiniteError: a trained parameter in it is not finite.
+        """
+        last, self._begun = self._begun, None
+        self._store.wait()
+        self._tell(last)
+
+
+def _place(state: State) -> tuple[object, ...]:
+    """Where a state stands in its run: steps, cursor, and what its evaluations have decided so far."""
+    first = lead(state)
+    folds = first.best, first.early_stopping, first.plateau
+    return attempted_steps(state), first.epoch, first.batch, *folds

@@ -1,0 +1,54 @@
+"""What a run says of steps that are not finite: which samples they were taken on, and where they are kept."""
+
+from typing import Any
+
+from steploop.data.batch_requests import listed
+from steploop.errors import NonFiniteError
+from steploop.recipe.recipe import State
+from steploop.runs.plan import Journal, Witness
+from steploop.runs.members import place_of
+
+__all__ = ["SkipReporter"]
+
+
+class SkipReporter:
+    """Tells the journal of each step that was skipped, and names the samples of the last one where a run ends by them.
+
+    Args:
+        batches: of the recipe; where they have ``samples_of(epoch, batch)``, as a `Loader` has, samples are named.
+        witness: keeps skipped steps; None: they are only counted.
+        journal: told of each.
+    """
+
+    def __init__(self, batches: Any, witness: Witness | None, journal: Journal) -> None:
+        self._samples_of = getattr(batches, "samples_of", None)
+        self._witness = witness
+        self._journal = journal
+
+    def see(self, given: State, state: State, batch: Any, epoch: int, number: int, *, wait: bool) -> None:
+        """Look at a step; on a device, only where its numbers are read anyway.
+
+        Args:
+            given: what went into it.
+            state: what came out.
+            batch: what it was taken on.
+            epoch: of that batch.
+            number: of that batch in its epoch.
+            wait: whether the device may be asked.
+        """
+        if self._witness is None:
+            return
+        skipped = self._witness.after_step(given, state, batch, wait=wait)
+        if skipped is None:
+            return
+        path = skipped.capsule
+        capsule = None if path is None else f"{path.parent.name}/{path.name}"
+        held = {} if self._samples_of is None else {"samples": self._samples_of(epoch, number)}
+        self._journal.event({"event": "skipped", **place_of(state), "capsule": capsule, **held})
+
+    def named(self, error: NonFiniteError, epoch: int, number: int) -> NonFiniteError:
+        """The error that ends a run, with the samples of the last batch where they are known."""
+        if self._samples_of is None:
+            return error
+        samples = listed(self._samples_of(epoch, number))
+        return NonFiniteError(f"{error} The last of them was batch {number} of epoch {epoch}: {samples}.")

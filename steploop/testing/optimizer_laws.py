@@ -1,0 +1,71 @@
+"""The law of optimizers: through ``optimizer_step`` each is bit-equal to itself in a loop written by hand."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from steploop.core.optimizer import Optimizer
+from steploop.core.state.train_state import TrainState
+from steploop.core.steps.backward import backward_scaled
+from steploop.core.steps.clip import unscale_and_clip
+from steploop.core.steps.forward import forward_loss
+from steploop.core.steps.forward_pass import Objective, read_objective
+from steploop.core.steps.update import optimizer_step
+from steploop.testing.state_comparison import require_same, values
+
+__all__ = ["check_optimizer_equals_its_loop"]
+
+
+def check_optimizer_equals_its_loop(
+    optimizer: Optimizer,
+    model: nn.Module,
+    twin: nn.Module,
+    batches: Sequence[Any],
+    objective: Objective,
+    *,
+    max_norm: float = 1.0,
+    donate: bool = True,
+) -> None:
+    """Law 16. Parameters, buffers and slots are those of forward, backward, clip, step and zero_grad by hand.
+
+        for x in xs:  loss(twin, x).backward();  clip_grad_norm_;  torch's step();  zero_grad()
+
+    Args:
+        optimizer: the description; the loop uses torch's own object that it builds.
+        model: trained through steploop.
+        twin: an equal model without dropout, trained by hand.
+        batches: of the run.
+        objective: without random numbers.
+        max_norm: of the clip.
+        donate: which form of ``optimizer_step``.
+    """
+    state = TrainState.create(model, optimizer)
+    trainable = {name: p for name, p in twin.named_parameters() if p.requires_grad}
+    theirs, _ = optimizer.build(trainable)
+    twin.train()
+    for index, batch in enumerate(batches):
+        state = unscale_and_clip(backward_scaled(forward_loss(state, batch, objective)), max_norm=max_norm)
+        state = optimizer_step(state, donate=donate)
+        loss, _, _ = read_objective(objective(twin, batch))
+        loss.backward()  # type: ignore[no-untyped-call]  # torch has no types for it
+        torch.nn.utils.clip_grad_norm_(trainable.values(), max_norm)
+        _step(theirs, loss)
+        theirs.zero_grad()
+        expected = {
+            "params": {name: p.detach() for name, p in twin.named_parameters()},
+            "buffers": dict(twin.named_buffers()),
+            "slots": {name: dict(theirs.state[p]) for name, p in trainable.items()},
+        }
+        found = {field: values(state)[field] for field in expected}
+        require_same(
+            found, expected, f"after step {index} {optimizer} is what it is in a loop written by hand"
+        )
+
+
+def _step(optimizer: torch.optim.Optimizer, loss: torch.Tensor) -> None:
+    if isinstance(optimizer, torch.optim.LBFGS):
+        optimizer.step(loss.detach)  # type: ignore[no-untyped-call]  # torch has no types for it
+    else:
+        optimizer.step()

@@ -1,0 +1,116 @@
+"""Laws of data order: every epoch visits each sample once, in an order that is a function of (seed, epoch) alone."""
+
+from collections.abc import Callable, Sequence
+from itertools import islice
+from typing import Any, Protocol
+
+from steploop.data.order import batch_indices, batches_per_epoch, epoch_order
+from steploop.testing.state_comparison import copied, require, require_same
+
+__all__ = [
+    "EpochBatches",
+    "check_batches_do_not_depend_on_workers",
+    "check_cursor_continues_the_epoch",
+    "check_epoch_is_a_permutation",
+    "check_ranks_partition_the_epoch",
+    "first_batches",
+]
+
+
+class EpochBatches(Protocol):
+    """Batches as ``steploop.data.Loader`` gives them."""
+
+    def epoch(self, epoch: int, start: int = 0) -> Any:
+        """The batches of an epoch from the cursor ``start`` on."""
+        ...
+
+
+def check_epoch_is_a_permutation(n: int, *, seed: int, epoch: int, shuffle: bool = True) -> None:
+    """Law 15. The order of an epoch is a permutation of 0 .. n - 1, and the same whenever it is asked for."""
+    order = epoch_order(n, seed=seed, epoch=epoch, shuffle=shuffle)
+    require(
+        sorted(order.tolist()) == list(range(n)),
+        f"epoch {epoch} visits each of {n} samples once, but in {order.tolist()}",
+    )
+    again = epoch_order(n, seed=seed, epoch=epoch, shuffle=shuffle)
+    require_same(again, order, f"the order of epoch {epoch} is a function of (seed, epoch)")
+
+
+def check_ranks_partition_the_epoch(
+    n: int, *, seed: int, epoch: int, batch_size: int, world_size: int, drop_last: bool
+) -> None:
+    """Law 15. The ranks' shares are disjoint, of the same number of batches, and together the whole epoch.
+
+    With drop_last the samples of the incomplete global batch are missing, fewer than batch_size * world_size; an epoch
+    of fewer samples than ranks has no batch at all.
+    """
+    order = epoch_order(n, seed=seed, epoch=epoch)
+    count = batches_per_epoch(n, batch_size=batch_size, drop_last=drop_last, world_size=world_size)
+    shares = [
+        [
+            index
+            for batch in range(count)
+            for index in batch_indices(
+                order, batch, batch_size=batch_size, drop_last=drop_last, rank=rank, world_size=world_size
+            ).tolist()
+        ]
+        for rank in range(world_size)
+    ]
+    seen = [index for share in shares for index in share]
+    require(
+        len(set(seen)) == len(seen), f"no sample is seen by two ranks or twice, but the shares are {shares}"
+    )
+    group = batch_size * world_size
+    expected = n - n % group if drop_last else (n if count else 0)
+    require(len(seen) == expected, f"the ranks see {expected} of {n} samples, but {len(seen)}")
+    require(drop_last or count or n < world_size, f"{n} samples give {world_size} ranks a batch each")
+    require(set(seen) <= set(range(n)), f"the ranks see samples of the epoch, but {seen}")
+
+
+def first_batches(
+    batches: EpochBatches, epoch: int, start: int = 0, *, limit: int | None = None
+) -> list[Any]:
+    """Copies of the batches of an epoch from ``start`` on; of the first ``limit`` of them, if it is given."""
+    iterator = batches.epoch(epoch, start)
+    found = [copied(batch) for batch in islice(iterator, limit)]
+    if callable(close := getattr(iterator, "close", None)):
+        close()
+    return found
+
+
+def check_cursor_continues_the_epoch(
+    batches: EpochBatches, epoch: int, cut: int, *, limit: int | None = None
+) -> None:
+    """Law 15. epoch(e, cut) = epoch(e)[cut:]: a cursor goes on exactly, without replaying.
+
+    Args:
+        batches: to be read twice.
+        epoch: e.
+        cut: how many batches lie behind.
+        limit: how many batches to look at; all of them unless given.
+    """
+    whole = first_batches(batches, epoch, limit=limit)
+    rest = first_batches(batches, epoch, cut, limit=None if limit is None else limit - cut)
+    require_same(rest, whole[cut:], f"epoch {epoch} from batch {cut} on is the rest of the epoch")
+
+
+def check_batches_do_not_depend_on_workers(
+    make_batches: Callable[[int], EpochBatches],
+    *,
+    workers: Sequence[int] = (0, 1, 2),
+    epochs: Sequence[int] = (0, 1),
+    limit: int | None = None,
+) -> None:
+    """Law 15. The batches are the same, bit for bit, for any number of worker processes.
+
+    Args:
+        make_batches: number of workers -> the batches.
+        workers: the numbers to compare.
+        epochs: which epochs.
+        limit: how many batches of each to look at; all of them unless given.
+    """
+    for epoch in epochs:
+        expected = first_batches(make_batches(workers[0]), epoch, limit=limit)
+        for number in workers[1:]:
+            law = f"the batches of epoch {epoch} with {number} workers are those with {workers[0]}"
+            require_same(first_batches(make_batches(number), epoch, limit=limit), expected, law)

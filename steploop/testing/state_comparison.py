@@ -1,0 +1,90 @@
+"""What laws are made of: a state as a tree of values, copies of it, folds, and comparison bit for bit."""
+
+import math
+from collections.abc import Callable, Iterable, Mapping
+from functools import reduce
+from typing import Any
+
+from torch import Tensor
+
+from steploop.core.state.train_state import TrainState
+from steploop.core.trees import first_difference, map_tensors
+
+__all__ = [
+    "State",
+    "Step",
+    "clone",
+    "copied",
+    "fold",
+    "members",
+    "norm64",
+    "require",
+    "require_same",
+    "values",
+]
+
+# One state, or several by name, as a step of a GAN takes them.
+State = TrainState | Mapping[str, TrainState]
+Step = Callable[[Any, Any], Any]
+
+_SAVED = (
+    "params", "buffers", "slots", "hyper", "seed", "epoch", "batch", "attempted_steps", "applied_steps", "nonfinite_steps",
+    "precision", "scale", "early_stopping", "plateau", "best", "ema",
+)  # fmt: skip
+
+
+def members(state: State) -> dict[str, TrainState]:
+    """The states by name; a single one under the empty name."""
+    return dict(state) if isinstance(state, Mapping) else {"": state}
+
+
+def values(state: State) -> dict[str, Any]:
+    """All that the next step depends on, as one tree of tensors and plain values; what is in flight is left out."""
+    trees = {
+        name: {field: getattr(s.settle(), field) for field in _SAVED} for name, s in members(state).items()
+    }
+    return trees if isinstance(state, Mapping) else trees[""]
+
+
+def copied(tree: Any) -> Any:
+    """The tree with copies of its tensors: what it was, whatever is done to the tensors."""
+    return map_tensors(lambda t: t.detach().clone(), tree)
+
+
+def clone(state: State) -> State:
+    """A copy of one state or of several, which shares no tensor."""
+    return {name: s.clone() for name, s in state.items()} if isinstance(state, Mapping) else state.clone()
+
+
+def fold(step: Step, batches: Iterable[Any], state: State) -> Any:
+    """``functools.reduce(step, batches, state)``."""
+    return reduce(step, batches, state)
+
+
+def require(condition: object, message: str) -> None:
+    """Raise AssertionError unless ``condition`` holds (an ``assert`` would vanish under ``python -O``)."""
+    if not condition:
+        raise AssertionError(message)
+
+
+def require_same(found: Any, expected: Any, law: str) -> None:
+    """Raise AssertionError that names the first tensor or value that differs, and by how much.
+
+    Args:
+        found: a state, several by name, or any tree.
+        expected: the same.
+        law: what was promised, in words; the message begins with it.
+    """
+    difference = first_difference(_tree(found), _tree(expected))
+    require(difference is None, f"{law}: {difference}")
+
+
+def _tree(value: Any) -> Any:
+    single = isinstance(value, TrainState)
+    several = isinstance(value, Mapping) and value and all(isinstance(v, TrainState) for v in value.values())
+    return values(value) if single or several else value
+
+
+def norm64(grads: Iterable[Tensor]) -> float:
+    """The L2 norm of all entries together, in float64."""
+    return math.sqrt(sum(float(g.double().square().sum()) for g in grads))

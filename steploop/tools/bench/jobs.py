@@ -1,0 +1,60 @@
+"""What is measured: a recipe with its settings, as a worker process needs to be told."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import attrs
+import torch
+
+from steploop.recipe.config_values import configure, split_assignments
+from steploop.recipe.recipe import Recipe
+from steploop.recipe.recipe_files import load_recipe_file
+from steploop.runs.environment import find_device
+
+__all__ = ["CASES", "CONTENDERS", "Job"]
+
+HANDWRITTEN = "hand-written"
+COMPILED_MODEL = "torch.compile(model)"
+EAGER = "steploop"
+COMPILED = "steploop compiled"
+CONTENDERS = (HANDWRITTEN, COMPILED_MODEL, EAGER, COMPILED)
+
+# The yardsticks that come with the package: recipes with nothing to learn, by name.
+CASES = {name: Path(__file__).parent / "cases" / f"{name}.py" for name in ("overhead", "smallcnn")}
+
+
+@attrs.frozen(kw_only=True)
+class Job:
+    """A recipe to measure.
+
+    Attributes:
+        recipe: its file.
+        overrides: ``name=value`` for fields of its Config.
+        device: as on the command line.
+        batches: how many of its batches are kept in memory and cycled through.
+        tune: whether to let glibc keep freed memory, as ``steploop run`` does.
+    """
+
+    recipe: Path
+    overrides: tuple[str, ...] = ()
+    device: str = "auto"
+    batches: int = 16
+    tune: bool = True
+
+    def build(self) -> tuple[Recipe, torch.device]:
+        """Load the file and build the recipe."""
+        file = load_recipe_file(self.recipe)
+        config = configure(file.config_class, split_assignments(list(self.overrides)), where=file.name)
+        device = find_device(self.device)
+        return file.build(config, device), device
+
+    def to_json(self) -> str:
+        """One line of JSON."""
+        return json.dumps({**attrs.asdict(self), "recipe": str(self.recipe)})
+
+    @classmethod
+    def from_json(cls, text: str) -> "Job":
+        """The inverse of ``to_json``."""
+        fields: dict[str, Any] = json.loads(text)
+        return cls(**{**fields, "recipe": Path(fields["recipe"]), "overrides": tuple(fields["overrides"])})

@@ -1,0 +1,138 @@
+"""``steploop bench``: what the loop costs on this machine, beside a hand-written one."""
+
+import json
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from steploop.tools.bench.jobs import Job
+    from steploop.tools.bench.rounds import Results
+
+__all__ = ["bench"]
+
+RECIPE = typer.Argument(
+    help="A recipe file, the name of a shipped recipe, or overhead or smallcnn. Default: cifar_amp on synthetic images.",
+    show_default=False,
+)
+SET = typer.Option(
+    "--set", metavar="NAME=VALUE", help="A field of the recipe's Config; may be given several times."
+)
+DEVICE = typer.Option(help="auto, cpu, cuda (cuda:1) or mps.")
+ROUNDS = typer.Option(min=1, help="Rounds in which the contenders take turns.")
+PEERS = typer.Option(
+    "--no-peers", help="Leave out Lightning Fabric and Accelerate, even where they are installed."
+)
+TUNE = typer.Option("--no-tune", help="Leave the memory allocator's thresholds as they are.")
+JSON = typer.Option("--json", help="Print one JSON object with every number, instead of the table.")
+
+
+def bench(
+    recipe: Annotated[str | None, RECIPE] = None,
+    *,
+    overrides: Annotated[list[str] | None, SET] = None,
+    device: Annotated[str, DEVICE] = "auto",
+    rounds: Annotated[int, ROUNDS] = 7,
+    no_peers: Annotated[bool, PEERS] = False,
+    no_tune: Annotated[bool, TUNE] = False,
+    as_json: Annotated[bool, JSON] = False,
+) -> None:
+    """Time RECIPE's step beside a hand-written loop, on this machine: eager, compiled, and what is installed."""
+    from steploop.recipe.recipe_files import find_recipe
+    from steploop.tools.bench.handwritten import installed_peers
+    from steploop.tools.bench.jobs import CASES, CONTENDERS, Job
+    from steploop.tools.bench.rounds import measure
+
+    settings = list(overrides or [])
+    if recipe is None:
+        recipe, settings = "cifar_amp", ["data=synthetic", *settings]
+    job = Job(
+        recipe=(CASES.get(recipe) or find_recipe(recipe)).resolve(),
+        overrides=tuple(settings),
+        device=device,
+        tune=not no_tune,
+    )
+    built, _ = job.build()  # a mistake is said here, once, and not by every contender
+    del built
+    names = [*CONTENDERS, *([] if no_peers else installed_peers())]
+    results = measure(job, names, rounds=rounds, report=lambda line: _say(f"{line}\n"))
+    sys.stdout.write(
+        json.dumps(_to_json(job, results), allow_nan=False) + "\n" if as_json else _table(job, results)
+    )
+
+
+def _say(text: str) -> None:
+    sys.stderr.write(text)
+    sys.stderr.flush()
+
+
+def _conditions(job: "Job") -> str:
+    """What the numbers depend on, in one line."""
+    import os
+    import platform
+
+    import torch
+
+    from steploop import __version__
+    from steploop.runs.environment import find_device
+
+    device = find_device(job.device)
+    where = torch.cuda.get_device_name(device) if device.type == "cuda" else str(device)
+    return (
+        f"{job.recipe.stem} on {where}, {torch.get_num_threads()} threads of {os.cpu_count()} processors; steploop {__version__}, "
+        f"torch {torch.__version__}, Python {platform.python_version()}"
+    )
+
+
+def _table(job: "Job", results: "Results") -> str:
+    """The table, the share of waiting, and the advice."""
+    from steploop.tools.bench.rounds import advice
+
+    head = ("", "us/step", "samples/s", "MiB", f"time / {results.base}", "spread", "first 3 steps")
+    lines: list[tuple[str, ...]] = [head]
+    for row in results.rows:
+        if row.error:
+            continue
+        lines.append((
+            row.name,
+            f"{row.best_us:,.0f}",
+            f"{row.samples_per_s or 0:,.0f}",
+            "-" if row.peak_mib is None else f"{row.peak_mib:,.0f}",
+            f"{row.ratio:.2f}",
+            f"{min(row.ratios):.2f} to {max(row.ratios):.2f}",
+            f"{row.first_s or 0:.1f} s",
+        ))  # fmt: skip
+    widths = [max(len(line[i]) for line in lines) for i in range(len(head))]
+    out = [_conditions(job), ""]
+    out += [
+        "  ".join(
+            cell.ljust(w) if i == 0 else cell.rjust(w)
+            for i, (cell, w) in enumerate(zip(line, widths, strict=True))
+        )
+        for line in lines
+    ]
+    out += [f"{row.name}: {row.error}" for row in results.rows if row.error]
+    if results.waiting is not None:
+        out += ["", f"Waiting for data: {results.waiting:.0%} of a step."]
+    return "\n".join([*out, advice(results), ""])
+
+
+def _to_json(job: "Job", results: "Results") -> dict[str, Any]:
+    import attrs
+
+    from steploop.tools.bench.rounds import advice
+
+    rows = [
+        attrs.asdict(row) | ({} if row.error else {"best_us": row.best_us, "ratio": row.ratio})
+        for row in results.rows
+    ]
+    return {
+        "recipe": str(Path(job.recipe)),
+        "conditions": _conditions(job),
+        "base": results.base,
+        "waiting": results.waiting,
+        "rows": rows,
+        "advice": advice(results),
+    }

@@ -1,0 +1,67 @@
+"""``steploop diff``: whether two checkpoints are equal, and where not, what differs first and by how much."""
+
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from steploop.tools.commands.inspect import newest_checkpoint
+
+if TYPE_CHECKING:
+    from steploop.checkpoint import Checkpoint
+
+__all__ = ["diff"]
+
+_SHOWN = 10
+A = typer.Argument(help="A checkpoint, or a run: its newest one.", show_default=False, metavar="A")
+B = typer.Argument(help="The one to compare it with.", show_default=False, metavar="B")
+JSON = typer.Option("--json", help="Print one JSON object.")
+
+
+def diff(a: Annotated[Path, A], b: Annotated[Path, B], *, as_json: Annotated[bool, JSON] = False) -> None:
+    """Say whether checkpoints A and B hold equal states, bit for bit; exit 1, with what differs first, where not."""
+    from steploop.checkpoint import open_checkpoint
+
+    one, other = open_checkpoint(newest_checkpoint(a)), open_checkpoint(newest_checkpoint(b))
+    found = [] if one.digest == other.digest else list(_differences(one, other))
+    if as_json:
+        result = {"equal": not found, "a": one.digest, "b": other.digest, "differences": found}
+        sys.stdout.write(json.dumps(result) + "\n")
+    elif not found:
+        sys.stdout.write(f"equal: both hold the state {one.digest}\n")
+    else:
+        more = [f"and {len(found) - _SHOWN} more"] if len(found) > _SHOWN else []
+        sys.stdout.write(
+            "\n".join(["different:", *(f"  {line}" for line in [*found[:_SHOWN], *more])]) + "\n"
+        )
+    if found:
+        raise typer.Exit(1)
+
+
+def _differences(one: "Checkpoint", other: "Checkpoint") -> Iterator[str]:
+    """Each tensor that differs, in the order of the files, then each number."""
+    from steploop.core.trees import first_difference
+
+    for file in dict.fromkeys([*one.tensors, *other.tensors]):
+        left, right = one.tensors.get(file, {}), other.tensors.get(file, {})
+        for name in dict.fromkeys([*left, *right]):
+            if name not in left or name not in right:
+                yield f"{name}: only in {'A' if name in left else 'B'}"
+            elif (difference := first_difference(left[name], right[name], name)) is not None:
+                yield difference
+    yield from _unequal_values(one.manifest.state, other.manifest.state, "")
+
+
+def _unequal_values(x: Any, y: Any, name: str) -> Iterator[str]:
+    if isinstance(x, dict) and isinstance(y, dict):
+        for key in dict.fromkeys([*x, *y]):
+            path = f"{name}.{key}" if name else key
+            if key in x and key in y:
+                yield from _unequal_values(x[key], y[key], path)
+            else:
+                yield f"{path}: only in {'A' if key in x else 'B'}"
+    elif x != y or type(x) is not type(y):
+        yield f"{name.removeprefix('states.').lstrip('.')}: {x!r} in A, {y!r} in B"

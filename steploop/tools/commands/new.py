@@ -1,0 +1,62 @@
+"""``steploop new``: a recipe of one's own, begun as a copy of a shipped one."""
+
+import re
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from steploop.errors import ConfigError, RunExistsError
+
+__all__ = ["adapted", "new"]
+
+# The paragraph of a recipe's header that holds for the shipped file only.
+_MEASURED = re.compile(r"^Measured\b.*?(?=\n\n|\n?\"\"\")", re.DOTALL | re.MULTILINE)
+
+
+def new(
+    name: Annotated[
+        str, typer.Argument(help="What to call it: NAME.py is written here, or where a path says.")
+    ],
+    source: Annotated[
+        str,
+        typer.Option(
+            "--from", metavar="RECIPE", help="A shipped recipe (`steploop recipes` lists them) or a file."
+        ),
+    ] = "mnist",
+) -> None:
+    """Begin a recipe of your own as a copy of RECIPE; a file that exists is never overwritten."""
+    from steploop.recipe.recipe_files import find_recipe
+
+    original = find_recipe(source)
+    target = Path(name if name.endswith(".py") else f"{name}.py")
+    if not target.stem.isidentifier():
+        raise ConfigError(
+            f"A recipe's name must be one that Python can import, such as my_recipe, got {target.stem!r}. "
+            "Use letters, digits and underscores."
+        )
+    text = adapted(original.read_text(encoding="utf-8"), original.stem, target)
+    try:
+        with target.open("x", encoding="utf-8") as file:
+            file.write(text)
+    except FileExistsError as error:
+        raise RunExistsError(
+            f"{target} exists, and is left as it is. Choose another name, or move it away."
+        ) from error
+    except OSError as error:
+        raise ConfigError(
+            f"{target} cannot be written: {error.strerror}. Choose a folder that exists and is yours."
+        ) from error
+    sys.stdout.write(f"{target}: a copy of {original.stem}. Change it, then: steploop run {target}\n")
+
+
+def adapted(text: str, recipe: str, target: Path) -> str:
+    """A recipe's source under another name: its header's commands name the new file, and claim no measurement."""
+    from steploop import __version__
+
+    header, quotes, body = text.partition('"""\n\n')
+    header = re.sub(rf"(?<!\S)(?:\S*/)?{re.escape(recipe)}\.py\b", lambda _: target.as_posix(), header)
+    claim = f"Begun as a copy of {recipe} (steploop {__version__}); nothing is measured yet."
+    header = _MEASURED.sub(lambda _: claim, f"{header}{quotes}", count=1)
+    return header + body

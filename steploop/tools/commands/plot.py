@@ -1,0 +1,59 @@
+"""``steploop plot``: the curves of one run or several as PNG and SVG."""
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+__all__ = ["plot"]
+
+RUNS = typer.Argument(help="Run directories; several are drawn over each other.", show_default=False)
+METRIC = typer.Option(
+    "--metric",
+    metavar="NAME",
+    help="Draw only this (loss, accuracy, learning_rate, grad_norm, ...); may be repeated.",
+)
+OUT = typer.Option(
+    help="Where to write, without the ending. Default: curves in the run directory, or here for several runs.",
+    show_default=False,
+)
+TERMINAL = typer.Option("--terminal", help="Draw in the terminal; writes no file.")
+
+
+def plot(
+    runs: Annotated[list[Path], RUNS],
+    metrics: Annotated[list[str] | None, METRIC] = None,
+    out: Annotated[Path | None, OUT] = None,
+    terminal: Annotated[bool, TERMINAL] = False,
+) -> None:
+    """Draw loss, metrics, learning rate, gradient norms and loss scale of RUNS as PNG and SVG."""
+    from steploop.runs.reading import read_run
+    from steploop.tools.report.panels import arrange, select
+
+    records = [read_run(path) for path in runs]
+    chosen = select(arrange(records), metrics or [])
+    if not chosen:
+        sys.stdout.write("Nothing was logged yet: there is nothing to draw.\n")
+        return
+    if terminal:
+        from steploop.tools.commands.terminals import window_width
+        from steploop.tools.report.terminal_plots import draw_grid
+
+        curves = {
+            f"{panel.title} · {series.label}" if series.label else panel.title: series.curve
+            for panel in chosen
+            for series in panel.series
+            if series.style != "faint"
+        }
+        ends = {name: (f"step {curve.steps[0]}", str(curve.steps[-1])) for name, curve in curves.items()}
+        values = {name: curve.values for name, curve in curves.items()}
+        sys.stdout.write(draw_grid(values, ends=ends, width=window_width(), same_scale=False) + "\n")
+        return
+    from steploop.tools.report.figures import draw_panels, save
+
+    stem = out.with_suffix("") if out is not None and out.suffix in {".png", ".svg"} else out
+    stem = stem or (runs[0] / "curves" if len(runs) == 1 else Path("curves"))
+    title = ", ".join(dict.fromkeys(record.recipe for record in records))
+    for path in save(draw_panels(chosen, title), stem):
+        sys.stdout.write(f"{path}\n")

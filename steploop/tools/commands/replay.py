@@ -1,0 +1,76 @@
+"""``steploop replay``: takes the step of a capsule again and says which module broke it."""
+
+import json
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    from steploop.tools.replay.capsule_replay import Replay
+
+__all__ = ["replay"]
+
+CAPSULE = typer.Argument(help="A directory in capsules/ of a run.", show_default=False)
+DEVICE = typer.Option(help="cpu, cuda (cuda:1) or mps.")
+JSON = typer.Option("--json", help="One JSON object instead of text.")
+
+
+def replay(
+    capsule: Annotated[Path, CAPSULE],
+    device: Annotated[str, DEVICE] = "cpu",
+    as_json: Annotated[bool, JSON] = False,
+) -> None:
+    """Take the step of CAPSULE again, and name the module that first made a value that is not finite."""
+    from steploop.runs.environment import find_device
+    from steploop.tools.replay.capsule_replay import replay as again
+
+    found = again(capsule, device=find_device(device))
+    if as_json:
+        import attrs
+
+        entry = {
+            "attempted": found.capsule.about["attempted"],
+            "reproduced": found.reproduced,
+            "overflow": found.overflow,
+            "anomaly": found.anomaly,
+            "losses": {name: {"then": then, "now": now} for name, (then, now) in found.losses.items()},
+            "finding": None if found.finding is None else attrs.asdict(found.finding),
+        }
+        sys.stdout.write(json.dumps(entry, indent=2, allow_nan=False) + "\n")
+        return
+    sys.stdout.write("\n".join(_lines(found)) + "\n")
+
+
+def _lines(found: "Replay") -> list[str]:
+    about, finding = found.capsule.about, found.finding
+    lines = [
+        f"Attempted step {about['attempted']} (epoch {about['epoch']}, batch {about['batch']}), recorded on {about['device']} with torch {about['torch']}."
+    ]
+    for name, (then, now) in found.losses.items():
+        lines.append(f"{name + ': ' if name else ''}loss {then} then, {now} now.")
+    lines += [
+        f"The state of {n or 'the model'} is the one after the step: its tensors before it were gone."
+        for n in found.inexact
+    ]
+    if finding is None:
+        return [
+            *lines,
+            "",
+            "The step is finite here. It depends on the device, the version of torch, or on values that were not kept.",
+        ]
+    lines += ["", finding.what]
+    if finding.operation:
+        lines.append(f"Operation: {finding.operation}" + (f" ({finding.place})" if finding.place else ""))
+    for title, group in (("What went in", finding.went_in), ("What came out", finding.came_out)):
+        if group:
+            lines += ["", f"{title}:", *(f"  {stats}" for stats in group)]
+    if found.overflow:
+        lines += [
+            "",
+            "Without the loss scale the same step is finite: the scale was too high, which it finds out this way and backs off.",
+        ]
+    if found.anomaly:
+        lines += ["", f"torch's anomaly detection: {found.anomaly}"]
+    return lines

@@ -1,0 +1,32 @@
+"""``steploop report``: one HTML file about one run or several."""
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+__all__ = ["report"]
+
+RUNS = typer.Argument(help="Run directories; several are compared.", show_default=False)
+OUT = typer.Option(
+    help="The file. Default: report.html in the run directory, or here for several runs.", show_default=False
+)
+
+
+def report(runs: Annotated[list[Path], RUNS], out: Annotated[Path | None, OUT] = None) -> None:
+    """Write one HTML file about RUNS that opens without a network: result, curves, evaluations, recipe, how to reproduce."""
+    from steploop.errors import ConfigError
+    from steploop.runs.reading import read_run
+    from steploop.tools.report.pages import report as page
+
+    text = page([read_run(path) for path in runs])
+    target = out or (runs[0] / "report.html" if len(runs) == 1 else Path("report.html"))
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(
+            f"{target} cannot be written: {error.strerror}. Choose another file with --out."
+        ) from error
+    sys.stdout.write(f"{target}\n")

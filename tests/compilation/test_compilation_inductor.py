@@ -1,0 +1,150 @@
+"""Graphs that Inductor compiled: the numbers of eager, kept ATen calls, and the cache that a second process finds."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import attrs
+import pytest
+import torch
+import torch.nn.functional as F
+from compiled_runs import (
+    assert_alike,
+    batches,
+    decaying,
+    first_state,
+    folded,
+    mlp,
+    needs_compiler,
+    objective,
+    train_step,
+)
+from torch import nn
+
+from steploop import (
+    LossScale,
+    Optimizer,
+    TrainState,
+    accumulate,
+    backward_scaled,
+    compile,  # noqa: A004  (steploop.compile, as in torch.compile)
+    forward_loss,
+    optimizer_step,
+    schedule,
+    unscale_and_clip,
+    update_ema,
+)
+from steploop.core.trees import named_leaves
+
+pytestmark = needs_compiler
+
+
+def test_100_compiled_steps_agree_with_eager():
+    step, given = compile(train_step), batches(5) * 20
+    eager = first_state()
+    compiled = eager.clone()
+    assert_alike(folded(train_step, eager, given), folded(step, compiled, given), 1e-4)
+    assert step.figures.form == "compiled"
+    assert step.figures.compile_s[0] > 0
+
+
+def test_fp16_with_everything_skips_the_steps_that_eager_skips():
+    """Accumulation, dropout, BatchNorm, AdamW, a loss scale, an average with a warmup: in one graph."""
+
+    def step(state, parts):
+        state = unscale_and_clip(accumulate(state, parts, objective), max_norm=1.0)
+        state = update_ema(optimizer_step(state), decay=lambda n: min(0.9, (1 + n) / (10 + n)))
+        return schedule(state, decaying)
+
+    given = batches(8)
+    windows = [(given[i], given[(i + 1) % 8]) for i in range(8)]
+    bad = (given[0][0] * 1e30, given[0][1])
+    windows[2] = windows[5] = (given[0], bad)
+    eager = first_state(
+        mlp(norm=True), Optimizer(torch.optim.AdamW, lr=0.05), precision="fp16", ema=True,
+        loss_scale=LossScale(scale=2.0**10, growth_interval=3),
+    )  # fmt: skip
+    compiled, fast = eager.clone(), compile(step)
+    for window in windows:
+        eager, compiled = step(eager, window), fast(compiled, window)
+        assert eager.finite is compiled.finite
+        assert eager.scale == compiled.scale
+    assert eager.applied_steps == 6
+    assert_alike(eager, compiled, 3e-2)
+
+
+def small_cnn() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Conv2d(3, 8, 3, padding=1, bias=False), nn.BatchNorm2d(8), nn.ReLU(), nn.MaxPool2d(2), nn.Dropout(0.2),
+        nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 4),
+    )  # fmt: skip
+
+
+def furthest(a, b):
+    """The largest difference of a parameter or slot, relative to the largest entry of its tensor."""
+    pairs = zip(named_leaves([a.params, a.slots]), named_leaves([b.params, b.slots]), strict=True)
+    return max(
+        float((x - y).detach().abs().max() / x.detach().abs().max().clamp(min=1e-3))
+        for (_, x), (_, y) in pairs
+    )
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_convolutional_net_keeps_its_layout_and_the_masks_of_eager(precision):
+    """In bfloat16 equal entries of a pool may change places in either form: neither strays further from float32."""
+
+    def plain(model, batch):
+        return F.cross_entropy(model(batch[0]), batch[1])
+
+    def step(state, batch):
+        state = backward_scaled(forward_loss(state, batch, plain))
+        return optimizer_step(unscale_and_clip(state, max_norm=1.0))
+
+    eager = TrainState.create(
+        small_cnn(), Optimizer(torch.optim.SGD, lr=0.05, momentum=0.9), precision=precision,
+        memory_format=torch.channels_last,
+    )  # fmt: skip
+    generator = torch.Generator().manual_seed(2)
+    given = [
+        (
+            torch.randn(4, 3, 8, 8, generator=generator).to(memory_format=torch.channels_last),
+            torch.randint(0, 4, (4,), generator=generator),
+        )
+        for _ in range(6)
+    ]
+    compiled, fast = eager.clone(), compile(step)
+    exact = folded(step, attrs.evolve(eager.clone(), precision="fp32"), given)
+    a, b = folded(step, eager, given), folded(fast, compiled, given)
+    if precision == "fp32":
+        assert_alike(a, b, 1e-4)
+    assert furthest(exact, b) <= 2 * furthest(exact, a) + 1e-4
+    assert b.params["0.weight"].is_contiguous(memory_format=torch.channels_last)
+    (graph,) = fast._graphs[next(iter(fast._graphs))]
+    called = {str(node.target) for node in graph.plan.graph.module.graph.nodes}
+    assert "aten.native_batch_norm_backward.default" in called
+    assert "aten.max_pool2d_with_indices_backward.default" in called
+
+
+SECOND_PROCESS = """
+import sys
+sys.path.insert(0, sys.argv[1])
+from compiled_runs import batches, first_state, folded, train_step
+from steploop import compile
+from torch._dynamo.utils import counters
+folded(compile(train_step), first_state(), batches(2))
+print(counters["inductor"]["fxgraph_cache_hit"], counters["inductor"]["fxgraph_cache_miss"])
+"""
+
+
+def test_a_second_process_takes_the_graph_from_the_cache(tmp_path):
+    environment = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": str(tmp_path)}
+    command = [sys.executable, "-c", SECOND_PROCESS, str(Path(__file__).parents[1] / "helpers")]
+    seen = [
+        subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout.split()[
+            -2:
+        ]
+        for _ in range(2)
+    ]
+    assert seen == [["0", "1"], ["1", "0"]]

@@ -1,0 +1,139 @@
+"""Trees: walked in their own order, mapped without losing their kind, compared bit for bit by name."""
+
+from typing import Any, NamedTuple
+
+import attrs
+import pytest
+import torch
+
+from steploop.core.trees import count_samples, first_difference, map_tensors, named_leaves, shapes, to_device
+
+
+class Pair(NamedTuple):
+    left: Any
+    right: Any
+
+
+@attrs.frozen
+class Record:
+    value: Any
+    _hidden: Any = 3
+    made: Any = attrs.field(init=False, default=7)
+
+
+ONE = torch.tensor([1.0])
+TREE = {"a": ONE, "b": [ONE, 2], "c": (ONE,), "d": Pair(ONE, "x"), "e": Record(ONE)}
+
+
+def test_mapping_keeps_the_kind_of_every_node_and_the_leaves_that_are_no_tensors():
+    mapped = map_tensors(lambda t: t + 1, TREE)
+    assert [type(node) for node in mapped.values()] == [torch.Tensor, list, tuple, Pair, Record]
+    assert mapped["b"][1] == 2
+    assert mapped["d"].right == "x"
+    assert (mapped["e"]._hidden, mapped["e"].made) == (3, 7)
+    tensors = [mapped["a"], mapped["b"][0], mapped["c"][0], mapped["d"].left, mapped["e"].value]
+    assert [t.item() for t in tensors] == [2.0] * 5
+    assert TREE["a"] is ONE
+
+
+def test_leaves_have_dotted_names_in_the_order_of_the_tree():
+    names = [name for name, _ in named_leaves(TREE)]
+    assert names == ["a", "b.0", "b.1", "c.0", "d.0", "d.1", "e.value", "e._hidden", "e.made"]
+    assert [name for name, _ in named_leaves(TREE["b"], "root")] == ["root.0", "root.1"]
+    assert list(named_leaves(5)) == [("", 5)]
+
+
+def test_shapes_say_size_and_kind():
+    batch = (torch.zeros(4, 3), {"y": torch.zeros(4, dtype=torch.int64)}, "text")
+    assert shapes(batch) == "(4, 3) float32, (4,) int64"
+    assert shapes(["text"]) == "no tensors"
+
+
+def test_samples_are_counted_in_the_first_tensor_that_has_an_axis():
+    assert count_samples({"scale": torch.zeros(()), "x": torch.zeros(5, 2), "y": torch.zeros(7)}) == 5
+    assert count_samples([1, torch.zeros(())]) is None
+
+
+@pytest.mark.parametrize(
+    ("batch", "expected"),
+    [
+        ((torch.zeros(5, 2), torch.zeros(5)), 5),
+        ([torch.zeros(5), "text"], 5),
+        ((torch.zeros(5),), 5),
+        ((1, torch.zeros(5)), 5),
+        ((torch.zeros(()), torch.zeros(5)), 5),
+        ({0: "text", 1: torch.zeros(5)}, 5),
+        (torch.zeros(5), 5),
+        (torch.zeros(()), None),
+        ((), None),
+        ([], None),
+        (None, None),
+    ],
+)
+def test_samples_are_counted_in_a_batch_of_any_form(batch, expected):
+    assert count_samples(batch) == expected
+
+
+def test_moving_a_tree_moves_its_tensors_without_waiting_unless_told_otherwise(monkeypatch):
+    asked = []
+    original = torch.Tensor.to
+
+    def to(self, *arguments, **options):
+        asked.append((arguments, options))
+        return original(self, *arguments, **options)
+
+    monkeypatch.setattr(torch.Tensor, "to", to)
+    moved = to_device({"x": ONE, "n": 3}, torch.device("meta"))
+    to_device([ONE], torch.device("cpu"), non_blocking=False)
+    assert moved["x"].device.type == "meta"
+    assert moved["n"] == 3
+    assert asked == [
+        ((torch.device("meta"),), {"non_blocking": True}),
+        ((torch.device("cpu"),), {"non_blocking": False}),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("a", "b", "expected"),
+    [
+        ({"x": ONE}, {"x": ONE.clone()}, None),
+        ({"x": torch.tensor(torch.nan)}, {"x": torch.tensor(torch.nan)}, None),
+        ({"x": float("nan")}, {"x": float("nan")}, None),
+        ({"x": torch.tensor([1.0, 2.0, 3.0])}, {"x": torch.tensor([1.0, 2.5, 3.25])}, "x: 2 of 3 elements differ, the largest difference is 5.000e-01"),
+        ({"x": torch.tensor([0.0])}, {"x": torch.tensor([-0.0])}, "x: 0 of 1 elements differ, the largest difference is 0.000e+00"),
+        ({"x": torch.tensor([True, False, True])}, {"x": torch.tensor([True] * 3)}, "x: 1 of 3 elements differ"),
+        ({"x": torch.tensor([1j, 2j, 4j])}, {"x": torch.tensor([1j, 3j, 4j])}, "x: 1 of 3 elements differ"),
+        ({"x": torch.zeros(2)}, {"x": torch.zeros(3)}, "x: (2,) torch.float32 against (3,) torch.float32"),
+        ({"x": torch.zeros(2)}, {"x": torch.zeros(2).double()}, "x: (2,) torch.float32 against (2,) torch.float64"),
+        ({"x": ONE}, {"x": 1.0}, "x: Tensor against float"),
+        ({"x": 1.0}, {"x": ONE}, "x: float against Tensor"),
+        ({"x": 1}, {"x": 1.0}, "x: int against float"),
+        ({"x": 1}, {"x": 2}, "x: 1 against 2"),
+        ({"x": ONE, "y": 1}, {"x": ONE}, "y: only on one side"),
+        ({"x": ONE}, {"z": 1, "x": ONE}, "z: only on one side"),
+        ({"x": 1, "y": 2}, {"y": 2, "x": 1}, "the order of ['x', 'y']... differs"),
+        ({"x": 1, "y": 1}, {"x": 1, "y": 3}, "y: 1 against 3"),
+        ({"x": float("nan")}, {"x": 1.0}, "x: nan against 1.0"),
+        ({"x": 1.0}, {"x": float("nan")}, "x: 1.0 against nan"),
+        ({"x": torch.tensor([torch.nan, 1.0])}, {"x": torch.tensor([2.0, 1.0])}, "x: 1 of 2 elements differ, the largest difference is nan"),
+        ({"x": torch.tensor([2.0, 1.0])}, {"x": torch.tensor([torch.nan, 1.0])}, "x: 1 of 2 elements differ, the largest difference is nan"),
+        (dict.fromkeys("abcd", 1), dict.fromkeys("dcba", 1), "the order of ['a', 'b', 'c']... differs"),
+        ({"x": torch.ones(2, requires_grad=True)}, {"x": torch.zeros(2)}, "x: 2 of 2 elements differ, the largest difference is 1.000e+00"),
+    ],
+)  # fmt: skip
+def test_the_first_difference_is_named_and_measured(a, b, expected):
+    assert first_difference(a, b) == expected
+
+
+def test_a_difference_carries_the_name_it_was_given():
+    assert first_difference([1], [2], "root") == "root.0: 1 against 2"
+
+
+def test_nan_in_one_place_is_a_difference_and_in_both_is_none():
+    a, b = torch.tensor([torch.nan, 1.0]), torch.tensor([torch.nan, 2.0])
+    assert first_difference(a, b).startswith(": 1 of 2 elements differ")
+
+
+def test_a_tensor_that_is_not_contiguous_is_compared_by_its_values():
+    a = torch.arange(6.0).reshape(2, 3).T
+    assert first_difference(a, a.contiguous()) is None
