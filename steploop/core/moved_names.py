@@ -8,50 +8,82 @@ import warnings
 from collections.abc import Sequence
 from types import ModuleType
 
-__all__ = ["MovedNames", "install"]
+__all__ = ["install"]
 
-# Path in 0.1.0 -> path now, both below "steploop.".
+# Path in 0.1.0 -> path now, both below "steploop."; what was below a moved package is below it still.
 _MOVED = {
     "averaging": "core.steps.averaging",
+    "batch_files": "checkpoint.format.batch_files",
+    "capsule_files": "runs.capsules.capsule_files",
+    "capsules": "runs.capsules.capsule_writer",
     "checks": "core.validators",
     "clip": "core.steps.clipping",
+    "creation": "core.state.creation",
     "data.cifar10": "data.sources.cifar10",
+    "data.counting": "data.dataset_size",
     "data.digits": "data.sources.digits",
+    "data.fetching": "data.batch_requests",
     "data.folder": "data.sources.folder",
     "data.images": "data.sources.images",
     "data.network": "data.sources.network",
+    "data.progress": "data.sources.progress",
     "data.shapes": "data.sources.shapes",
     "data.synthetic": "data.sources.synthetic",
     "data.text": "data.sources.text",
+    "differentiation": "core.steps.backward_pass",
     "early_stopping": "core.early_stopping",
     "evaluation": "core.steps.evaluation",
     "extras": "core.extras",
     "folding": "core.steps.accumulation",
     "forwarding": "core.steps.forward_pass",
+    "interruption": "core.interruption",
+    "judging": "tools.replay.culprit",
+    "layer_norms": "runs.layer_norms",
+    "logs": "runs.logs",
+    "lr_finding": "tools.lr_finder",
     "machine": "core.state.machine",
     "optim": "core.optimizer",
+    "overrides": "recipe.config_values",
     "ownership": "core.state.ownership",
     "plateau": "core.plateau",
     "precision": "core.precision",
     "random_numbers": "core.seeds",
-    "reporting": "runs",
+    "recipe_files": "recipe.recipe_files",
+    "replacing": "runs.atomic_files",
+    "replaying": "tools.replay.capsule_replay",
+    "reporting": "tools.report",
+    "reporting.comparing": "tools.report.run_labels",
+    "reporting.journals": "runs.journal_lines",
+    "reporting.previews": "tools.report.schedule_previews",
     "reporting.reading": "runs.reading",
+    "reporting.sources": "tools.report.source_html",
+    "reporting.terminal": "tools.report.terminal_plots",
+    "run_lock": "runs.directory_lock",
     "schedules": "core.schedules",
-    "schedules.cycles": "core.schedules.cycles",
-    "schedules.decays": "core.schedules.decays",
-    "schedules.rates": "core.schedules.rates",
-    "schedules.tables": "core.schedules.tables",
-    "schedules.warmups": "core.schedules.warmups",
     "scheduling": "core.steps.set_rates",
+    "sharing": "core.state.shared_memory",
+    "shielding": "core.state.surroundings",
     "state": "core.state.train_state",
     "steps": "core.steps",
+    "tensor_stats": "tools.replay.tensor_stats",
+    "texts": "runs.text_names",
+    "traced": "core.state.trace",
+    "tracing": "tools.replay.module_watch",
     "trees": "core.trees",
     "updating": "core.steps.update",
 }
 
 
-class MovedNames(importlib.abc.MetaPathFinder, importlib.abc.Loader):
-    """Finds a moved module under its old path; asked last, so it costs nothing for modules that exist."""
+def _new_path(name: str) -> str | None:
+    """The path now of a module of 0.1.0; None if it has not moved."""
+    old = name.removeprefix("steploop.")
+    parent, _, last = old.rpartition(".")
+    found = _MOVED.get(old) or (f"{_MOVED[parent]}.{last}" if parent in _MOVED else None)
+    return found and f"steploop.{found}"
+
+
+class _MovedNames(importlib.abc.MetaPathFinder, importlib.abc.Loader):
+    """Finds a module under its old path: the same module object as under the new one."""
 
     def find_spec(
         self,
@@ -59,26 +91,17 @@ class MovedNames(importlib.abc.MetaPathFinder, importlib.abc.Loader):
         path: Sequence[str] | None,  # noqa: ARG002  (the import system's signature)
         target: ModuleType | None = None,  # noqa: ARG002
     ) -> importlib.machinery.ModuleSpec | None:
-        """Answer for the old paths alone."""
-        if fullname.removeprefix("steploop.") not in _MOVED:
+        if not fullname.startswith("steploop.") or _new_path(fullname) is None:
             return None
         return importlib.machinery.ModuleSpec(fullname, self)
 
-    def create_module(self, spec: importlib.machinery.ModuleSpec) -> ModuleType:
-        """Give the module under its new path, and say what that is."""
-        new = "steploop." + _MOVED[spec.name.removeprefix("steploop.")]
-        warnings.warn(f"{spec.name} is now {new}.", DeprecationWarning, stacklevel=2)
-        source, module = importlib.import_module(new), ModuleType(spec.name)
-        module.__path__ = []  # a module below it is looked up here again
-        module.__dict__.update(
-            {name: getattr(source, name) for name in dir(source) if not name.startswith("__")}
-        )
-        return module
-
     def exec_module(self, module: ModuleType) -> None:
-        """Nothing is left to run."""
+        new = _new_path(module.__name__)
+        assert new is not None  # noqa: S101  (find_spec has looked)
+        warnings.warn(f"{module.__name__} is now {new}.", DeprecationWarning, stacklevel=2)
+        sys.modules[module.__name__] = importlib.import_module(new)
 
 
 def install() -> None:
-    """Let the old paths be found."""
-    sys.meta_path.append(MovedNames())
+    """Let the old paths be found; asked first, for a moved package would find its modules a second time."""
+    sys.meta_path.insert(0, _MovedNames())
