@@ -4,9 +4,9 @@ from typing import Literal
 
 import attrs
 
-from steploop.runs.logs.screens import Screen
 from steploop.recipe.recipe import Recipe
 from steploop.runs.journal import RunJournal
+from steploop.runs.logs.screens import Screen
 
 __all__ = ["compiled"]
 

@@ -6,27 +6,27 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from typing import Any
 
-from steploop.runs.capsules.capsule_writer import CapsuleWriter
 from steploop.checkpoint import digest
 from steploop.errors import SteploopError
-from steploop.runs.logs import read_json_lines
-from steploop.runs.logs.screens import Screen
 from steploop.recipe.recipe import Recipe, State
+from steploop.runs.allocator import tune_allocator
+from steploop.runs.capsules.capsule_writer import CapsuleWriter
 from steploop.runs.compile_option import compiled
 from steploop.runs.directory import Status, clear_unfinished, read_status, refuse_taken
+from steploop.runs.directory_lock import run_lock
 from steploop.runs.journal import RunJournal
-from steploop.runs.run_checkpoints import CheckpointKeeper
+from steploop.runs.logs import read_json_lines
+from steploop.runs.logs.screens import Screen
 from steploop.runs.loop import Loop
+from steploop.runs.members import lead, place_of
 from steploop.runs.monitoring import prepared
 from steploop.runs.outlets import Outlets, open_outlets
 from steploop.runs.plan import Ending
-from steploop.runs.start_record import announce, record
 from steploop.runs.requests import Request
+from steploop.runs.run_checkpoints import CheckpointKeeper
 from steploop.runs.signals import StopFlag, signals_as
-from steploop.runs.members import lead, place_of
+from steploop.runs.start_record import announce, record
 from steploop.runs.summary import Summary, summarize
-from steploop.runs.allocator import tune_allocator
-from steploop.runs.directory_lock import run_lock
 
 __all__ = ["carry_out"]
 

@@ -11,8 +11,8 @@ from typing import Any
 
 import attrs
 
-from steploop.checkpoint.storage.local import LOCAL
 from steploop.checkpoint.storage.litter import sweep
+from steploop.checkpoint.storage.local import LOCAL
 from steploop.errors import CheckpointDamagedError, CheckpointWriteError, ConfigError, RunExistsError
 from steploop.runs.atomic_files import replace_file
 from steploop.runs.text_names import readable

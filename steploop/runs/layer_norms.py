@@ -7,9 +7,9 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
+from steploop.core.state.train_state import TrainState
 from steploop.core.steps.clipping import global_norm
 from steploop.errors import ConfigError
-from steploop.core.state.train_state import TrainState
 
 __all__ = ["LayerNorms", "group_of", "layer_norms"]
 

@@ -10,17 +10,17 @@ from contextlib import nullcontext
 from functools import reduce
 from typing import Any
 
-from steploop.errors import EmptyDataError, NonFiniteError
 from steploop.core.interruption import Interrupted
-from steploop.runs.layer_norms import LayerNorms
+from steploop.errors import EmptyDataError, NonFiniteError
 from steploop.recipe.recipe import Recipe, State
-from steploop.runs.step_metrics import read_step
+from steploop.runs.layer_norms import LayerNorms
+from steploop.runs.members import at_position, attempted_steps, lead, next_epoch, place_of
 from steploop.runs.monitoring import fold_metrics, stopped
 from steploop.runs.pace import Pace
 from steploop.runs.plan import Ending, Journal, Keeper, Plan, Witness, lines_every
 from steploop.runs.signals import StopFlag
 from steploop.runs.skips import SkipReporter
-from steploop.runs.members import at_position, attempted_steps, lead, next_epoch, place_of
+from steploop.runs.step_metrics import read_step
 
 __all__ = ["Loop"]
 

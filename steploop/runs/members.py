@@ -3,8 +3,8 @@
 from collections.abc import Mapping
 from typing import Any
 
-from steploop.recipe.recipe import State
 from steploop.core.state.train_state import TrainState
+from steploop.recipe.recipe import State
 
 __all__ = ["at_position", "attempted_steps", "lead", "members", "next_epoch", "place_of", "with_lead"]
 

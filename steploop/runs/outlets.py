@@ -5,10 +5,10 @@ from typing import Any
 
 import attrs
 
-from steploop.runs.logs import CsvTable, JsonLines, Logger, Loggers, TensorBoard
 from steploop.recipe.config_values import to_json
 from steploop.runs.directory import Status
 from steploop.runs.journal import logged
+from steploop.runs.logs import CsvTable, JsonLines, Logger, Loggers, TensorBoard
 from steploop.runs.requests import Request
 from steploop.runs.summary import plain_metrics
 

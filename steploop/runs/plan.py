@@ -5,9 +5,9 @@ from typing import Any, Literal, Protocol
 
 import attrs
 
-from steploop.runs.capsules.capsule_writer import Skipped
 from steploop.core.validators import integer
 from steploop.recipe.recipe import State
+from steploop.runs.capsules.capsule_writer import Skipped
 
 __all__ = ["Ending", "Journal", "Keeper", "Plan", "Witness", "lines_every"]
 

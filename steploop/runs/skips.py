@@ -5,8 +5,8 @@ from typing import Any
 from steploop.data.batch_requests import listed
 from steploop.errors import NonFiniteError
 from steploop.recipe.recipe import State
-from steploop.runs.plan import Journal, Witness
 from steploop.runs.members import place_of
+from steploop.runs.plan import Journal, Witness
 
 __all__ = ["SkipReporter"]
 

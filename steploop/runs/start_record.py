@@ -5,13 +5,13 @@ from collections.abc import Mapping
 from typing import Any
 
 from steploop import __version__
-from steploop.runs.logs.screens import Screen
 from steploop.recipe.config_values import to_json
 from steploop.recipe.recipe import Recipe
 from steploop.runs.directory import json_bytes, write_durably
 from steploop.runs.environment import git_commit, versions
-from steploop.runs.requests import Request
+from steploop.runs.logs.screens import Screen
 from steploop.runs.members import lead, members
+from steploop.runs.requests import Request
 
 __all__ = ["announce", "record"]
 

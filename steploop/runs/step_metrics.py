@@ -5,11 +5,11 @@ from typing import Any
 
 from torch import Tensor
 
+from steploop.core.state.train_state import TrainState
 from steploop.core.steps.evaluation import Metric
+from steploop.core.steps.update import check_nonfinite
 from steploop.recipe.recipe import State
 from steploop.runs.members import members
-from steploop.core.state.train_state import TrainState
-from steploop.core.steps.update import check_nonfinite
 
 __all__ = ["MAX_NONFINITE_STEPS", "read_step"]
 

@@ -7,10 +7,10 @@ from typing import Any
 import attrs
 
 from steploop.recipe.recipe import Recipe, State
+from steploop.runs.members import attempted_steps, lead
 from steploop.runs.plan import Ending
 from steploop.runs.requests import Request
 from steploop.runs.signals import StopFlag, exit_code_of
-from steploop.runs.members import attempted_steps, lead
 from steploop.runs.text_names import readable
 
 __all__ = ["Summary", "plain_metrics", "summarize"]

@@ -22,8 +22,8 @@ from torch import Tensor
 
 from steploop import checkpoint
 from steploop.checkpoint.format.batch_files import decode, encode
-from steploop.errors import CheckpointUnsupportedError, ConfigError, DataError
 from steploop.core.state.train_state import TrainState
+from steploop.errors import CheckpointUnsupportedError, ConfigError, DataError
 
 __all__ = ["Capsule", "fill_capsule", "read_capsule"]
 

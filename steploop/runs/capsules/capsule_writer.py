@@ -14,11 +14,11 @@ from typing import Any
 import attrs
 from torch import Tensor
 
-from steploop.runs.capsules.capsule_files import fill_capsule
-from steploop.errors import CheckpointError, ConfigError
 from steploop.core.precision import on_host
-from steploop.recipe.recipe import State
 from steploop.core.state.train_state import TrainState, read_host
+from steploop.errors import CheckpointError, ConfigError
+from steploop.recipe.recipe import State
+from steploop.runs.capsules.capsule_files import fill_capsule
 
 __all__ = ["CapsuleWriter", "Skipped", "state_before"]
 
