@@ -92,7 +92,9 @@ def call(arguments: list[str], *, debug: bool = False) -> int:
         if debug:
             traceback.print_exc()
         else:
-            sys.stderr.write(f"steploop: {error}\n")
+            from steploop.runs.safe_text import safe_lines
+
+            sys.stderr.write(f"steploop: {safe_lines(error)}\n")
         return error.exit_code
     except Interrupted as interrupted:
         from steploop.runs.signals import exit_code_of

@@ -14,6 +14,7 @@ __all__ = ["replay"]
 
 CAPSULE = typer.Argument(help="A directory in capsules/ of a run.", show_default=False)
 DEVICE = typer.Option(help="cpu, cuda (cuda:1) or mps.")
+TRUST = typer.Option("--trust", help="Run the recipe in a capsule whose files belong to another user.")
 JSON = typer.Option("--json", help="One JSON object instead of text.")
 
 
@@ -21,11 +22,17 @@ def replay(
     capsule: Annotated[Path, CAPSULE],
     device: Annotated[str, DEVICE] = "cpu",
     as_json: Annotated[bool, JSON] = False,
+    trust: Annotated[bool, TRUST] = False,
 ) -> None:
-    """Take the step of CAPSULE again, and name the module that first made a value that is not finite."""
+    """Take the step of CAPSULE again, and name the module that first made a value that is not finite.
+
+    This runs the recipe in CAPSULE.
+    """
     from steploop.runs.environment import find_device
+    from steploop.runs.trust import require_trust
     from steploop.tools.replay.capsule_replay import replay as again
 
+    require_trust(capsule, trust=trust, command="replay")
     found = again(capsule, device=find_device(device))
     if as_json:
         import attrs

@@ -60,6 +60,7 @@ LOG = typer.Option(
     help="Log every N steps; default: ten times an epoch, at least every 50.",
     show_default=False,
 )
+TRUST = typer.Option("--trust", help="Run the recipe in a run directory whose files belong to another user.")
 EXACT = typer.Option("--require-exact", help="Refuse to resume where the bits may come out differently.")
 
 _COMPILE = {"on": True, "off": False, "auto": "auto", None: None}
@@ -107,6 +108,7 @@ def run(
     compile: Annotated[CompileMode | None, COMPILE] = None,  # noqa: A002  (the option's name)
     no_tune: Annotated[bool, TUNE] = False,
     require_exact: Annotated[bool, EXACT] = False,
+    trust: Annotated[bool, TRUST] = False,
 ) -> None:
     """Train RECIPE; what it did goes to a run directory, its last metrics to stdout as one JSON line."""
     from steploop.recipe.config_values import split_assignments
@@ -129,6 +131,9 @@ def run(
             raise ConfigError(
                 "--out and --resume are both given. A resumed run goes on in its own directory: leave --out out."
             )
+        from steploop.runs.trust import require_trust
+
+        require_trust(resume_from, trust=trust, command="resume")
         request = resume_request(resume_from, recipe, values, **options)
     elif recipe is None:
         raise ConfigError(
@@ -151,11 +156,12 @@ def resume(
     limit_steps: Annotated[int | None, LIMIT] = None,
     quiet: Annotated[bool, QUIET] = False,
     require_exact: Annotated[bool, EXACT] = False,
+    trust: Annotated[bool, TRUST] = False,
 ) -> None:
-    """Go on with the run in DIRECTORY, at the very batch where it stopped."""
+    """Go on with the run in DIRECTORY, at the very batch where it stopped. This runs the recipe in DIRECTORY."""
     run(
         overrides=overrides, resume_from=directory, device=device, epochs=epochs, limit_steps=limit_steps,
-        quiet=quiet, require_exact=require_exact,
+        quiet=quiet, require_exact=require_exact, trust=trust,
     )  # fmt: skip
 
 
