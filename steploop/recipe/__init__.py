@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 # Public name -> the module it is defined in.
 _HOMES = {
-    "import_extra": "..core.extras",
+    "import_extra": ".core.extras",
     "Recipe": "recipe",
     "find_recipe": "recipe_files",
     "load_recipe_file": "recipe_files",

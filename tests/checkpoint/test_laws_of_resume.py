@@ -1,6 +1,7 @@
 """Law 4: a run that is saved, loaded and gone on with is the run that went on; in a new process too."""
 
 import json
+import os
 import subprocess
 import sys
 from functools import reduce
@@ -86,8 +87,10 @@ def test_a_new_process_goes_on_as_this_one_would_have_with_every_optimizer(tmp_p
             )
             expected[torch_class.__name__] = checkpoint.digest(reduce(loop.step, loop.batches, loop.state))
     command = [sys.executable, "-c", RESUME, str(tmp_path), str(cut)]
+    here = Path(__file__).parent
+    path = os.pathsep.join([str(here.with_name("helpers")), os.environ.get("PYTHONPATH", "")])
     done = subprocess.run(
-        command, cwd=Path(__file__).parents[1] / "helpers", capture_output=True, text=True, check=False
+        command, cwd=here, env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout) == expected
