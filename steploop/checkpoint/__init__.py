@@ -1,4 +1,4 @@
-"""Checkpoints that survive a crash, a power loss and a hostile file: ``save``, ``load``, and a store of them.
+"""Save and load states; a checkpoint survives crashes, power loss and hostile files.
 
     digest = checkpoint.save(state, "run/half")
     state = checkpoint.load("run/half", like=TrainState.create(model, optimizer))
@@ -55,8 +55,8 @@ with a last axis of 2 (real, imaginary). The header follows from the table in ``
 **Limits.** 16 MiB of header and 100,000 tensors a file, 16 axes; ``state.json`` 32 MiB, 32 levels deep, whole numbers
 below 2**64 and counts below 2**53.
 
-**What is refused.** A state whose trained parameters are nan or inf somewhere, unless ``save`` is told that they need not be
-finite: nobody wants to go on from it, and older checkpoints are deleted in its favour. Buffers may hold what they like.
+**What is refused.** A state with a nan or an inf in a trained parameter, unless ``save`` gets ``require_finite=False``: no run
+can go on from it, and it would push out an older, good checkpoint. Buffers may hold any value.
 
 **What is not promised.** Power-loss safety on a disk that lies about flushing, or on a network file system.
 Authenticity: the digests find damage, not somebody who rewrites all of a checkpoint; compare the digest with one kept

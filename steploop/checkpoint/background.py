@@ -1,4 +1,4 @@
-"""Save while training goes on: the state is copied at once, and written by a thread.
+"""Save in the background: copy the state at once, write it in a thread.
 
 Training is held up for the copy alone. The copy goes to memory that is kept from one save to the next, because fresh
 memory costs several times as much as the copying itself: the first save is slower for it. It takes as much memory
@@ -22,7 +22,7 @@ __all__ = ["BackgroundSaver"]
 
 
 class BackgroundSaver:
-    """Saves one state at a time, in the order given, while the caller goes on.
+    """Save states in a thread, one at a time and in order, while training goes on.
 
     A failure is raised by the next ``save``, by ``wait`` or at the end of the ``with`` block: in the training loop, as
     the error that ``steploop.checkpoint.save`` would have raised.
@@ -51,19 +51,19 @@ class BackgroundSaver:
     def save(
         self, state: State, directory: Path | str, *, overwrite: bool = False, require_finite: bool = True
     ) -> None:
-        """Wait for the save before, copy the state, and begin to write the copy.
+        """Wait for the previous save, copy the state, and start writing the copy.
 
         The state may be trained on, or given away, as soon as this returns.
 
         Args:
             state: as for ``steploop.checkpoint.save``.
-            directory: likewise.
-            overwrite: likewise.
-            require_finite: likewise; looked at by the thread, so that training need not wait for it.
+            directory: as for ``steploop.checkpoint.save``.
+            overwrite: as for ``steploop.checkpoint.save``.
+            require_finite: as for ``steploop.checkpoint.save``; the thread checks it, so that training does not wait.
 
         Raises:
             CheckpointWriteError: the save *before* this one failed. This one was not begun.
-            NonFiniteError: a parameter of the save before this one was not finite. Likewise.
+            NonFiniteError: a parameter of the save *before* this one was not finite. This one was not begun.
             CheckpointUnsupportedError: the state holds something that a checkpoint cannot.
             SpentStateError: the state gave its tensors away.
             StepOrderError: it holds gradients that no optimizer step has used.
@@ -79,11 +79,11 @@ class BackgroundSaver:
         self._thread.start()
 
     def wait(self) -> str | None:
-        """Return once what was given is on the disk: the digest of the last checkpoint, or None before the first.
+        """Wait until every save is on the disk; return the last digest, None before the first.
 
         Raises:
             CheckpointWriteError: the last save failed. It is raised once.
-            NonFiniteError: it was refused, because a trained parameter is not finite. Likewise.
+            NonFiniteError: it was refused, because a trained parameter is not finite. It is raised once.
         """
         if self._thread is not None:
             self._thread.join()
@@ -95,14 +95,14 @@ class BackgroundSaver:
 
     @property
     def busy(self) -> bool:
-        """Whether a save is being written at this moment."""
+        """Whether a save is being written now."""
         return self._thread is not None and self._thread.is_alive()
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, kind: object, error: object, trace: object) -> None:
-        """Wait for the last save; an error that is on its way already is not hidden by another."""
+        """Wait for the last save; do not replace an error that is being raised."""
         if error is None:
             self.wait()
         elif self._thread is not None:
@@ -113,11 +113,11 @@ class BackgroundSaver:
             self._digest = write_collected(self._fs, target, snapshot, device, **how)
             if self._after is not None:
                 self._after()
-        except BaseException as failure:  # noqa: BLE001  (whatever it is belongs to the training loop)
+        except BaseException as failure:  # noqa: BLE001  (any failure is raised again in the training loop)
             self._failure = failure
 
     def _snapshot(self, collected: Collected) -> Collected:
-        """A copy on the host, in kept memory where a tensor of the same name, dtype and layout was copied before."""
+        """Copy the tensors to the host, reusing memory of the same name, dtype and layout."""
         sources, targets = [], []
         tensors: dict[str, dict[str, Tensor]] = {}
         kept, self._kept = self._kept, {}

@@ -1,4 +1,4 @@
-"""Whether a state is worth keeping: a trained parameter that is nan or inf is found before anything is written."""
+"""Refuse to save a state with a nan or an inf in a trained parameter."""
 
 import cmath
 from collections.abc import Mapping
@@ -16,7 +16,7 @@ _SUMMED_AS = {torch.float16: torch.float32, torch.bfloat16: torch.float32}
 
 
 def refuse_nonfinite(collected: Collected) -> None:
-    """Raise if a trained parameter is not finite; buffers and frozen parameters may hold what they like.
+    """Raise if a trained parameter is not finite; buffers and frozen parameters are not checked.
 
     Costs one pass at the speed of memory: the sum of finite numbers is finite, unless it overflows, and only where it
     is not are the numbers looked at one by one.
@@ -38,7 +38,7 @@ def refuse_nonfinite(collected: Collected) -> None:
 
 
 def first_nonfinite(tensors: Mapping[str, Tensor]) -> tuple[str, int] | None:
-    """The name of the first tensor with values that are not finite, and how many they are; None where all are."""
+    """Name the first tensor with non-finite values and count them; None if there is none."""
     for name, tensor in tensors.items():
         values = tensor.detach()
         if values.element_size() == 1:  # no arithmetic in float8

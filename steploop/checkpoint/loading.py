@@ -1,4 +1,4 @@
-"""Load a checkpoint: every byte verified before a tensor of it is used."""
+"""Load a checkpoint, and verify every byte before using a tensor of it."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -28,12 +28,12 @@ __all__ = ["Checkpoint", "load", "load_from", "open_checkpoint"]
 
 @attrs.frozen(kw_only=True)
 class Checkpoint:
-    """A checkpoint that was read and found whole.
+    """A checkpoint that was read and verified.
 
     Attributes:
         directory: where it is.
-        manifest: what ``state.json`` says.
-        environment: what ``environment.json`` says: where and when it was written.
+        manifest: the content of ``state.json``.
+        environment: the content of ``environment.json``: where and when it was written.
         tensors: file name -> tensor name -> tensor, in memory of their own.
     """
 
@@ -49,10 +49,10 @@ class Checkpoint:
 
 
 def open_checkpoint(directory: Path | str, *, fs: Fs = LOCAL) -> Checkpoint:
-    """Read all of a checkpoint and verify it.
+    """Read a whole checkpoint and verify it.
 
     Raises:
-        CheckpointDamagedError: a file is missing, changed, too long or none of steploop's; or there is another one.
+        CheckpointDamagedError: a file is missing, changed, too long or not steploop's; or there is an extra file.
         CheckpointVersionError: it is of a format that this version does not read.
     """
     path = find(fs, Path(directory))
@@ -94,10 +94,10 @@ def load(
     migrate: Mapping[str, str | None] | None = None,
     require_exact: bool = False,
 ) -> State:
-    """The state that a checkpoint holds, on the model and optimizer of ``like``.
+    """Load a checkpoint's state onto the model and optimizer of ``like``.
 
     Every byte is verified first, then everything is compared with ``like`` by name, shape and dtype, and only then
-    is a new state built; ``like`` stays as it was, whatever happens. The values are ordinary memory: what becomes of
+    is a new state built; ``like`` stays as it was in every case. The values are ordinary memory: what becomes of
     the files later does not matter.
 
     Args:
@@ -125,7 +125,7 @@ def load_from(
     migrate: Mapping[str, str | None] | None = None,
     require_exact: bool = False,
 ) -> State:
-    """``load``, from a checkpoint that was read already."""
+    """Like ``load``, from a checkpoint that is already read."""
     state = restore(checkpoint.manifest.state, checkpoint.tensors, like, migrate)
     check_environment(checkpoint.environment, device_of(like), require_exact=require_exact)
     return state

@@ -1,4 +1,4 @@
-"""Whether a saved state fits another one, by name, shape and dtype; and the map that makes one fit that does not."""
+"""Compare a saved state with the caller's, and map names where they differ."""
 
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
@@ -22,7 +22,7 @@ class Migrated:
         optimizer: the name of the optimizer's class; compared as text, never looked up.
         groups: the parameter names of each group.
         params: name -> tensor, in the saved order.
-        buffers: likewise.
+        buffers: name -> tensor, in the saved order.
         hyper: the hyperparameters of each group.
         slots: parameter name -> slot name -> value.
         ema: name -> average, or None.
@@ -40,7 +40,7 @@ class Migrated:
 
 
 def differences(saved: Migrated, like: TrainState) -> list[str]:
-    """What keeps a saved state from being loaded into ``like``, one line each; empty where it fits."""
+    """List what keeps a saved state from loading into ``like``; empty if it fits."""
     machine = like._machine
     ours = type(machine.optimizer).__name__
     found = [
@@ -104,7 +104,7 @@ def _group_differences(
 
 
 def migrated(saved: Migrated, like: TrainState, names: Mapping[str, str | None]) -> Migrated:
-    """A saved state made to fit ``like``; every difference is named by the caller or refused.
+    """Make a saved state fit ``like``; refuse every difference that ``names`` does not cover.
 
     What a parameter's optimizer keeps for it goes with it, where the optimizer is of the same class and the
     parameter is trained in both; the grouping and, where it differs, the hyperparameters are those of ``like``.
@@ -120,7 +120,7 @@ def migrated(saved: Migrated, like: TrainState, names: Mapping[str, str | None])
     known = {*saved.params, *saved.buffers, *like._params, *like._buffers}
     if stray := [name for name in names if name not in known]:
         raise CheckpointIncompatibleError(
-            f"migrate: {stray[0]!r} is a parameter or buffer of neither the checkpoint nor this state."
+            f"migrate: neither the checkpoint nor this state has a parameter or buffer {stray[0]!r}."
         )
     if None in names.values() or saved.ema is None:
         like.check_alive("checkpoint.load with migrate")
@@ -169,7 +169,7 @@ def migrated(saved: Migrated, like: TrainState, names: Mapping[str, str | None])
 
 
 def _moved(values: Mapping[str, Any], names: Mapping[str, str | None]) -> dict[str, Any]:
-    """The values under their new names; those that are not loaded are left out."""
+    """Return the values under their new names, without those that are not loaded."""
     renamed: Iterable[tuple[str | None, Any]] = (
         (names.get(name, name), value) for name, value in values.items()
     )
@@ -179,6 +179,6 @@ def _moved(values: Mapping[str, Any], names: Mapping[str, str | None]) -> dict[s
 def _renamed(
     saved: Mapping[str, Tensor], ours: Mapping[str, Tensor], names: Mapping[str, str | None]
 ) -> dict[str, Tensor]:
-    """The same for tensors, with ``ours`` where the map says that ours is kept."""
+    """Return the tensors under their new names, and ours where the map keeps ours."""
     kept = {name: ours[name].detach().clone() for name, new in names.items() if new is None and name in ours}
     return {**_moved(saved, names), **kept}

@@ -1,4 +1,4 @@
-"""What is saved of a state: its plain values as JSON, its tensors by the file and name they are stored under.
+"""Take a state apart for saving: plain values as JSON, tensors by file and name.
 
 Everything is looked at here, before any file exists: what cannot be stored is refused with nothing written.
 """
@@ -75,7 +75,7 @@ class Collected:
 
 
 def members(state: State) -> dict[str, TrainState]:
-    """The states by name; a single one under the empty name.
+    """Return the states by name; a single state has the empty name.
 
     Raises:
         ConfigError: there is none, or a name is not an identifier, as the name of a submodule has to be.
@@ -118,7 +118,7 @@ def collect(state: State) -> Collected:
 
 
 def _metadata(specs: Mapping[str, TensorSpec], aliases: Mapping[str, str]) -> str:
-    """What a reader of the file alone has to know: other names of tied tensors, and which ones are complex128."""
+    """Return what a reader of the file alone needs: names of tied tensors, complex128 tensors."""
     wide = sorted(name for name, spec in specs.items() if spec.dtype == "complex128")
     return json.dumps({"aliases": dict(aliases), "complex128": wide}, sort_keys=True, separators=(",", ":"))
 
@@ -162,14 +162,14 @@ def _record(value: Any) -> dict[str, Any] | None:
 
 
 def tied_names(machine: Machine) -> dict[str, str]:
-    """Further name -> name of a parameter that stands in several places of the module."""
+    """Map each further name of a tied parameter to its first name."""
     model = machine.model
     first = {id(p): name for name, p in model.named_parameters()}
     return {n: first[id(p)] for n, p in model.named_parameters(remove_duplicate=False) if first[id(p)] != n}
 
 
 def _non_persistent(machine: Machine) -> set[str]:
-    """The buffers that the module's own ``state_dict`` leaves out: a plain module would refuse them in its file."""
+    """Name the buffers that the module's ``state_dict`` leaves out."""
     return {
         f"{path}.{name}" if path else name
         for path, module in machine.model.named_modules()
@@ -178,16 +178,16 @@ def _non_persistent(machine: Machine) -> set[str]:
 
 
 def _refuse_shared_memory(state: TrainState) -> None:
-    """Two tensors in one memory move together, and two loaded ones would not."""
+    """Refuse tensors that share memory: they would come back untied."""
     if (shared := shared_memory(state._params, state._buffers)) is not None:
         raise CheckpointUnsupportedError(
-            f"{shared[0]!r} and {shared[1]!r} lie in the same memory but are two tensors, and would not be tied any more "
-            "after loading. Assign the same Parameter in both places, or copy one with clone()."
+            f"{shared[0]!r} and {shared[1]!r} lie in the same memory but are two tensors, and loading would untie them. "
+            "Assign the same Parameter in both places, or copy one with clone()."
         )
 
 
 def _warn_of_full_counters(state: TrainState) -> None:
-    """Torch's optimizers count in float32: past 2**24 the count stands still, and with it the bias correction."""
+    """Warn that torch's float32 step counts stop at 2**24, and with them the bias correction."""
     steps = (slot["step"] for slot in state._slots.values() if isinstance(slot.get("step"), Tensor))
     step = next(steps, None)
     if step is not None and step.numel() == 1 and step.item() >= _LAST_FLOAT32_COUNT:

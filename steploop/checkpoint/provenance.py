@@ -1,4 +1,4 @@
-"""Where a checkpoint was written: what an exact resume depends on besides the state, and who wrote it when.
+"""Record where a checkpoint was written, and compare it with where it is loaded.
 
 None of it belongs to the state, so it stands in a file of its own, outside of the checkpoint's digest: equal runs on
 two machines give equal digests.
@@ -39,11 +39,11 @@ _EXACT: Final = (
 
 
 class InexactResumeWarning(UserWarning):
-    """A run goes on where the last bits of its results may come out differently."""
+    """A run resumes in an environment where the last bits of its results may differ."""
 
 
 def describe_environment(device: torch.device) -> dict[str, Any]:
-    """This process, as far as results depend on it."""
+    """Describe what results depend on in this process."""
     return {
         "steploop": steploop.__version__,
         "torch": torch.__version__,
@@ -64,7 +64,7 @@ def _distributed() -> bool:
 
 
 def environment_bytes(device: torch.device) -> bytes:
-    """The file: the environment, and who wrote the checkpoint when."""
+    """Write ``environment.json``: the environment, the time and the writer."""
     writer = {
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
         "host": socket.gethostname().encode("ascii", "replace").decode(),
@@ -74,7 +74,7 @@ def environment_bytes(device: torch.device) -> bytes:
 
 
 def read_environment(fs: Fs, directory: Path) -> dict[str, Any]:
-    """The content of a checkpoint's environment file.
+    """Read a checkpoint's environment file.
 
     Raises:
         CheckpointDamagedError: it is missing or damaged.
@@ -84,7 +84,7 @@ def read_environment(fs: Fs, directory: Path) -> dict[str, Any]:
 
 
 def check_environment(written: Mapping[str, Any], device: torch.device, *, require_exact: bool) -> None:
-    """Say which differences from where the checkpoint was written may change the last bits of what follows.
+    """Warn of differences to the checkpoint's environment that may change the last bits.
 
     Raises:
         CheckpointIncompatibleError: there are some, and ``require_exact``.

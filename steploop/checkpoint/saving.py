@@ -1,4 +1,4 @@
-"""Save a state: taken apart, written beside, flushed, and put in place at one moment."""
+"""Save a state: take it apart, write temporary files, flush them, rename."""
 
 from collections.abc import Mapping
 from functools import partial
@@ -29,8 +29,8 @@ def save(state: State, directory: Path | str, *, overwrite: bool = False, requir
         state: between two steps; or a mapping of names to states, stored as ``name.parameter``.
         directory: of the checkpoint itself; its parent exists.
         overwrite: take the place of a checkpoint that has the name.
-        require_finite: refuse a state whose trained parameters are nan or inf somewhere: nobody wants to go on from it,
-            and the checkpoint it takes the place of may be the last good one. Buffers may hold what they like.
+        require_finite: refuse a state with a nan or an inf in a trained parameter: no run can go on from it,
+            and the checkpoint it replaces may be the last good one. Buffers may hold any value.
 
     Returns:
         The checkpoint's digest: the SHA-256 of its ``state.json``. Equal states have equal digests.
@@ -53,7 +53,7 @@ def save(state: State, directory: Path | str, *, overwrite: bool = False, requir
 
 
 def device_of(state: State) -> torch.device:
-    """Where the state computes; that of the first of several."""
+    """Return the device of the state, or of the first of several."""
     return next(iter(members(state).values())).device
 
 
@@ -68,7 +68,7 @@ def write_collected(
     tries: int = 3,
     wait_s: float = 0.5,
 ) -> str:
-    """Commit what was collected as the directory ``target``; the digest.
+    """Write a collected state to the directory ``target`` and return its digest.
 
     Raises:
         NonFiniteError: a trained parameter is not finite, and ``require_finite``.
@@ -104,7 +104,7 @@ def _manifest(collected: Collected, files: Mapping[str, FileRecord]) -> Manifest
 
 
 def digest(state: State) -> str:
-    """The digest that ``save`` would return, without writing anything: equal for equal states, bit for bit.
+    """Return the digest that ``save`` would return, without writing; equal states have equal ones.
 
     Everything a checkpoint holds is in it: parameters, buffers, slots, counters, cursor, folds. Where and when it was
     computed is not.

@@ -1,4 +1,4 @@
-"""A directory of checkpoints, one for each saved step: the newest that verifies, the best, and what may be deleted.
+"""Keep a directory of checkpoints, one for each saved step: find the newest, keep the best.
 
 Order is that of the steps as numbers, never of names or clocks. Nothing points at the newest one; it is found.
 """
@@ -26,11 +26,11 @@ _LEAST: Final = 2  # the last one may be the one that is damaged
 
 
 class DamagedCheckpointWarning(UserWarning):
-    """A checkpoint turned out damaged and was put aside; an older one is used."""
+    """A checkpoint was damaged and renamed; an older one is used."""
 
 
 def step_of(state: State) -> int:
-    """The number that a state's checkpoint bears: optimizer steps taken, by the first of several states."""
+    """Return the number of optimizer steps taken, by the first of several states."""
     return next(iter(members(state).values())).step
 
 
@@ -39,9 +39,9 @@ class CheckpointStore:
 
     Args:
         directory: of the checkpoints.
-        keep: how many of the newest to keep, >= 2; the best one is kept besides.
+        keep: how many of the newest to keep, >= 2; the best one is kept as well.
         background: write in a thread while training goes on (see ``BackgroundSaver``).
-        fs: where; tests put another in its place.
+        fs: the storage to write to.
 
     Raises:
         ConfigError: ``keep`` is less than 2.
@@ -62,12 +62,12 @@ class CheckpointStore:
         self._saver = BackgroundSaver(fs=fs, after=self._prune) if background else None
 
     def prepare(self) -> list[str]:
-        """Make the directory, find out whether it can be written to, and clear what crashed runs left.
+        """Create the directory, check that it is writable, and remove what crashed runs left.
 
         Call it before the first step, with the run locked.
 
         Returns:
-            The names of what was found and cleared away.
+            The names of what was removed.
 
         Raises:
             CheckpointWriteError: no checkpoint can be written here; ``errno`` says why.
@@ -77,18 +77,18 @@ class CheckpointStore:
         return sweep(self._fs, self.directory)
 
     def path(self, step: int) -> Path:
-        """Where the checkpoint of a step is, or would be."""
+        """Return the path of a step's checkpoint, whether it exists or not."""
         return self.directory / f"step-{step:012d}"
 
     def steps(self) -> list[int]:
-        """The steps that have a checkpoint, in order; whether they verify is another question."""
+        """List the steps that have a checkpoint, in order, without verifying them."""
         names = (_STEP.fullmatch(name) for name in self._fs.names(self.directory))
         return sorted(
             {int(match[1]) for match in names if match and self.path(int(match[1])).name == match[0]}
         )
 
     def save(self, state: State, *, best: bool = False) -> None:
-        """Keep a state as the checkpoint of its step, in the place of an earlier one of that step.
+        """Save a state as the checkpoint of its step; replace an earlier one of that step.
 
         Older ones are deleted once this one is on the disk: all but the newest ``keep`` and the best.
 
@@ -113,7 +113,7 @@ class CheckpointStore:
             self._prune()
 
     def wait(self) -> None:
-        """Return once everything that was given is on the disk.
+        """Wait until every save is on the disk.
 
         Raises:
             CheckpointWriteError: the last save failed.
@@ -138,16 +138,16 @@ class CheckpointStore:
         migrate: Mapping[str, str | None] | None = None,
         require_exact: bool = False,
     ) -> State | None:
-        """The state of the newest checkpoint that verifies, or of one step; None where there is no checkpoint.
+        """Load the newest checkpoint that verifies, or that of one step; None if there is none.
 
-        A newest one that is damaged is put aside as ``.corrupt-...`` with a warning, and the next older one taken. One
+        A damaged newest one is renamed to ``.corrupt-...`` with a warning, and the next older one is taken. One
         that is asked for by its step has to be whole.
 
         Args:
             like: see ``steploop.checkpoint.load``.
             step: None for the newest.
             migrate: see ``steploop.checkpoint.load``.
-            require_exact: likewise.
+            require_exact: see ``steploop.checkpoint.load``.
 
         Raises:
             CheckpointDamagedError: the one of ``step`` is missing or damaged, or all there are.
@@ -160,7 +160,7 @@ class CheckpointStore:
         return load_from(checkpoint, like=like, migrate=migrate, require_exact=require_exact)
 
     def newest(self) -> Checkpoint | None:
-        """The checkpoint of the highest step that verifies, read; None where there is none at all.
+        """Read the newest checkpoint that verifies; None if there is none at all.
 
         Raises:
             CheckpointDamagedError: there are some, and none verifies. Beginning anew is for the caller to decide.
@@ -173,11 +173,11 @@ class CheckpointStore:
             except CheckpointDamagedError as error:
                 aside = self._put_aside(self.path(step))
                 warnings.warn(
-                    f"{error} It was put aside as {aside.name}.", DamagedCheckpointWarning, stacklevel=3
+                    f"{error} It was renamed to {aside.name}.", DamagedCheckpointWarning, stacklevel=3
                 )
         if steps:
             raise CheckpointDamagedError(
-                f"None of the {len(steps)} checkpoints in {self.directory} verifies. They were put aside as .corrupt-*; to "
+                f"None of the {len(steps)} checkpoints in {self.directory} verifies. They were renamed to .corrupt-*; to "
                 "begin anew, choose another directory."
             )
         return None
@@ -190,5 +190,5 @@ class CheckpointStore:
             self._fs.rename(path, aside)
             self._fs.sync_directory(self.directory)
         except OSError as error:
-            raise write_error(f"The damaged checkpoint {path} could not be put aside", error) from error
+            raise write_error(f"The damaged checkpoint {path} could not be renamed", error) from error
         return aside

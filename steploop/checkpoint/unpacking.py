@@ -1,4 +1,4 @@
-"""A state from what was read: compared with the caller's own by name, shape and dtype, then built as a new value.
+"""Build a state from a checkpoint, after comparing names, shapes and dtypes with the caller's.
 
 Nothing is loaded into anything: a difference raises, and the caller's state is as it was.
 """
@@ -38,7 +38,7 @@ def restore(
     like: State,
     migrate: Mapping[str, str | None] | None,
 ) -> State:
-    """The saved state, or states, on the machines and the devices of ``like``.
+    """Build the saved state, or states, on the machines and devices of ``like``.
 
     Args:
         saved: the ``state`` of a manifest.
@@ -48,14 +48,14 @@ def restore(
 
     Raises:
         CheckpointIncompatibleError: it does not fit; lists the first ten differences.
-        CheckpointDamagedError: it is nothing that steploop writes.
+        CheckpointDamagedError: steploop writes no such state.
     """
     if (
         not isinstance(saved, dict)
         or saved.keys() != {"several", "states"}
         or not isinstance(saved["states"], dict)
     ):
-        raise CheckpointDamagedError("The state in the manifest is nothing that steploop writes.")
+        raise CheckpointDamagedError("The state in the manifest is not what steploop writes.")
     parts, ours = saved["states"], members(like)
     if saved["several"] is not isinstance(like, Mapping) or parts.keys() != ours.keys():
         raise CheckpointIncompatibleError(
@@ -75,7 +75,7 @@ def restore(
         more = f"\n  and {len(found) - _LISTED} more" if len(found) > _LISTED else ""
         lines = "\n  ".join(found[:_LISTED])
         raise CheckpointIncompatibleError(
-            f"The checkpoint holds another state than the one it is loaded into:\n  {lines}{more}\nLoad it into the "
+            f"The checkpoint does not fit the state that it is loaded into:\n  {lines}{more}\nLoad it into the "
             "state it was saved from, or say with migrate={saved name: new name, or None} what may differ."
         )
     return restored if isinstance(like, Mapping) else restored[""]
@@ -86,7 +86,7 @@ def _listed(parts: Mapping[str, Any], *, several: Any) -> str:
 
 
 def _own(migrate: Mapping[str, str | None], name: str) -> Mapping[str, str | None]:
-    """The part of a map that is about one of several states: its names bear the state's as a prefix."""
+    """Return the part of a map for one of several states: names that begin with the state's."""
     if not name:
         return migrate
     prefix = f"{name}."
@@ -95,7 +95,7 @@ def _own(migrate: Mapping[str, str | None], name: str) -> Mapping[str, str | Non
 
 
 def _read_part(values: Any, tensors: Mapping[str, Mapping[str, Tensor]], prefix: str) -> Migrated:
-    """One saved state as checked values; every number of a count is one."""
+    """Check the values of one saved state and return them."""
     expected = {
         *SCALARS,
         *RECORDS,
@@ -109,7 +109,9 @@ def _read_part(values: Any, tensors: Mapping[str, Mapping[str, Tensor]], prefix:
         "transient_buffers",
     }
     if not isinstance(values, dict) or values.keys() != expected:
-        raise CheckpointDamagedError("A state in the manifest has other fields than steploop writes.")
+        raise CheckpointDamagedError(
+            "A state in the manifest has fields that steploop does not write, or lacks some."
+        )
     held = {
         n.removeprefix(prefix): t for n, t in tensors.get(OPTIMIZER_FILE, {}).items() if n.startswith(prefix)
     }
@@ -124,7 +126,7 @@ def _read_part(values: Any, tensors: Mapping[str, Mapping[str, Tensor]], prefix:
         *(part["groups"] if isinstance(part["groups"], list) else [None]),
     ]
     if not all(isinstance(some, list) and all(isinstance(n, str) for n in some) for some in names):
-        raise CheckpointDamagedError("A list of names in the manifest is not one.")
+        raise CheckpointDamagedError("A list of names in the manifest is not a list of texts.")
     if (
         not isinstance(part["optimizer"], str)
         or not _table_of(transient, Tensor)
@@ -139,7 +141,7 @@ def _read_part(values: Any, tensors: Mapping[str, Mapping[str, Tensor]], prefix:
         )
     if len(part["groups"]) != len(part["hyper"]):
         raise CheckpointDamagedError(
-            "The manifest has hyperparameters of other parameter groups than it names."
+            "The manifest names another number of parameter groups than it has hyperparameters for."
         )
     values_of = model | transient
     if missing := [name for name in (*part["params"], *part["buffers"]) if name not in values_of]:
@@ -180,13 +182,13 @@ def _scalar(key: str, value: Any) -> Any:
 
 
 def _record(key: str, value: Any) -> Any:
-    """A record of plain values, made by the one type that the field can have: nothing in a file names a type."""
+    """Make a record of plain values, of the field's own type: no file names a type."""
     if value is None:
         return None
     kind = _RECORD_TYPES[key]
     if not isinstance(value, dict) or value.keys() != {field.name for field in attrs.fields(kind)}:
         raise CheckpointDamagedError(
-            f"{key} is {str(value)[:80]!r} in the manifest, which no steploop writes."
+            f"{key} is {str(value)[:80]!r} in the manifest, which steploop never writes."
         )
     plain = {name: decode(v, f"{key}.{name}", {}) for name, v in value.items()}
     if any(v is not None and not isinstance(v, (bool, int, float)) for v in plain.values()):
@@ -200,7 +202,7 @@ def _record(key: str, value: Any) -> Any:
 
 
 def _build(part: Migrated, like: TrainState) -> TrainState:
-    """A state of its own lease, in the order of ``like``: norms sum in that order, and bits follow it."""
+    """Build a state with its own lease, in the order of ``like``, in which norms are summed."""
     device, machine = like.device, like._machine
     params = {name: _leaf(part.params[name].to(p.device), p) for name, p in like._params.items()}
     fused = {
@@ -237,5 +239,5 @@ def _leaf(values: Tensor, like: Tensor) -> Tensor:
 
 
 def _counts_on_device(group: Mapping[str, Any]) -> bool:
-    """Where a slot named ``step`` belongs: on the host, unless the kernel reads it (as ``Optimizer.load_state_dict``)."""
+    """Whether a slot named ``step`` is on the device, as in ``Optimizer.load_state_dict``."""
     return bool(group.get("capturable") or group.get("fused"))

@@ -1,4 +1,4 @@
-"""Laws of training loops and strategies that generate what they are tested on: for our steps, and for yours.
+"""Test training loops, steploop's and yours, against laws on generated cases.
 
 A law is a plain function that raises AssertionError and names the first tensor that differs, and by how much; it works
 under Hypothesis, under plain pytest and in ``steploop check`` alike. Its docstring states it as an equation.

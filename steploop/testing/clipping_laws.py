@@ -1,4 +1,4 @@
-"""Laws of clipping: bounded, in the same direction, no bit changed below the bound, and torch's numbers."""
+"""Laws of clipping: bounded, same direction, small gradients unchanged, torch's bits."""
 
 import math
 from collections.abc import Callable, Mapping
@@ -40,7 +40,7 @@ _EPS = torch.finfo(torch.float32).eps
 def holding(
     grads: Mapping[str, Tensor], params: Mapping[str, Tensor] | None = None, **options: Any
 ) -> TrainState:
-    """A state that stands just after ``backward_scaled`` with these gradients.
+    """Make a state that has these gradients, as after ``backward_scaled``.
 
     Args:
         grads: name -> gradient, still multiplied by the loss scale if the state has one; copied.
@@ -56,7 +56,7 @@ def holding(
 
 
 def steploop_clip(kind: str, params: Mapping[str, Tensor] | None = None) -> Clip:
-    """``unscale_and_clip(state, kind=bound)`` as a function of gradients alone."""
+    """Apply ``unscale_and_clip(state, kind=bound)`` to gradients alone."""
 
     def clip(grads: Mapping[str, Tensor], bound: float) -> Mapping[str, Tensor]:
         options: dict[str, Any] = {kind: bound}
@@ -72,7 +72,9 @@ def check_norm_is_bounded(clip: Clip, grads: Mapping[str, Tensor], max_norm: flo
     # below float32's normal numbers the unit is the smallest subnormal: in the bound, the quotient and each entry
     tiny = 2**-149 * (1 + norm64(grads.values()) + count)
     allowed = max_norm * (1 + (8 + count) * _EPS) + tiny
-    require(after <= allowed, f"the norm after clipping is at most max_norm = {max_norm!r}, but is {after!r}")
+    require(
+        after <= allowed, f"the norm after clipping must be at most max_norm = {max_norm!r}, but is {after!r}"
+    )
 
 
 def check_clip_keeps_direction(clip: Clip, grads: Mapping[str, Tensor], max_norm: float) -> None:
@@ -81,15 +83,15 @@ def check_clip_keeps_direction(clip: Clip, grads: Mapping[str, Tensor], max_norm
     flat = torch.cat([g.double().reshape(-1) for g in grads.values()])
     after = torch.cat([clipped[name].double().reshape(-1) for name in grads])
     if not flat.numel() or not flat.abs().max():
-        require(not after.any(), "gradients of zero stay zero")
+        require(not after.any(), "gradients of zero must stay zero")
         return
     k = (after[flat.abs().argmax()] / flat[flat.abs().argmax()]).item()
-    require(0 <= k <= 1, f"clipping multiplies by a number in [0, 1], but by {k!r}")
+    require(0 <= k <= 1, f"clipping must multiply by a number in [0, 1], but multiplied by {k!r}")
     # below float32's normal numbers an entry keeps fewer bits: the smallest subnormal is the unit there
     error = (after - k * flat).abs() - (4 * _EPS * (k * flat).abs() + 2**-148)
     require(
         (error <= 0).all(),
-        f"clipping keeps the direction, but entry {int(error.argmax())} is off by {float(error.max()):.3e}",
+        f"clipping must keep the direction, but entry {int(error.argmax())} is off by {float(error.max()):.3e}",
     )
 
 
@@ -100,7 +102,7 @@ def check_clip_leaves_small_gradients(clip: Clip, grads: Mapping[str, Tensor], m
         require_same(
             dict(clip(grads, max_norm)),
             dict(grads),
-            f"gradients of norm {norm.item():g} stay as they are under {max_norm:g}",
+            f"clipping at {max_norm:g} must not change gradients of norm {norm.item():g}",
         )
 
 
@@ -111,19 +113,19 @@ def check_clipping_twice_is_clipping_once(
 
     With u = c / (c + 1e-6) the factor by which torch's formula stays below the bound c, a relative 2 (1 - u) is allowed.
     """
-    require(lower <= bound, "the second bound is the smaller one")
+    require(lower <= bound, "the second bound must be the smaller one")
     once, twice = clip(grads, lower), clip(clip(grads, bound), lower)
     slack = 64 * _EPS + 2e-6 / lower
     for name, g in once.items():
         gap = (g.double() - twice[name].double()).abs() - (slack * g.double().abs() + 2**-140)
         require(
             (gap <= 0).all(),
-            f"clipping at {bound!r} and then at {lower!r} is clipping at {lower!r}: {name} is off by {float(gap.max()):.3e}",
+            f"clipping at {bound!r} and then at {lower!r} must equal clipping at {lower!r}: {name} is off by {float(gap.max()):.3e}",
         )
 
 
 def check_clip_norm_equals_torch(clip: Clip, grads: Mapping[str, Tensor], max_norm: float) -> None:
-    """Law 6. The bits of ``torch.nn.utils.clip_grad_norm_`` on every tree whose norm is finite, and its norm.
+    """Law 6. Gradients and norm equal those of ``torch.nn.utils.clip_grad_norm_``, if finite.
 
     Where the norm is not finite torch writes nan and 0 into the gradients; here they stay as they are, and the step
     is skipped.
@@ -135,18 +137,20 @@ def check_clip_norm_equals_torch(clip: Clip, grads: Mapping[str, Tensor], max_no
     expected: Any = dict(grads)
     if math.isfinite(norm):
         expected = {name: leaf.grad for name, leaf in zip(grads, leaves, strict=True)}
-    require_same(dict(clip(grads, max_norm)), expected, f"clipping at {max_norm!r} equals torch's")
+    require_same(dict(clip(grads, max_norm)), expected, f"clipping at {max_norm!r} must equal torch's")
 
 
 def check_clip_value_equals_torch(clip: Clip, grads: Mapping[str, Tensor], max_value: float) -> None:
-    """Law 6. The bits of ``torch.nn.utils.clip_grad_value_`` on every tree, nan included; beyond float32, no change."""
+    """Law 6. The gradients equal those of ``torch.nn.utils.clip_grad_value_``, nan included."""
     leaves = [nn.Parameter(torch.zeros_like(g)) for g in grads.values()]
     for leaf, g in zip(leaves, grads.values(), strict=True):
         leaf.grad = g.clone()
     if max_value <= torch.finfo(torch.float32).max or max_value == math.inf:  # torch cannot convert others
         torch.nn.utils.clip_grad_value_(leaves, max_value)
     expected: Any = {name: leaf.grad for name, leaf in zip(grads, leaves, strict=True)}
-    require_same(dict(clip(grads, max_value)), expected, f"clipping values at {max_value!r} equals torch's")
+    require_same(
+        dict(clip(grads, max_value)), expected, f"clipping values at {max_value!r} must equal torch's"
+    )
 
 
 def check_adaptive_clip_bounds_each_unit(
@@ -170,12 +174,12 @@ def check_adaptive_clip_bounds_each_unit(
             gap = (after - factor * g).abs() - ((16 + rows.shape[1]) * _EPS * factor * g.abs() + 2**-140)
             require(
                 (gap <= 0).all(),
-                f"unit {unit} of {name} follows the definition of adaptive clipping, but is off by {float(gap.max()):.3e}",
+                f"unit {unit} of {name} must follow the definition of adaptive clipping, but is off by {float(gap.max()):.3e}",
             )
 
 
 def check_only_finite_gradients_are_stepped_on(state: TrainState, **bound: float) -> None:
-    """Law 7. A gradient that is not finite, or whose norm is not, changes neither parameters nor slots nor buffers.
+    """Law 7. A gradient or a norm that is not finite changes no parameter, slot or buffer.
 
         finite:      applied + 1,   nonfinite = 0
         else:        applied,       nonfinite + 1,    all values as they were;         attempted + 1 in both
@@ -203,19 +207,21 @@ def check_only_finite_gradients_are_stepped_on(state: TrainState, **bound: float
     for name, expected in counts.items():
         require(
             after[name] == expected,
-            f"{name} is {expected} after a step with a norm of {norm.item()}, but {after[name]}",
+            f"after a step with a norm of {norm.item()}, {name} must be {expected}, but is {after[name]}",
         )
     if not finite:
         for name in ("params", "slots", "buffers", "ema"):
-            require_same(after[name], before[name], f"a step that is not finite changes none of the {name}")
+            require_same(after[name], before[name], f"a step that is not finite must not change the {name}")
         if state.scale is not None:
             require_same(
-                after["scale"], attrs.evolve(state.scale.updated(finite=False)), "it backs the loss scale off"
+                after["scale"],
+                attrs.evolve(state.scale.updated(finite=False)),
+                "it must back the loss scale off",
             )
 
 
 def check_a_batch_of_nan_changes_nothing(step: Step, state: TrainState, batch: Any) -> None:
-    """Law 7, for a whole step. A batch full of nan is counted and changes no parameter, slot, buffer or average.
+    """Law 7. A batch full of nan is counted and changes no parameter, slot, buffer or average.
 
     Args:
         step: any step.
@@ -228,5 +234,5 @@ def check_a_batch_of_nan_changes_nothing(step: Step, state: TrainState, batch: A
     if after.loss is not None and torch.isfinite(after.loss):
         return
     for name in ("params", "buffers", "slots", "ema", "applied_steps"):
-        require_same(values(after)[name], before[name], f"a batch of nan changes none of the {name}")
-    require(after.attempted_steps == before["attempted_steps"] + 1, "a step that is skipped is counted")
+        require_same(values(after)[name], before[name], f"a batch of nan must not change the {name}")
+    require(after.attempted_steps == before["attempted_steps"] + 1, "a skipped step must be counted")

@@ -1,4 +1,4 @@
-"""The law of deterministic operations: a step uses none of those that torch knows to give other bits every time."""
+"""The law of deterministic operations: a step uses no operation that torch calls non-deterministic."""
 
 import re
 import warnings
@@ -16,7 +16,7 @@ _NAMED = re.compile(r"^(.*?) does not have a deterministic implementation")
 
 
 def check_operations_are_deterministic(step: Step, state: State, batch: Any) -> None:
-    """No operation of the step is one for which torch has no deterministic implementation on this device.
+    """The step uses no operation without a deterministic implementation on this device.
 
     Args:
         step: any step.
@@ -31,14 +31,14 @@ def check_operations_are_deterministic(step: Step, state: State, batch: Any) -> 
     ]
     require(
         not names,
-        f"every operation is deterministic, but torch names {', '.join(names)}. Use another operation, or accept that two "
+        f"every operation must be deterministic, but torch reports {', '.join(names)}. Use another operation, or accept that two "
         "runs differ in their last bits.",
     )
 
 
 @contextmanager
 def _reported_by_torch() -> Iterator[list[warnings.WarningMessage]]:
-    """Torch warns of each operation that is not deterministic; all of it is as it was afterwards."""
+    """Collect torch's warnings about non-deterministic operations, then restore its settings."""
     before = (
         torch.are_deterministic_algorithms_enabled(),
         torch.is_deterministic_algorithms_warn_only_enabled(),

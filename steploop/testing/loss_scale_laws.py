@@ -1,4 +1,4 @@
-"""Laws of the loss scale: powers of two change no bit, and every pattern of overflows gives what GradScaler gives."""
+"""Laws of the loss scale: powers of two change no bit; it follows torch's GradScaler."""
 
 import math
 import warnings
@@ -26,7 +26,7 @@ __all__ = [
 
 
 def in_float32(objective: Callable[[nn.Module, Any], Any]) -> Callable[[nn.Module, Any], Any]:
-    """The objective without autocast: float32 has room for a scale, where float16 rounds small gradients away."""
+    """Run the objective without autocast, because float16 would round small gradients away."""
 
     def unscaled(model: nn.Module, batch: Any) -> Any:
         device = next(model.parameters()).device.type
@@ -37,7 +37,7 @@ def in_float32(objective: Callable[[nn.Module, Any], Any]) -> Callable[[nn.Modul
 
 
 def check_scale_changes_no_bit(step: Step, state: TrainState, batches: Sequence[Any], scale: float) -> None:
-    """Law 8. With S a power of two and nothing overflowing, multiplying by S and dividing again rounds nothing.
+    """Law 8. A loss scale that is a power of two changes no bit, if nothing overflows.
 
         params(fold(step, xs, s with S)) = params(fold(step, xs, s with 1))
 
@@ -47,16 +47,16 @@ def check_scale_changes_no_bit(step: Step, state: TrainState, batches: Sequence[
         batches: of the run.
         scale: S.
     """
-    require(math.frexp(scale)[0] == 0.5, f"the law is about powers of two, not {scale!r}")
+    require(math.frexp(scale)[0] == 0.5, f"the law is about powers of two, but the scale is {scale!r}")
     fixed = LossScale(scale=1.0, growth_interval=2**30, floor=0.0)
     plain = fold(step, batches, attrs.evolve(state.clone(), scale=fixed))
     scaled = fold(step, batches, attrs.evolve(state.clone(), scale=attrs.evolve(fixed, scale=scale)))
-    require(scaled.nonfinite_steps == 0, f"nothing overflows under a scale of {scale!r}")
+    require(scaled.nonfinite_steps == 0, f"nothing must overflow under a scale of {scale!r}")
     for name in ("params", "buffers", "slots", "applied_steps"):
         require_same(
             values(scaled)[name],
             values(plain)[name],
-            f"a loss scale of {scale!r} changes no bit of the {name}",
+            f"a loss scale of {scale!r} must not change a bit of the {name}",
         )
 
 
@@ -77,12 +77,13 @@ def check_scale_follows_torch(scale: LossScale, finite: Sequence[bool]) -> None:
         found = (float(scale.scale), int(scale.growth_tracker))
         expected = (expected_scale, expected_tracker)
         require(
-            found == expected, f"after step {index} scale and tracker are torch's {expected}, but {found}"
+            found == expected,
+            f"after step {index} scale and tracker must be torch's {expected}, but are {found}",
         )
 
 
 def _torch_update(scale: LossScale, *, good: bool) -> tuple[float, int]:
-    """What torch's own kernel makes of a scale; GradScaler.update() is this call and sums over devices."""
+    """Update a scale with torch's own kernel, which ``GradScaler.update()`` calls."""
     current = torch.tensor(float(scale.scale))
     tracker = torch.tensor(int(scale.growth_tracker), dtype=torch.int32)
     found_inf = torch.tensor(0.0 if good else 1.0)
@@ -103,7 +104,7 @@ def check_scaled_steps_follow_torch(
     The scaled gradients of every step are given, finite or not; both unscale them, clip nothing, step and update.
     The floor is the only difference, and gradients that are finite as long as they are scaled but overflow float32
     afterwards, in themselves or in their norm: torch steps on those and we do not. The comparison ends there, and
-    where the first step of torch's fused SGD is skipped, which leaves its momentum in memory that nobody wrote.
+    where the first step of torch's fused SGD is skipped, which leaves its momentum uninitialized.
 
     Args:
         optimizer: the description.
@@ -143,16 +144,16 @@ def check_scaled_steps_follow_torch(
         require_same(
             copied(after["params"]),
             expected,
-            f"after step {index} the parameters are those of GradScaler's loop",
+            f"after step {index} the parameters must equal those of GradScaler's loop",
         )
         require_same(
             {name: after["slots"][name] for name in slots},
             slots,
-            f"after step {index} the optimizer's slots are those of GradScaler's loop",
+            f"after step {index} the optimizer's slots must equal those of GradScaler's loop",
         )
         found = float(after["scale"].scale), int(after["scale"].growth_tracker)
         torchs = max(scaler.get_scale(), scale.floor), scaler._get_growth_tracker()
-        require(found == torchs, f"after step {index} scale and tracker are {torchs}, but {found}")
+        require(found == torchs, f"after step {index} scale and tracker must be {torchs}, but are {found}")
 
 
 def _torch_step(scaler: torch.amp.GradScaler, optimizer: torch.optim.Optimizer) -> None:

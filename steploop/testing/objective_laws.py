@@ -47,13 +47,13 @@ def check_every_parameter_is_reached(step: Step, state: State, batches: Sequence
     names = [f"{part}.{name}" if part else name for part, name in sorted(unreached)]
     require(
         not names,
-        f"every parameter gets a gradient, but none reached {', '.join(names)} in {len(batches)} steps. Use it in forward, look for "
+        f"every parameter must get a gradient, but none reached {', '.join(names)} in {len(batches)} steps. Use it in forward, look for "
         "detach() and torch.no_grad() on the way, or freeze it with requires_grad_(False).",
     )
 
 
 class _Watch:
-    """A hook that crosses a parameter off when a gradient other than 0 comes by."""
+    """A hook that marks a parameter as reached when its gradient is not 0."""
 
     def __init__(self, unreached: set[tuple[str, str]], key: tuple[str, str]) -> None:
         self._unreached = unreached
@@ -73,7 +73,7 @@ def check_one_batch_is_learned(
     part: float = 0.5,
     rates: Sequence[float] = (1e-3, 1e-2, 1e-1),
 ) -> None:
-    """The loss of one small batch, repeated, falls below ``part`` of what it was (of its size, if it is negative).
+    """Repeating one small batch brings its loss below ``part`` of the first one.
 
         min over t <= T of loss(fold(adam, [x] * T, s)) <= loss(s) - (1 - part) |loss(s)|
 
@@ -102,14 +102,14 @@ def check_one_batch_is_learned(
                 unscale_and_clip(backward_scaled(current), max_norm=torch.inf), max_nonfinite_steps=10**9
             )
     raise AssertionError(
-        f"one batch can be learned by heart, but its loss of {first:.4g} came down to {lowest:.4g} at best within {max_steps} steps of Adam "
-        f"(rates {', '.join(f'{r:g}' for r in rates)}). Look at the sign of the loss, at a softmax before cross entropy, and at what the "
+        f"one batch must be learnable by heart, but its loss of {first:.4g} fell to {lowest:.4g} at best within {max_steps} steps of Adam "
+        f"(rates {', '.join(f'{r:g}' for r in rates)}). Look at the sign of the loss, at a softmax before cross entropy, and at how the "
         "labels are matched with."
     )
 
 
 def check_step_lowers_the_loss(step: Step, state: TrainState, batch: Any, *, max_steps: int = 50) -> None:
-    """The recipe's own step, repeated on one batch, brings the loss below what it was.
+    """Repeating the recipe's own step on one batch lowers its loss.
 
     A step that cannot do that goes uphill, or nowhere: a sign, a learning rate of 0 or one that is far too high.
 
@@ -126,13 +126,13 @@ def check_step_lowers_the_loss(step: Step, state: TrainState, batch: Any, *, max
         if losses[-1] < losses[0]:
             return
     raise AssertionError(
-        f"the train step lowers the loss of one batch, but of {losses[0]:.4g} it made {losses[-1]:.4g} in {max_steps} steps and was "
+        f"the train step must lower the loss of one batch, but it went from {losses[0]:.4g} to {losses[-1]:.4g} in {max_steps} steps and was "
         "never lower. Look at the sign of the loss and at the learning rate."
     )
 
 
 def _adams(state: TrainState, rate: float) -> TrainState:
-    """The same values under a fresh Adam, over a copy of the model."""
+    """Give a copy of the model the same values and a fresh Adam."""
     model = copy.deepcopy(state.clone().model)
     return TrainState.create(
         model, Optimizer(torch.optim.Adam, lr=rate), seed=state.seed, precision=state.precision

@@ -1,4 +1,4 @@
-"""The law of optimizers: through ``optimizer_step`` each is bit-equal to itself in a loop written by hand."""
+"""The law of optimizers: ``optimizer_step`` gives the bits of a loop written by hand."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -28,7 +28,7 @@ def check_optimizer_equals_its_loop(
     max_norm: float = 1.0,
     donate: bool = True,
 ) -> None:
-    """Law 16. Parameters, buffers and slots are those of forward, backward, clip, step and zero_grad by hand.
+    """Law 16. Parameters, buffers and slots equal those of a loop written by hand.
 
         for x in xs:  loss(twin, x).backward();  clip_grad_norm_;  torch's step();  zero_grad()
 
@@ -60,7 +60,7 @@ def check_optimizer_equals_its_loop(
         }
         found = {field: values(state)[field] for field in expected}
         require_same(
-            found, expected, f"after step {index} {optimizer} is what it is in a loop written by hand"
+            found, expected, f"after step {index} {optimizer} must equal itself in a loop written by hand"
         )
 
 

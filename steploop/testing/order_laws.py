@@ -1,4 +1,4 @@
-"""Laws of data order: every epoch visits each sample once, in an order that is a function of (seed, epoch) alone."""
+"""Laws of data order: an epoch visits each sample once, in an order made from (seed, epoch)."""
 
 from collections.abc import Callable, Sequence
 from itertools import islice
@@ -18,28 +18,28 @@ __all__ = [
 
 
 class EpochBatches(Protocol):
-    """Batches as ``steploop.data.Loader`` gives them."""
+    """Batches of epochs, such as a ``steploop.data.Loader``."""
 
     def epoch(self, epoch: int, start: int = 0) -> Any:
-        """The batches of an epoch from the cursor ``start`` on."""
+        """Return the batches of an epoch from number ``start`` on."""
         ...
 
 
 def check_epoch_is_a_permutation(n: int, *, seed: int, epoch: int, shuffle: bool = True) -> None:
-    """Law 15. The order of an epoch is a permutation of 0 .. n - 1, and the same whenever it is asked for."""
+    """Law 15. The order of an epoch is a permutation of 0 .. n - 1, the same at every call."""
     order = epoch_order(n, seed=seed, epoch=epoch, shuffle=shuffle)
     require(
         sorted(order.tolist()) == list(range(n)),
-        f"epoch {epoch} visits each of {n} samples once, but in {order.tolist()}",
+        f"epoch {epoch} must visit each of {n} samples once, but its order is {order.tolist()}",
     )
     again = epoch_order(n, seed=seed, epoch=epoch, shuffle=shuffle)
-    require_same(again, order, f"the order of epoch {epoch} is a function of (seed, epoch)")
+    require_same(again, order, f"the order of epoch {epoch} must be a function of (seed, epoch)")
 
 
 def check_ranks_partition_the_epoch(
     n: int, *, seed: int, epoch: int, batch_size: int, world_size: int, drop_last: bool
 ) -> None:
-    """Law 15. The ranks' shares are disjoint, of the same number of batches, and together the whole epoch.
+    """Law 15. The ranks' shares are disjoint, equally long, and together the whole epoch.
 
     With drop_last the samples of the incomplete global batch are missing, fewer than batch_size * world_size; an epoch
     of fewer samples than ranks has no batch at all.
@@ -58,19 +58,20 @@ def check_ranks_partition_the_epoch(
     ]
     seen = [index for share in shares for index in share]
     require(
-        len(set(seen)) == len(seen), f"no sample is seen by two ranks or twice, but the shares are {shares}"
+        len(set(seen)) == len(seen),
+        f"no sample may be seen by two ranks or twice, but the shares are {shares}",
     )
     group = batch_size * world_size
     expected = n - n % group if drop_last else (n if count else 0)
-    require(len(seen) == expected, f"the ranks see {expected} of {n} samples, but {len(seen)}")
-    require(drop_last or count or n < world_size, f"{n} samples give {world_size} ranks a batch each")
-    require(set(seen) <= set(range(n)), f"the ranks see samples of the epoch, but {seen}")
+    require(len(seen) == expected, f"the ranks must see {expected} of {n} samples, but saw {len(seen)}")
+    require(drop_last or count or n < world_size, f"{n} samples must give {world_size} ranks a batch each")
+    require(set(seen) <= set(range(n)), f"the ranks must see samples of the epoch, but saw {seen}")
 
 
 def first_batches(
     batches: EpochBatches, epoch: int, start: int = 0, *, limit: int | None = None
 ) -> list[Any]:
-    """Copies of the batches of an epoch from ``start`` on; of the first ``limit`` of them, if it is given."""
+    """Copy the batches of an epoch from ``start`` on, at most ``limit`` of them."""
     iterator = batches.epoch(epoch, start)
     found = [copied(batch) for batch in islice(iterator, limit)]
     if callable(close := getattr(iterator, "close", None)):
@@ -81,7 +82,7 @@ def first_batches(
 def check_cursor_continues_the_epoch(
     batches: EpochBatches, epoch: int, cut: int, *, limit: int | None = None
 ) -> None:
-    """Law 15. epoch(e, cut) = epoch(e)[cut:]: a cursor goes on exactly, without replaying.
+    """Law 15. epoch(e, cut) = epoch(e)[cut:]: a cursor continues exactly, without replaying.
 
     Args:
         batches: to be read twice.
@@ -91,7 +92,7 @@ def check_cursor_continues_the_epoch(
     """
     whole = first_batches(batches, epoch, limit=limit)
     rest = first_batches(batches, epoch, cut, limit=None if limit is None else limit - cut)
-    require_same(rest, whole[cut:], f"epoch {epoch} from batch {cut} on is the rest of the epoch")
+    require_same(rest, whole[cut:], f"epoch {epoch} from batch {cut} on must be the rest of the epoch")
 
 
 def check_batches_do_not_depend_on_workers(
@@ -112,5 +113,5 @@ def check_batches_do_not_depend_on_workers(
     for epoch in epochs:
         expected = first_batches(make_batches(workers[0]), epoch, limit=limit)
         for number in workers[1:]:
-            law = f"the batches of epoch {epoch} with {number} workers are those with {workers[0]}"
+            law = f"the batches of epoch {epoch} with {number} workers must equal those with {workers[0]}"
             require_same(first_batches(make_batches(number), epoch, limit=limit), expected, law)

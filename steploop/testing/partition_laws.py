@@ -1,4 +1,4 @@
-"""Laws of accumulation and evaluation: how the samples are cut into batches does not matter, and looking changes nothing."""
+"""Laws of accumulation and evaluation: the cut into batches does not matter, and evaluating changes nothing."""
 
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -44,9 +44,9 @@ TOLERANCE = 2e-5
 
 
 def split(batch: Any, sizes: Sequence[int]) -> list[Any]:
-    """The batch cut into parts of these sizes along the first axis of each tensor that is as long as the batch."""
+    """Cut a batch into parts of these sizes, along the first axis of its tensors."""
     whole = count_samples(batch)
-    require(whole == sum(sizes), f"the parts {list(sizes)} make up the {whole} samples of the batch")
+    require(whole == sum(sizes), f"the parts {list(sizes)} must add up to the {whole} samples of the batch")
     ends = [sum(sizes[: i + 1]) for i in range(len(sizes))]
 
     def part(start: int, end: int) -> Any:
@@ -79,11 +79,11 @@ def check_partition_gives_the_whole_gradient(
     found, expected = (dict(s.grads or {}) for s in (parts, whole))
     require(
         list(found) == list(expected),
-        f"a partition reaches the same parameters, but {list(found)} are not {list(expected)}",
+        f"a partition must reach the same parameters, but {list(found)} are not {list(expected)}",
     )
     if not all(bool(g.isfinite().all()) for g in expected.values()):
         return
-    require_near = partial(_require_near, law=f"the partition {list(sizes)} gives what the whole batch gives")
+    require_near = partial(_require_near, law=f"the partition {list(sizes)} must equal the whole batch")
     largest = max((float(g.abs().max()) for g in expected.values() if g.numel()), default=0.0)
     rounding = torch.finfo(DTYPES[state.precision]).eps
     if state.scale is not None:
@@ -105,20 +105,20 @@ def check_same_metrics(
     tolerance: float = TOLERANCE,
 ) -> None:
     """Two evaluations agree in every metric, up to ``tolerance`` (relative, and absolute below 1)."""
-    require(list(found) == list(expected), f"{law}: the metrics are {list(expected)}, but {list(found)}")
+    require(list(found) == list(expected), f"{law}: the metrics are {list(found)}, not {list(expected)}")
     for name, value in expected.items():
         other = found[name]
         if value is None or other is None or math.isnan(value):
             same = value is other or (value is not None and other is not None and math.isnan(other))
         else:
             same = abs(other - value) <= tolerance * max(abs(value), 1.0)
-        require(same, f"{law}: {name} is {value!r}, but {other!r}")
+        require(same, f"{law}: {name} is {value!r} and {other!r}")
 
 
 def check_evaluation_ignores_partition(
     evaluation: Evaluation, state: State, batch: Any, sizes: Sequence[int], *, tolerance: float = TOLERANCE
 ) -> None:
-    """Law 14. evaluation(s, [x]) = evaluation(s, [x_1, ..., x_k]): neither batch size nor a short last batch matters.
+    """Law 14. evaluation(s, [x]) = evaluation(s, [x_1, ..., x_k]): the batch size does not matter.
 
     Args:
         evaluation: ``(state, batches) -> metrics``.
@@ -131,7 +131,7 @@ def check_evaluation_ignores_partition(
     check_same_metrics(
         parts,
         whole,
-        f"the evaluation of {sum(sizes)} samples does not depend on the partition {list(sizes)}",
+        f"the evaluation of {sum(sizes)} samples must not depend on the partition {list(sizes)}",
         tolerance,
     )
 
@@ -142,14 +142,14 @@ def check_evaluation_ignores_order(
     """Law 14. evaluation(s, xs) = evaluation(s, reversed xs)."""
     forth, back = evaluation(state, batches), evaluation(state, list(batches)[::-1])
     check_same_metrics(
-        back, forth, f"the evaluation of {len(batches)} batches does not depend on their order", tolerance
+        back, forth, f"the evaluation of {len(batches)} batches must not depend on their order", tolerance
     )
 
 
 def check_evaluation_changes_nothing(
     evaluate: Callable[[Any], Any], state: State, step: Step, batches: Sequence[Any]
 ) -> None:
-    """Law 14. Evaluating leaves values, buffers, ``.grad``, random numbers and modes as they were, and training too.
+    """Law 14. Evaluating changes no value, buffer, ``.grad``, random number or training mode.
 
         fold(s, xs) with an evaluation before each step = fold(s, xs)
 
@@ -164,16 +164,14 @@ def check_evaluation_changes_nothing(
     for batch in batches:
         before, surroundings = copied(values(current)), _surroundings(current)
         evaluate(current)
-        require_same(values(current), before, "an evaluation leaves the state as it was")
-        require_same(
-            _surroundings(current), surroundings, "an evaluation leaves its surroundings as they were"
-        )
+        require_same(values(current), before, "an evaluation must not change the state")
+        require_same(_surroundings(current), surroundings, "an evaluation must not change its surroundings")
         current = step(current, batch)
-    require_same(current, expected, "training goes on as if there had been no evaluation")
+    require_same(current, expected, "an evaluation must not change the training that follows")
 
 
 def _surroundings(state: State) -> dict[str, Any]:
-    """What an evaluation may disturb without touching a value of the state."""
+    """Collect what an evaluation could disturb outside of the state's values."""
     found: dict[str, Any] = {
         "torch's generator": torch.default_generator.get_state(),
         "grad mode": torch.is_grad_enabled(),

@@ -1,4 +1,4 @@
-"""Laws of a pure step: its input stays whole, nothing but its arguments decides, and a spent state is never silently wrong."""
+"""Laws of a pure step: its input stays whole, only its arguments count, a spent state refuses use."""
 
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -43,13 +43,13 @@ __all__ = [
 ]
 
 _AGAIN = (
-    "the same state and batch give the same result again (else something outside of the state changes: a global, a closure, "
+    "the same state and batch must give the same result again (something outside of the state changes: a global, a closure, "
     "an attribute of the model, or random numbers that the state does not seed)"
 )
 
 
 def check_input_stays_whole(step: Step, state: State, batch: Any) -> None:
-    """Law 1. A pure step leaves the state that went in as it was, and can take it again.
+    """Law 1. A pure step does not change its input, which can be used again.
 
         v = values(s),  a = step(s, x),  b = step(s, x):      values(s) = v,   values(a) = values(b)
 
@@ -60,21 +60,21 @@ def check_input_stays_whole(step: Step, state: State, batch: Any) -> None:
     """
     before, batch_before = copied(values(state)), copied(batch)
     first = step(state, batch)
-    require_same(values(state), before, "the state that went in stays as it was")
-    require_same(batch, batch_before, "the batch stays as it was")
+    require_same(values(state), before, "a step must not change the state that went in")
+    require_same(batch, batch_before, "a step must not change its batch")
     result = copied(values(first))
     second = step(state, batch)
     require_same(values(second), result, _AGAIN)
-    require_same(values(first), result, "a result stays as it was when its input is used again")
+    require_same(values(first), result, "a result must not change when its input is used again")
 
 
 def pure(step: Step) -> Step:
-    """The pure form of any step: it works on a copy, and its input stays whole."""
+    """Make any step pure: it works on a copy, and its input stays whole."""
     return lambda state, batch: step(clone(state), batch)
 
 
 def check_donation_equals_copy(step: Step, pure_step: Step, state: State, batch: Any) -> None:
-    """Law 2. A donating step gives the bits of the pure one, and afterwards every use of its input raises.
+    """Law 2. A donating step gives the bits of the pure one, and then its input refuses use.
 
         values(step(clone(s), x)) = values(pure_step(s, x)),      use(s) raises SpentStateError
 
@@ -87,13 +87,13 @@ def check_donation_equals_copy(step: Step, pure_step: Step, state: State, batch:
     expected = pure_step(state, batch)
     given = clone(state)
     result = step(given, batch)
-    require_same(result, expected, "donation changes no bit of the result")
+    require_same(result, expected, "donation must not change a bit of the result")
     for spent in members(given).values():
         check_spent_state_refuses_use(spent, batch)
 
 
 def check_spent_state_refuses_use(spent: TrainState, batch: Any) -> None:
-    """Every use of a spent state raises SpentStateError, which names the step that spent it and says what to do."""
+    """Every use of a spent state raises SpentStateError, which says by what and what to do."""
 
     def objective(model: Any, _: Any) -> Any:
         return next(model.parameters()).sum()
@@ -119,14 +119,14 @@ def check_spent_state_refuses_use(spent: TrainState, batch: Any) -> None:
         except SpentStateError as error:
             require(
                 str(error).startswith(name) and "clone()" in str(error),
-                f"the error of {name} on a spent state says which use it was and what to do, but is: {error}",
+                f"the error of {name} on a spent state must say which use it was and what to do, but is: {error}",
             )
         else:
-            raise AssertionError(f"{name} of a spent state raises SpentStateError, but it gave a result.")
+            raise AssertionError(f"{name} of a spent state must raise SpentStateError, but it gave a result.")
 
 
 def check_same_input_same_result(step: Step, state: State, batches: Sequence[Any]) -> None:
-    """The result is a function of the state and the batches, and of nothing that a call leaves behind.
+    """The result depends on the state and the batches only, not on earlier calls.
 
         fold(clone(s), xs) = fold(clone(s), xs),    twice in a row: no counter, cache or closure moves on
 
@@ -149,7 +149,7 @@ def check_same_input_same_result(step: Step, state: State, batches: Sequence[Any
 
 @contextmanager
 def _other_generators(_: State) -> Iterator[None]:
-    """Other numbers from torch's, Python's and NumPy's global generators; put back on leaving."""
+    """Move torch's, Python's and NumPy's global generators; restore them on exit."""
     before = torch.default_generator.get_state(), random.getstate(), np.random.get_state()  # noqa: NPY002  (the global one)
     torch.default_generator.manual_seed(20_061_216)
     random.seed(20_061_216)
@@ -158,7 +158,7 @@ def _other_generators(_: State) -> Iterator[None]:
     try:
         yield
         same = torch.equal(torch.default_generator.get_state(), drawn)
-        require(same, "a step leaves the caller's random numbers alone, but torch's generator has moved")
+        require(same, "a step must not move the caller's random numbers, but torch's generator has moved")
     finally:
         torch.default_generator.set_state(before[0])
         random.setstate(before[1])
@@ -184,14 +184,16 @@ def _float64_by_default(_: State) -> Iterator[None]:
     torch.set_default_dtype(torch.float64)
     try:
         yield
-        require(torch.get_default_dtype() is torch.float64, "a step leaves the caller's default dtype alone")
+        require(
+            torch.get_default_dtype() is torch.float64, "a step must not change the caller's default dtype"
+        )
     finally:
         torch.set_default_dtype(before)
 
 
 @contextmanager
 def _leftover_gradients(state: State) -> Iterator[None]:
-    """Somebody called ``backward()`` and forgot what it left in ``.grad``."""
+    """Leave gradients in ``.grad``, as a forgotten ``backward()`` does."""
     leaves = [p for s in members(state).values() for p in s.params.values() if p.requires_grad]
     for leaf in leaves:
         leaf.grad = torch.full_like(leaf, 3.0)
@@ -206,7 +208,7 @@ def _leftover_gradients(state: State) -> Iterator[None]:
 def _grad_mode(_: State, *, inference: bool) -> Iterator[None]:
     with torch.inference_mode() if inference else torch.no_grad():
         yield
-        require(not torch.is_grad_enabled(), "a step leaves the caller's grad mode alone")
+        require(not torch.is_grad_enabled(), "a step must not change the caller's grad mode")
 
 
 @contextmanager
@@ -229,7 +231,7 @@ SURROUNDINGS: Mapping[str, Callable[[State], AbstractContextManager[None]]] = {
 
 
 def check_surroundings(step: Step, state: State, batches: Sequence[Any], name: str) -> None:
-    """Law 5. What the caller left switched on changes no bit, and is as it was afterwards.
+    """Law 5. Settings that the caller left on change no bit, and stay as they were.
 
         fold(clone(s), xs) under the surrounding = fold(clone(s), xs)
 
@@ -246,10 +248,10 @@ def check_surroundings(step: Step, state: State, batches: Sequence[Any], name: s
     with SURROUNDINGS[name](inside):
         inside = fold(step, batches[:-1], inside)
     result = fold(step, batches[-1:], inside)
-    require_same(values(result), expected, f"the result does not depend on {name}")
+    require_same(values(result), expected, f"the result must not depend on {name}")
 
 
 def check_all_surroundings(step: Step, state: State, batches: Sequence[Any]) -> None:
-    """``check_surroundings`` for each of ``SURROUNDINGS``."""
+    """Run ``check_surroundings`` for each of ``SURROUNDINGS``."""
     for name in SURROUNDINGS:
         check_surroundings(step, state, batches, name)

@@ -1,4 +1,4 @@
-"""Laws of a run as a fold: it can be cut anywhere, saved and loaded there, and two runs do not disturb each other."""
+"""Laws of whole runs: they can be cut, saved and loaded anywhere, and do not disturb each other."""
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -11,7 +11,7 @@ __all__ = ["check_fold_splits", "check_resume_is_exact", "check_runs_do_not_dist
 
 
 def check_fold_splits(step: Step, state: State, batches: Sequence[Any], cut: int) -> None:
-    """Law 3. A run is the run of its second part after the run of its first, at every cut.
+    """Law 3. A run equals its first part followed by its second part, at every cut.
 
         fold(s, a + b) = fold(fold(s, a), b) = fold(clone(fold(s, a)), b)
 
@@ -25,18 +25,22 @@ def check_fold_splits(step: Step, state: State, batches: Sequence[Any], cut: int
     half = fold(step, batches[:cut], clone(state))
     kept, half_values = clone(half), copied(values(half))
     require_same(
-        fold(step, batches[cut:], half), whole, f"a run cut after {cut} batches goes on as it would have"
+        fold(step, batches[cut:], half),
+        whole,
+        f"a run cut after {cut} batches must equal the uninterrupted run",
     )
-    require_same(kept, half_values, "a clone stays as it was when the state it was made from goes on")
+    require_same(kept, half_values, "a clone must not change when its original is trained")
     require_same(
-        fold(step, batches[cut:], kept), whole, f"a clone made after {cut} batches goes on as the original"
+        fold(step, batches[cut:], kept),
+        whole,
+        f"a clone made after {cut} batches must train like the original",
     )
 
 
 def check_runs_do_not_disturb_each_other(
     step: Step, one: State, other: State, batches: Sequence[Any]
 ) -> None:
-    """Two runs that take turns, over the same model or not, are two runs.
+    """Two runs that take turns, even over one model, do not disturb each other.
 
     With s and t the two states, stepped in turn:      s_n = fold(s, xs),   t_n = fold(t, xs)
 
@@ -50,8 +54,8 @@ def check_runs_do_not_disturb_each_other(
     s, t = clone(one), clone(other)
     for batch in batches:
         s, t = step(s, batch), step(t, batch)
-    require_same(s, alone[0], "a run is not disturbed by another that takes turns with it")
-    require_same(t, alone[1], "the other run is not disturbed either")
+    require_same(s, alone[0], "a run must not be disturbed by another that takes turns with it")
+    require_same(t, alone[1], "the other run must not be disturbed either")
 
 
 def check_resume_is_exact(
@@ -65,7 +69,7 @@ def check_resume_is_exact(
     load: Callable[[Path, State], State] | None = None,
     resumed_step: Step | None = None,
 ) -> None:
-    """Law 4. A run that is saved, loaded and gone on with is the run that went on, bit for bit.
+    """Law 4. A run that is saved, loaded and continued equals the uninterrupted run, bit for bit.
 
         fold(load(save(fold(s, a))), b) = fold(s, a + b)
 
@@ -86,10 +90,12 @@ def check_resume_is_exact(
         place = Path(folder) / "checkpoint"
         save(half, place)
         loaded = load(place, like)
-    require_same(loaded, half, f"loading gives what was saved after {cut} batches")
-    require(loaded is not half, "loading gives a state of its own")
+    require_same(loaded, half, f"loading must give what was saved after {cut} batches")
+    require(loaded is not half, "loading must give a new state")
     result = fold(resumed_step or step, batches[cut:], loaded)
-    require_same(result, whole, f"a run saved and loaded after {cut} batches goes on as it would have")
+    require_same(
+        result, whole, f"a run saved and loaded after {cut} batches must equal the uninterrupted run"
+    )
 
 
 def _save(state: State, folder: Path) -> None:

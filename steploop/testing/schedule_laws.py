@@ -1,4 +1,4 @@
-"""Laws of schedules: pure functions of the step that are torch's, and a rate that does not depend on how one got there."""
+"""Laws of schedules: pure functions of the step that equal torch's schedulers."""
 
 import warnings
 from collections.abc import Callable
@@ -26,7 +26,7 @@ def torch_rates(
     lr: float = 0.1,
     momentum: float = 0.9,
 ) -> list[Rates]:
-    """Rate and momentum of every step as a training loop with a torch scheduler sees them."""
+    """Tabulate the rate and momentum that a torch scheduler gives to every step."""
     optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=lr, momentum=momentum)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # about chained schedulers, and about steps that change nothing
@@ -64,23 +64,26 @@ def check_schedule_equals_torch(
         rate = found.learning_rate if isinstance(found, Rates) else found
         # two rates that have both outgrown every number are equal, and their difference is no number
         near = rate == expected.learning_rate or abs(rate - expected.learning_rate) <= tolerance(step)
-        require(near, f"{learning_rate} at step {step} is torch's {expected.learning_rate!r}, but {rate!r}")
+        require(
+            near,
+            f"{learning_rate} at step {step} must be torch's {expected.learning_rate!r}, but is {rate!r}",
+        )
         if isinstance(found, Rates):
             same = found.momentum == expected.momentum
             require(
                 same,
-                f"the momentum of {learning_rate} at step {step} is torch's {expected.momentum!r}, but {found.momentum!r}",
+                f"the momentum of {learning_rate} at step {step} must be torch's {expected.momentum!r}, but is {found.momentum!r}",
             )
 
 
 def check_schedule_is_a_function(learning_rate: Schedule, steps: int) -> None:
-    """Law 12. The rate of a step is the same whenever it is asked for, in any order."""
+    """Law 12. The rate of a step is the same at every call, in any order."""
     forth = [learning_rate(step) for step in range(steps)]
     back = [learning_rate(step) for step in reversed(range(steps))][::-1]
-    require_same(back, forth, f"{learning_rate} gives the same rates backwards as forwards")
+    require_same(back, forth, f"{learning_rate} must give the same rates backwards as forwards")
 
 
 def check_scheduling_is_idempotent(state: TrainState, learning_rate: Schedule) -> None:
     """Law 12. schedule(schedule(s, f), f) = schedule(s, f): it follows the steps taken, not the calls."""
     once = schedule(state, learning_rate)
-    require_same(schedule(once, learning_rate), once, "scheduling twice is scheduling once")
+    require_same(schedule(once, learning_rate), once, "scheduling twice must equal scheduling once")

@@ -1,4 +1,4 @@
-"""What laws are made of: a state as a tree of values, copies of it, folds, and comparison bit for bit."""
+"""Compare states bit for bit; copy them, and fold steps over batches."""
 
 import math
 from collections.abc import Callable, Iterable, Mapping
@@ -34,12 +34,12 @@ _SAVED = (
 
 
 def members(state: State) -> dict[str, TrainState]:
-    """The states by name; a single one under the empty name."""
+    """Return the states by name; a single state has the empty name."""
     return dict(state) if isinstance(state, Mapping) else {"": state}
 
 
 def values(state: State) -> dict[str, Any]:
-    """All that the next step depends on, as one tree of tensors and plain values; what is in flight is left out."""
+    """Return all that the next step depends on, as one tree of tensors and plain values."""
     trees = {
         name: {field: getattr(s.settle(), field) for field in _SAVED} for name, s in members(state).items()
     }
@@ -47,17 +47,17 @@ def values(state: State) -> dict[str, Any]:
 
 
 def copied(tree: Any) -> Any:
-    """The tree with copies of its tensors: what it was, whatever is done to the tensors."""
+    """Copy a tree and its tensors."""
     return map_tensors(lambda t: t.detach().clone(), tree)
 
 
 def clone(state: State) -> State:
-    """A copy of one state or of several, which shares no tensor."""
+    """Copy one state or several; the copy shares no tensor."""
     return {name: s.clone() for name, s in state.items()} if isinstance(state, Mapping) else state.clone()
 
 
 def fold(step: Step, batches: Iterable[Any], state: State) -> Any:
-    """``functools.reduce(step, batches, state)``."""
+    """Return ``functools.reduce(step, batches, state)``."""
     return reduce(step, batches, state)
 
 
@@ -86,5 +86,5 @@ def _tree(value: Any) -> Any:
 
 
 def norm64(grads: Iterable[Tensor]) -> float:
-    """The L2 norm of all entries together, in float64."""
+    """Compute the L2 norm of all entries together, in float64."""
     return math.sqrt(sum(float(g.double().square().sum()) for g in grads))

@@ -1,4 +1,4 @@
-"""Laws of the folds over metrics: early stopping, the best value, and the plateau."""
+"""Laws of early stopping, the best value and the plateau, over any history of metrics."""
 
 import json
 import math
@@ -31,16 +31,16 @@ class MetricFold(Protocol):
     """What ``EarlyStopping`` and ``ReduceLROnPlateau`` have in common."""
 
     def init(self) -> Any:
-        """The state before the first check."""
+        """Return the state before the first check."""
         ...
 
     def update(self, state: Any, metric: float) -> Any:
-        """The state after one more check."""
+        """Return the state after one more check."""
         ...
 
 
 def stop_check(early: EarlyStopping, history: Sequence[float]) -> float:
-    """The 1-based check at which a run stops, or infinity."""
+    """Return the 1-based check at which a run stops, or infinity."""
     states = accumulate(history, early.update, initial=early.init())
     return next((check for check, state in enumerate(states) if state.stopped), math.inf)
 
@@ -60,9 +60,9 @@ def check_stops_at_the_patience_th_bad_check(early: EarlyStopping, history: Sequ
     ends = range(early.patience, len(bad) + 1)
     expected = next((end for end in ends if all(bad[end - early.patience : end])), math.inf)
     found = stop_check(early, history)
-    require(found == expected, f"{early} stops at check {expected}, but at {found}")
+    require(found == expected, f"{early} must stop at check {expected}, but stopped at {found}")
     stopped = reduce(early.update, history, early.init()).stopped
-    require(stopped == (expected <= len(history)), f"{early}: once stopped it stays stopped")
+    require(stopped == (expected <= len(history)), f"{early}: once stopped it must stay stopped")
 
 
 def check_best_is_the_running_best(early: EarlyStopping, history: Sequence[float]) -> None:
@@ -70,7 +70,7 @@ def check_best_is_the_running_best(early: EarlyStopping, history: Sequence[float
     numbers = [value for value in history if not math.isnan(value)]
     best = (min if early.mode == "min" else max)(numbers, default=None)
     found = reduce(early.update, history, early.init()).best
-    require(found == best, f"{early}: the best of {list(history)} is {best}, but {found}")
+    require(found == best, f"{early}: the best of {list(history)} must be {best}, but is {found}")
 
 
 def check_more_patience_never_stops_earlier(
@@ -81,7 +81,7 @@ def check_more_patience_never_stops_earlier(
     less, greater = stop_check(early, history), stop_check(longer, history)
     require(
         greater >= less,
-        f"more patience never stops earlier, but {longer} stops at {greater} and {early} at {less}",
+        f"more patience must not stop earlier, but {longer} stops at {greater} and {early} at {less}",
     )
 
 
@@ -93,7 +93,7 @@ def check_more_min_delta_never_stops_later(
     less, greater = stop_check(early, history), stop_check(stricter, history)
     require(
         greater <= less,
-        f"more min_delta never stops later, but {stricter} stops at {greater} and {early} at {less}",
+        f"more min_delta must not stop later, but {stricter} stops at {greater} and {early} at {less}",
     )
 
 
@@ -104,7 +104,9 @@ def check_max_is_min_of_the_negative(early: EarlyStopping, history: Sequence[flo
     highs = accumulate(history, most.update, initial=most.init())
     for check, (low, high) in enumerate(zip(lows, highs, strict=True)):
         mirrored = high if high.best is None else attrs.evolve(high, best=-high.best)
-        require(low == mirrored, f"max of x is min of -x, but after check {check} {low} is not {mirrored}")
+        require(
+            low == mirrored, f"max of x must equal min of -x, but after check {check} {low} is not {mirrored}"
+        )
 
 
 def check_metric_fold_splits(described: MetricFold, history: Sequence[float], cut: int) -> None:
@@ -113,7 +115,7 @@ def check_metric_fold_splits(described: MetricFold, history: Sequence[float], cu
     loaded = type(half)(**json.loads(json.dumps(attrs.asdict(half))))
     found = reduce(described.update, history[cut:], loaded)
     expected = reduce(described.update, history, described.init())
-    require(found == expected, f"{described} after a split at {cut} is {expected}, but {found}")
+    require(found == expected, f"{described} after a split at {cut} must be {expected}, but is {found}")
 
 
 def check_plateau_equals_torch(plateau: ReduceLROnPlateau, history: Sequence[float]) -> None:
@@ -139,5 +141,5 @@ def check_plateau_equals_torch(plateau: ReduceLROnPlateau, history: Sequence[flo
         )
         require(
             found == expected,
-            f"after check {check} (rate, best, bad checks, cooldown) are torch's {expected}, but {found}",
+            f"after check {check} (rate, best, bad checks, cooldown) must be torch's {expected}, but are {found}",
         )

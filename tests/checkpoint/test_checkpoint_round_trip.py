@@ -390,7 +390,7 @@ def test_a_state_that_no_steploop_writes_is_refused(tmp_path, field, value):
     """C7."""
     checkpoint.save(make_linear(), tmp_path / "a")
     rewritten(tmp_path / "a", lambda values: values.update({field: value}))
-    with pytest.raises(CheckpointDamagedError, match=r"manifest|slots|no steploop writes"):
+    with pytest.raises(CheckpointDamagedError, match=r"manifest|slots|steploop never writes"):
         checkpoint.load(tmp_path / "a", like=make_linear())
 
 

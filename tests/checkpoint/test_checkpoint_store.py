@@ -74,14 +74,14 @@ def test_a_damaged_newest_is_put_aside_with_a_warning_and_the_older_one_taken(tm
     store = filled(tmp_path, [1, 2])
     flip(store.path(2) / name)
     with pytest.warns(
-        DamagedCheckpointWarning, match=r"It was put aside as \.corrupt-step-000000000002"
+        DamagedCheckpointWarning, match=r"It was renamed to \.corrupt-step-000000000002"
     ) as caught:
         assert store.load(like=at(0)).step == 1
     assert name in str(caught[0].message)
     assert listed(tmp_path) == [".corrupt-step-000000000002", "step-000000000001"]
     store.save(at(2))
     flip(store.path(2) / name)
-    with pytest.warns(DamagedCheckpointWarning, match=r"put aside as \.corrupt-step-000000000002-1"):
+    with pytest.warns(DamagedCheckpointWarning, match=r"renamed to \.corrupt-step-000000000002-1"):
         assert store.load(like=at(0)).step == 1
 
 

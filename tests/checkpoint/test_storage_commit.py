@@ -293,7 +293,7 @@ def test_a_directory_that_cannot_be_written_is_found_by_the_probe(tmp_path):
         f"4 {errno.EACCES} Checkpoints cannot be written to {closed}. Choose a directory on a local disk that this user "
         "may write to and that has room: Permission denied"
     )
-    assert lines[1].startswith(f"4 {errno.EACCES} The directory {closed}/new cannot be made.")
+    assert lines[1].startswith(f"4 {errno.EACCES} The directory {closed}/new cannot be created.")
 
 
 def test_the_probe_finds_what_is_missing_no_directory_or_full(tmp_path):

@@ -314,7 +314,7 @@ def test_a_header_that_is_not_the_tables_is_refused(tmp_path):
     data[20] ^= 1
     (tmp_path / "f").write_bytes(data)
     with pytest.raises(
-        CheckpointDamagedError, match=r"The header of .*f is not the one of the manifest's table"
+        CheckpointDamagedError, match=r"The header of .*f does not match the manifest's table"
     ):
         read(tmp_path / "f", record, specs)
 

@@ -122,17 +122,17 @@ def test_texts_and_depths_that_could_not_be_read_back_are_refused_at_save():
 )
 def test_what_no_steploop_writes_is_refused(value):
     """C7."""
-    with pytest.raises(CheckpointDamagedError, match="which no steploop writes"):
+    with pytest.raises(CheckpointDamagedError, match="which steploop never writes"):
         decode([value], "slots", {})
 
 
 # Python's own reader takes every one of these but the last few (C7).
 NOT_JSON = {
-    "nan": (b'{"x": NaN}', "NaN is no number"),
-    "infinity": (b'{"x": -Infinity}', "-Infinity is no number"),
+    "nan": (b'{"x": NaN}', "NaN is not a number"),
+    "infinity": (b'{"x": -Infinity}', "-Infinity is not a number"),
     "overflow": (b'{"x": 1e999}', "the number 1e999 is not finite"),
-    "twice": (b'{"x": 1, "x": 2}', "a key stands in it twice"),
-    "twice within": (b'{"x": {"y": 1, "y": 1}}', "a key stands in it twice"),
+    "twice": (b'{"x": 1, "x": 2}', "a key occurs twice"),
+    "twice within": (b'{"x": {"y": 1, "y": 1}}', "a key occurs twice"),
     "5,000 digits": (b'{"x": ' + b"9" * 5000 + b"}", "has more than 64 bits"),
     "65 bits": (b'{"x": 18446744073709551616}', "has more than 64 bits"),
     "half a character": (b'{"x": "\\ud800"}', "surrogates not allowed"),
@@ -140,7 +140,7 @@ NOT_JSON = {
     "utf-16": ('{"x": 1}'.encode("utf-16"), "codec can't decode"),
     "a byte order mark": (b'\xef\xbb\xbf{"x": 1}', "BOM"),
     "latin-1": (b'{"x": "\xe9"}', "codec can't decode"),
-    "a list": (b"[1]", "the outermost value is no object"),
+    "a list": (b"[1]", "the outermost value is not an object"),
     "100,000 deep": (b'{"x": ' + b"[" * 100_000 + b"]" * 100_000 + b"}", "nested more than 32 levels deep"),
     "100,000 deep, open": (b'{"x": ' + b"[" * 100_000, "nested more than 32 levels deep"),
     "33 deep": (b'{"x": ' + b"[" * 33 + b"]" * 33 + b"}", "nested more than 32 levels deep"),
@@ -217,11 +217,11 @@ HOSTILE = {
     "files of another kind": ({"files": [1]}, "expected an object"),
     "many files": (
         {key: {f"f{i}": {"size": 1, "sha256": "ab" * 32} if key == "files" else ({} if key == "tensors" else "") for i in range(17)} for key in ("files", "tensors", "metadata")},
-        "lists other files than it has tables",
+        "the files listed and the tables of tensors do not match",
     ),
-    "other tables": ({"tensors": {}}, "lists other files than it has tables of tensors for"),
+    "other tables": ({"tensors": {}}, "the files listed and the tables of tensors do not match"),
     "a table of another kind": ({"tensors": {"model.safetensors": []}}, "expected an object"),
-    "metadata of another kind": ({"metadata": {"model.safetensors": 1}}, "the metadata of a file is not a text"),
+    "metadata of another kind": ({"metadata": {"model.safetensors": 1}}, "the metadata of a file is not text"),
     "100,001 tensors": ({"tensors": {"model.safetensors": dict.fromkeys(map(str, range(100_001)), 0)}}, "has 100001 tensors"),
     "a reserved name": ({"tensors": {"model.safetensors": {"__metadata__": {}}}}, "tensors in model.safetensors"),
 }  # fmt: skip

@@ -95,9 +95,7 @@ def test_the_law_of_partitions_is_about_finite_gradients(scale, applies):
     def depends_on_its_batch(model, batch):
         return (model(batch) * 4.0).sum()  # a sum where a mean belongs
 
-    wrong = (
-        pytest.raises(AssertionError, match="gives what the whole batch gives") if applies else nullcontext()
-    )
+    wrong = pytest.raises(AssertionError, match="must equal the whole batch") if applies else nullcontext()
     with wrong:
         check_partition_gives_the_whole_gradient(state, torch.ones(4, 1), [1, 3], depends_on_its_batch)
 
@@ -113,7 +111,7 @@ def test_the_law_of_partitions_leaves_terms_that_nearly_cancel_their_rounding(se
         loss, outputs, _ = classification(model, batch)
         return loss, outputs, 1.0
 
-    with pytest.raises(AssertionError, match=r"the partition \[3, 1\] gives what the whole batch gives"):
+    with pytest.raises(AssertionError, match=r"the partition \[3, 1\] must equal the whole batch"):
         check_partition_gives_the_whole_gradient(state, batch, [3, 1], forgets_its_weight, tolerance=2e-2)
 
 
@@ -271,7 +269,7 @@ def test_an_evaluation_by_the_mean_of_batch_means_fails_the_law():
         return {"loss": sum(losses) / len(losses)}
 
     with pytest.raises(
-        AssertionError, match=r"of 5 samples does not depend on the partition \[4, 1\]: loss is"
+        AssertionError, match=r"of 5 samples must not depend on the partition \[4, 1\]: loss is"
     ):
         check_evaluation_ignores_partition(wrong, Task().state(), Task().batch(0, 5), [4, 1])
 
@@ -280,22 +278,22 @@ def test_an_evaluation_that_depends_on_what_it_saw_before_fails_the_law_of_order
     def wrong(state, batches):
         return {"last": evaluate(state, batches[-1:], mean_loss)["loss"]}
 
-    with pytest.raises(AssertionError, match="does not depend on their order: last is"):
+    with pytest.raises(AssertionError, match="must not depend on their order: last is"):
         check_evaluation_ignores_order(wrong, Task().state(), Task().batches(3))
 
 
 @pytest.mark.parametrize(
     ("disturb", "message"),
     [
-        (lambda state: state.model.eval(), "surroundings as they were: .*training modes"),
-        (lambda state: torch.rand(1), "surroundings as they were: torch's generator"),
+        (lambda state: state.model.eval(), "must not change its surroundings: .*training modes"),
+        (lambda state: torch.rand(1), "must not change its surroundings: torch's generator"),
         (
             lambda state: state.model.norm.running_mean.add_(1.0),
-            "leaves the state as it was: buffers.norm.running_mean",
+            "must not change the state: buffers.norm.running_mean",
         ),
         (
             lambda state: next(iter(state.params.values())).data.mul_(2.0),
-            "leaves the state as it was: params.first.weight",
+            "must not change the state: params.first.weight",
         ),
     ],
 )
@@ -312,7 +310,7 @@ def test_a_loss_that_is_a_sum_fails_the_law_of_partitions():
 
     with pytest.raises(
         AssertionError,
-        match=r"the partition \[2, 2\] gives what the whole batch gives: first.weight is off by",
+        match=r"the partition \[2, 2\] must equal the whole batch: first.weight is off by",
     ):
         check_partition_gives_the_whole_gradient(Task().state(), Task().batch(0, 4), [2, 2], total)
 
@@ -327,7 +325,7 @@ def test_batches_that_know_their_worker_fail_the_law_of_workers():
 
     with pytest.raises(
         AssertionError,
-        match="the batches of epoch 0 with 1 workers are those with 0: 0: 1 of 1 elements differ",
+        match="the batches of epoch 0 with 1 workers must equal those with 0: 0: 1 of 1 elements differ",
     ):
         check_batches_do_not_depend_on_workers(Loaded)
 
@@ -337,12 +335,12 @@ def test_a_cursor_that_replays_fails_its_law():
         def epoch(self, epoch, start=0):
             return iter(torch.arange(4))
 
-    with pytest.raises(AssertionError, match="epoch 0 from batch 2 on is the rest of the epoch"):
+    with pytest.raises(AssertionError, match="epoch 0 from batch 2 on must be the rest of the epoch"):
         check_cursor_continues_the_epoch(Replaying(), 0, 2)
 
 
 def test_a_split_must_be_of_the_whole_batch():
-    with pytest.raises(AssertionError, match=r"the parts \[1, 1\] make up the 4 samples"):
+    with pytest.raises(AssertionError, match=r"the parts \[1, 1\] must add up to the 4 samples"):
         split(Task().batch(0, 4), [1, 1])
 
 

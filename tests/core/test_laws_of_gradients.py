@@ -316,15 +316,19 @@ def test_the_scale_is_the_same_where_the_host_does_not_look(scale, finite):
         (
             check_clip_keeps_direction,
             lambda g, c: {n: t.clamp(-c, c) for n, t in g.items()},
-            "keeps the direction",
+            "must keep the direction",
         ),
         (check_clip_keeps_direction, lambda g, c: {n: -t for n, t in g.items()}, r"a number in \[0, 1\]"),
         (
             check_clip_norm_equals_torch,
             lambda g, c: {n: t * (c / 5.0) for n, t in g.items()},
-            "equals torch's: w",
+            "must equal torch's: w",
         ),
-        (check_clip_value_equals_torch, lambda g, c: {n: t / 4.0 for n, t in g.items()}, "equals torch's: w"),
+        (
+            check_clip_value_equals_torch,
+            lambda g, c: {n: t / 4.0 for n, t in g.items()},
+            "must equal torch's: w",
+        ),
     ],
 )
 def test_a_wrong_clip_fails_its_law(law, clip, message):
@@ -333,7 +337,9 @@ def test_a_wrong_clip_fails_its_law(law, clip, message):
 
 
 def test_a_clip_that_scales_small_gradients_too_fails_the_law_of_small_gradients():
-    with pytest.raises(AssertionError, match="stay as they are under 10: w: 2 of 2 elements differ"):
+    with pytest.raises(
+        AssertionError, match="clipping at 10 must not change gradients of norm 5: w: 2 of 2 elements differ"
+    ):
         check_clip_leaves_small_gradients(
             lambda g, c: {n: t * 0.5 for n, t in g.items()}, {"w": torch.tensor([3.0, -4.0])}, 10.0
         )
@@ -344,7 +350,7 @@ def test_a_clip_of_each_tensor_by_itself_is_caught_when_it_runs_twice():
         return {n: t * (0.9 if t.norm() > bound else 1.0) for n, t in grads.items()}
 
     with pytest.raises(
-        AssertionError, match=r"clipping at 2\.0 and then at 1\.0 is clipping at 1\.0: w is off"
+        AssertionError, match=r"clipping at 2\.0 and then at 1\.0 must equal clipping at 1\.0: w is off"
     ):
         check_clipping_twice_is_clipping_once(each, {"w": torch.tensor([3.0, -4.0])}, 2.0, 1.0)
 
@@ -356,7 +362,9 @@ def test_steps_that_forget_to_unscale_fail_the_law_of_scales():
         state = unscale_and_clip(state.replace(scale=attrs.evolve(kept, scale=1.0)), max_norm=math.inf)
         return optimizer_step(state.replace(scale=kept))
 
-    with pytest.raises(AssertionError, match=r"a loss scale of 4\.0 changes no bit of the params: first"):
+    with pytest.raises(
+        AssertionError, match=r"a loss scale of 4\.0 must not change a bit of the params: first"
+    ):
         check_scale_changes_no_bit(step, Task().state(precision="fp16"), Task().batches(2), 4.0)
 
 
@@ -365,7 +373,7 @@ def test_a_scale_that_grows_too_early_fails_the_law_of_grad_scaler():
         def updated(self, finite):
             return attrs.evolve(self, scale=self.scale * 2.0)
 
-    with pytest.raises(AssertionError, match="after step 0 scale and tracker are torch's"):
+    with pytest.raises(AssertionError, match="after step 0 scale and tracker must be torch's"):
         check_scale_follows_torch(Hasty(growth_interval=3), [True])
 
 

@@ -94,7 +94,8 @@ def test_a_step_that_decays_what_it_should_not_fails_the_law():
 
     task = Task()
     with pytest.raises(
-        AssertionError, match=r"after step 0 .*SGD.* is what it is in a loop written by hand: params\.first"
+        AssertionError,
+        match=r"after step 0 .*SGD.* must equal itself in a loop written by hand: params\.first",
     ):
         check_optimizer_equals_its_loop(
             Forgetful(torch.optim.SGD, lr=0.1), task.model(), task.model(), task.batches(1), classification

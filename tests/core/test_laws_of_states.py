@@ -38,7 +38,7 @@ def test_after_a_donation_every_use_of_the_spent_state_raises(loop):
 
 def test_a_state_that_is_alive_fails_the_law_of_spent_ones():
     with pytest.raises(
-        AssertionError, match="params of a spent state raises SpentStateError, but it gave a result"
+        AssertionError, match="params of a spent state must raise SpentStateError, but it gave a result"
     ):
         check_spent_state_refuses_use(Task().state(), Task().batch(0))
 

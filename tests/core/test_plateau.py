@@ -42,7 +42,7 @@ def test_a_plateau_that_acts_one_check_early_fails_the_law():
                 ReduceLROnPlateau.update(self, state, metric), learning_rate=state.learning_rate / 2
             )
 
-    with pytest.raises(AssertionError, match=r"after check 0 .* are torch's \(1\.0, .*, but \(0\.5"):
+    with pytest.raises(AssertionError, match=r"after check 0 .* must be torch's \(1\.0, .*, but are \(0\.5"):
         check_plateau_equals_torch(Hasty(lr=1.0), [1.0])
 
 

@@ -298,13 +298,15 @@ def test_scheduling_a_state_twice_is_scheduling_it_once(schedule):
 
 def test_a_schedule_that_remembers_its_calls_fails_the_law():
     calls = iter(range(100))
-    with pytest.raises(AssertionError, match="gives the same rates backwards as forwards: 0: 5 against 0"):
+    with pytest.raises(
+        AssertionError, match="must give the same rates backwards as forwards: 0: 5 against 0"
+    ):
         check_schedule_is_a_function(lambda step: next(calls), 3)
 
 
 def test_a_schedule_one_step_late_fails_the_law_of_torch():
     late = step_lr(0.1, step_size=3, gamma=0.5)
-    with pytest.raises(AssertionError, match=r"at step 2 is torch's 0\.05, but 0\.1"):
+    with pytest.raises(AssertionError, match=r"at step 2 must be torch's 0\.05, but is 0\.1"):
         check_schedule_equals_torch(late, lambda o: lr_scheduler.StepLR(o, step_size=2, gamma=0.5), 9)
 
 

@@ -1,1 +1,1 @@
-"""The checkpoint's files: safetensors, strict JSON, and the manifest that seals them."""
+"""Read and write a checkpoint's files: safetensors, strict JSON, and the manifest."""

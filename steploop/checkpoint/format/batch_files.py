@@ -1,4 +1,4 @@
-"""A batch as JSON and tensors: its structure stays readable, and no code is needed to build it again."""
+"""Store a batch as JSON (its structure) and tensors, without any code in the file."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -13,10 +13,10 @@ __all__ = ["decode", "encode"]
 
 
 def encode(tree: Any, tensors: dict[str, Tensor]) -> Any:
-    """The structure of a batch as JSON; its tensors go to ``tensors``, by number.
+    """Return the structure of a batch as JSON; put its tensors into ``tensors``, by number.
 
     Raises:
-        CheckpointUnsupportedError: it holds something else than tensors, numbers, text, lists, tuples and dicts.
+        CheckpointUnsupportedError: it holds a value that is no tensor, number, text, list, tuple or dict.
     """
     if isinstance(tree, Tensor):
         name = str(len(tensors))
@@ -36,10 +36,10 @@ def encode(tree: Any, tensors: dict[str, Tensor]) -> Any:
 
 
 def decode(node: Any, tensors: Mapping[str, Tensor]) -> Any:  # noqa: PLR0911  (a case for each kind of node)
-    """A batch out of its structure and its tensors.
+    """Rebuild a batch from its structure and its tensors.
 
     Raises:
-        DataError: the structure is none that ``encode`` gives.
+        DataError: ``encode`` writes no such structure.
     """
     match node:
         case {"tensor": str(name), "spec": entry}:

@@ -1,4 +1,4 @@
-"""Plain values as strict JSON and back, exactly: what a state holds besides its tensors.
+"""Store plain values as strict JSON, and read them back exactly.
 
 JSON has no tuple, no key but text, no nan and no tensor, and Python's reader takes more than JSON (nan, duplicate
 keys, 1e999, UTF-16). Here a value that JSON lacks is an object with one key, which says what it is:
@@ -27,7 +27,7 @@ _SPECIAL: Final = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}
 
 
 def encode(value: Any, name: str, tensors: dict[str, Tensor]) -> Any:
-    """``value`` as JSON has it; its tensors go to ``tensors``, under their dotted names.
+    """Return ``value`` as JSON; put its tensors into ``tensors``, under their dotted names.
 
     Args:
         value: None, bool, int, float, str, a tensor, or lists, tuples and mappings of them.
@@ -65,10 +65,10 @@ def encode(value: Any, name: str, tensors: dict[str, Tensor]) -> Any:
 
 
 def decode(value: Any, name: str, tensors: Mapping[str, Tensor]) -> Any:
-    """What ``encode`` was given; ``name`` is what messages call it.
+    """Rebuild the value that ``encode`` stored; messages call it ``name``.
 
     Raises:
-        CheckpointDamagedError: it is nothing that ``encode`` writes.
+        CheckpointDamagedError: ``encode`` writes no such value.
     """
     if value is None or isinstance(value, (bool, int, float, str)):
         return value
@@ -88,17 +88,17 @@ def decode(value: Any, name: str, tensors: Mapping[str, Tensor]) -> Any:
             and all(isinstance(p, list) and len(p) == 2 for p in content)
         ):
             return {_key(k, name): decode(v, f"{name}.{k}", tensors) for k, v in content}
-    raise CheckpointDamagedError(f"{name} holds {str(value)[:80]!r}, which no steploop writes.")
+    raise CheckpointDamagedError(f"{name} holds {str(value)[:80]!r}, which steploop never writes.")
 
 
 def _key(key: Any, name: str) -> Any:
     if key is not None and not isinstance(key, (bool, int, float, str)):
-        raise CheckpointDamagedError(f"{name} has the key {str(key)[:80]!r}, which no steploop writes.")
+        raise CheckpointDamagedError(f"{name} has the key {str(key)[:80]!r}, which steploop never writes.")
     return key
 
 
 def write_json(values: Mapping[str, Any]) -> bytes:
-    """The one text of ``values``: keys sorted, ASCII, one line for each key of the outermost object."""
+    """Write JSON in its one form: keys sorted, ASCII, one line for each outermost key."""
 
     def compact(value: Any) -> str:
         return json.dumps(value, sort_keys=True, allow_nan=False, separators=(",", ":"))
@@ -108,7 +108,7 @@ def write_json(values: Mapping[str, Any]) -> bytes:
 
 
 def check_json(values: Mapping[str, Any]) -> None:
-    """Find out before anything is written whether ``values`` can be read back.
+    """Check that ``values`` can be read back, before anything is written.
 
     Raises:
         CheckpointUnsupportedError: a text in it is not Unicode, or it is nested too deeply.
@@ -123,7 +123,7 @@ def check_json(values: Mapping[str, Any]) -> None:
 
 
 def read_json(text: bytes, name: str, *, limit: int) -> dict[str, Any]:
-    """A JSON object, read strictly.
+    """Read a JSON object strictly.
 
     Args:
         text: the file's bytes.
@@ -146,7 +146,7 @@ def read_json(text: bytes, name: str, *, limit: int) -> dict[str, Any]:
 
 
 def _parsed(text: bytes, limit: int) -> dict[str, Any]:
-    """The object; ValueError for what JSON has not and Python's reader takes."""
+    """Parse an object; ValueError for what only Python's reader accepts, such as NaN."""
     if len(text) > limit:
         raise ValueError(f"it has {len(text)} bytes, and at most {limit} are read")
     values = json.loads(
@@ -157,7 +157,7 @@ def _parsed(text: bytes, limit: int) -> dict[str, Any]:
         parse_constant=_no_constant,
     )
     if not isinstance(values, dict):
-        raise ValueError("the outermost value is no object")  # noqa: TRY004  (every refusal here is a ValueError)
+        raise ValueError("the outermost value is not an object")  # noqa: TRY004  (every refusal here is a ValueError)
     if _depth_exceeds(values, MAX_DEPTH):
         raise ValueError(_TOO_DEEP)
     if b"\\u" in text:
@@ -170,7 +170,7 @@ def _parsed(text: bytes, limit: int) -> dict[str, Any]:
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) != len(pairs):
-        raise ValueError("a key stands in it twice")
+        raise ValueError("a key occurs twice")
     return found
 
 
@@ -187,11 +187,11 @@ def _finite(digits: str) -> float:
 
 
 def _no_constant(constant: str) -> NoReturn:
-    raise ValueError(f"{constant} is no number")
+    raise ValueError(f"{constant} is not a number")
 
 
 def _depth_exceeds(values: Any, limit: int) -> bool:
-    """Whether anything is nested more than ``limit`` deep, found level by level: nothing here recurses."""
+    """Whether something is nested deeper than ``limit``; without recursion."""
     level = [values]
     for _ in range(limit):
         below = [v.values() if isinstance(v, dict) else v for v in level]

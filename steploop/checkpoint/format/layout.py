@@ -1,4 +1,4 @@
-"""How tensors lie in a safetensors file: which dtypes and layouts are stored, the header, and its limits.
+"""Describe the tensors of a safetensors file: dtypes, layouts, header, limits.
 
 A header is a function of the table of tensors, so a reader compares the bytes that are there with those that must
 be there, and never parses a header that it does not trust.
@@ -51,7 +51,7 @@ _AS_REAL: Final = {"complex128": "float64"}
 
 @attrs.frozen
 class TensorSpec:
-    """What a tensor is, apart from its values.
+    """The dtype, shape and strides of a tensor.
 
     Attributes:
         dtype: torch's name of it, without ``torch.``.
@@ -66,24 +66,24 @@ class TensorSpec:
 
     @property
     def torch_dtype(self) -> torch.dtype:
-        """The dtype itself."""
+        """The dtype as torch's object."""
         return _DTYPES[self.dtype]
 
     @property
     def stored(self) -> tuple[str, int, tuple[int, ...]]:
-        """(name of the dtype in the file, bytes of an element of it, shape in the file)."""
+        """How the file stores it: (name of the dtype, bytes of an element, shape)."""
         if (real := _AS_REAL.get(self.dtype)) is not None:
             return *_STORED[real], (*self.shape, 2)
         return *_STORED[self.dtype], self.shape
 
     @property
     def size(self) -> int:
-        """The tensor's bytes in the file."""
+        """Its number of bytes in the file."""
         _, width, shape = self.stored
         return width * math.prod(shape)
 
     def to_json(self) -> dict[str, Any]:
-        """The entry in the table of tensors."""
+        """Its entry in the manifest's table of tensors."""
         entry: dict[str, Any] = {"dtype": self.dtype, "shape": list(self.shape)}
         return entry if self.stride is None else entry | {"stride": list(self.stride)}
 
@@ -98,7 +98,7 @@ _NAMES: Final = {dtype: name for name, dtype in _DTYPES.items()}
 
 
 def spec_of(name: str, tensor: Tensor) -> TensorSpec:
-    """The spec of a tensor that is to be stored under ``name``.
+    """Describe a tensor that will be stored as ``name``.
 
     A layout with gaps or overlaps (a slice, an expanded tensor) becomes the one that ``tensor.clone()`` has.
 
@@ -150,7 +150,7 @@ def _row_major(shape: Sequence[int]) -> tuple[int, ...]:
 
 
 def _permuted(shape: Sequence[int], stride: Sequence[int]) -> bool:
-    """Whether a tensor lies as row-major with its axes permuted: no gaps, no overlaps, and not row-major itself.
+    """Whether a tensor is row-major after a permutation of its axes, such as channels_last.
 
     The stride of an axis of one element counts too: it moves no value, but torch's choice of a memory format
     (channels_last or not) looks at it.
@@ -166,12 +166,12 @@ def _permuted(shape: Sequence[int], stride: Sequence[int]) -> bool:
 
 
 def file_order(specs: Mapping[str, TensorSpec]) -> list[str]:
-    """The order of the tensors in the file: by dtype, wide elements first, then by name."""
+    """Sort the tensors as the file does: by dtype, wide elements first, then by name."""
     return sorted(specs, key=lambda name: (_RANK[specs[name].stored[0]], name))
 
 
 def header_bytes(specs: Mapping[str, TensorSpec], metadata: str) -> bytes:
-    """The head of a safetensors file: the length of the JSON (8 bytes, little-endian), the JSON, spaces up to 8 | length.
+    """Make the head of a safetensors file: length of the JSON, the JSON, padding to 8 bytes.
 
     Args:
         specs: the tensors of the file by name.
@@ -203,7 +203,7 @@ def _too_much(found: str) -> CheckpointUnsupportedError:
 
 
 def spec_from_json(name: str, entry: Any) -> TensorSpec:
-    """The checked spec of an entry in a table of tensors that is not trusted.
+    """Check an untrusted entry of a table of tensors and return its spec.
 
     Raises:
         CheckpointDamagedError: it is no entry that ``TensorSpec.to_json`` writes.

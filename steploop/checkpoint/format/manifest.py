@@ -1,4 +1,4 @@
-"""state.json: what is in a checkpoint, with the size and digest of each file and a digest of its own.
+"""Write and check ``state.json``, the manifest of a checkpoint's files and their digests.
 
 The digest stands in the file it digests: it is the SHA-256 of the file with 64 zeros in the digest's place. A file
 is taken only if its bytes are exactly those that would be written for its content, so no byte in it is free.
@@ -31,7 +31,7 @@ _ZEROS: Final = "0" * 64
 
 @attrs.frozen(kw_only=True)
 class Manifest:
-    """What ``state.json`` says.
+    """The content of ``state.json``.
 
     Attributes:
         files: size and digest of each safetensors file.
@@ -48,7 +48,7 @@ class Manifest:
     sha256: str = _ZEROS
 
     def seal(self) -> tuple[bytes, str]:
-        """The file, and the digest that stands in it."""
+        """Return the bytes of the file, and the digest it contains."""
         body = {
             "format": FORMAT,
             "version": FORMAT_VERSION,
@@ -64,14 +64,14 @@ class Manifest:
 
 
 def seal(body: Mapping[str, Any]) -> tuple[bytes, str]:
-    """The JSON of ``body`` with its own SHA-256 in it, and that digest."""
+    """Write ``body`` as JSON with its own SHA-256 in it; return the bytes and the digest."""
     blank = write_json({**body, "sha256": _ZEROS})
     digest = hashlib.sha256(blank).hexdigest()
     return blank.replace(f'"sha256": "{_ZEROS}"'.encode(), f'"sha256": "{digest}"'.encode()), digest
 
 
 def unseal(text: bytes, name: str, *, limit: int) -> dict[str, Any]:
-    """The content of a sealed file, once its digest has proved right.
+    """Read a sealed file and verify its digest.
 
     Raises:
         CheckpointDamagedError: it is not what ``seal`` writes, byte for byte.
@@ -92,7 +92,7 @@ def unseal(text: bytes, name: str, *, limit: int) -> dict[str, Any]:
 
 
 def parse_manifest(text: bytes, name: str = MANIFEST) -> Manifest:
-    """The checked content of ``state.json``; ``name`` is what messages call it.
+    """Check and return the content of ``state.json``; messages call it ``name``.
 
     Raises:
         CheckpointVersionError: it is of a format version that is not read here.
@@ -119,9 +119,9 @@ def parse_manifest(text: bytes, name: str = MANIFEST) -> Manifest:
     tables = _object(body["tensors"], f"{name}: tensors")
     metadata = _object(body["metadata"], f"{name}: metadata")
     if not files.keys() == tables.keys() == metadata.keys() or len(files) > MAX_FILES:
-        raise CheckpointDamagedError(f"{name} lists other files than it has tables of tensors for.")
+        raise CheckpointDamagedError(f"{name}: the files listed and the tables of tensors do not match.")
     if not all(isinstance(text, str) for text in metadata.values()):
-        raise CheckpointDamagedError(f"{name}: the metadata of a file is not a text.")
+        raise CheckpointDamagedError(f"{name}: the metadata of a file is not text.")
     tensors = {}
     for file, table in tables.items():
         entries = _object(table, f"{name}: tensors of {file}")
@@ -165,7 +165,7 @@ def _record(file: str, entry: Any, name: str) -> FileRecord:
 
 
 def read_small(fs: Fs, directory: Any, name: str, *, limit: int) -> bytes:
-    """All of a small file.
+    """Read a whole small file.
 
     Raises:
         CheckpointDamagedError: it is not there, is no regular file, or has more than ``limit`` bytes.
@@ -174,7 +174,7 @@ def read_small(fs: Fs, directory: Any, name: str, *, limit: int) -> bytes:
         file = fs.open(directory, name)
     except OSError as error:
         raise CheckpointDamagedError(
-            f"{directory / name} cannot be read: {error}. It is no checkpoint, or a damaged one."
+            f"{directory / name} cannot be read: {error}. This is not a checkpoint, or it is damaged."
         ) from error
     try:
         if file.size > limit:

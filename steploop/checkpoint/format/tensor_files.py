@@ -1,4 +1,4 @@
-"""Tensors to and from a safetensors file in one pass: hashed while they are written, and while they are read.
+"""Write and read safetensors files in one pass, hashing on the way.
 
 safetensors itself has no checksum and no fsync, maps files into memory (a file cut short later kills the process)
 and hashes nothing. The format is 8 bytes, a JSON header and the raw values, so it is written and read here: a
@@ -29,7 +29,7 @@ BLOCK: Final = (
 
 @attrs.frozen
 class FileRecord:
-    """What the manifest says of a file.
+    """A file's size and digest, as the manifest lists them.
 
     Attributes:
         size: in bytes.
@@ -41,10 +41,10 @@ class FileRecord:
 
 
 class _Hasher:
-    """SHA-256 of blocks in the order given, computed by another thread while this one reads or writes."""
+    """Hash blocks in a second thread, in order, while this one reads or writes."""
 
     def __init__(self, size: int) -> None:
-        """Args: size: bytes that will be added; a thread is not worth its start for a few."""
+        """Args: size: bytes that will be added; few bytes are hashed without a thread."""
         self._hash = hashlib.sha256()
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="steploop-hash") if size > BLOCK else None
         self._pending: deque[Future[None]] = deque()
@@ -59,12 +59,12 @@ class _Hasher:
         self._pending.append(self._pool.submit(self._hash.update, block))
 
     def wait(self) -> None:
-        """Return once nothing that was added is needed any more."""
+        """Wait until every block that was added is hashed."""
         while self._pending:
             self._pending.popleft().result()
 
     def record(self) -> FileRecord:
-        """What was added so far."""
+        """Return the size and digest of what was added so far."""
         self.wait()
         return FileRecord(self._size, self._hash.hexdigest())
 
@@ -72,19 +72,19 @@ class _Hasher:
         return self
 
     def __exit__(self, *_: object) -> None:
-        """End the thread; what it was given may be freed afterwards."""
+        """End the thread; its blocks may be freed afterwards."""
         if self._pool is not None:
             self._pool.shutdown()
 
 
 def _bytes_of(tensor: Tensor) -> memoryview:
-    """The memory of a contiguous tensor on the CPU."""
+    """Return the memory of a contiguous CPU tensor."""
     array: Any = tensor.reshape(-1).view(torch.uint8).numpy()
     return memoryview(array)
 
 
 def _host(tensor: Tensor) -> Tensor:
-    """The values as they are stored: row-major, on the CPU, lazy conjugation and negation carried out."""
+    """Return the values as stored: row-major, on the CPU, conjugation and negation applied."""
     values = tensor.detach().resolve_conj().resolve_neg().cpu()
     return (torch.view_as_real(values) if values.dtype == torch.complex128 else values).contiguous()
 
@@ -92,7 +92,7 @@ def _host(tensor: Tensor) -> Tensor:
 def _blocks(
     tensors: Mapping[str, Tensor], specs: Mapping[str, TensorSpec], hasher: _Hasher
 ) -> Iterator[memoryview | bytes]:
-    """The values of a file in blocks; small tensors share one. At most one tensor is held as a copy at a time."""
+    """Yield the values of a file in blocks, with at most one copied tensor at a time."""
     small = bytearray()
     for name in file_order(specs):
         values = _host(tensors[name])
@@ -115,7 +115,7 @@ def _blocks(
 def write_tensors(
     file: FileWriter, tensors: Mapping[str, Tensor], specs: Mapping[str, TensorSpec], metadata: str
 ) -> FileRecord:
-    """Write a safetensors file, hash it on the way, and flush it; the hash ends while the disk is busy.
+    """Write a safetensors file, hash it on the way, and flush it.
 
     Args:
         file: a new file.
@@ -140,7 +140,7 @@ def write_tensors(
 
 
 class _Nowhere:
-    """A file that keeps nothing: hashing a state is writing it here."""
+    """A file that discards everything; hashing a state means writing it here."""
 
     def write(self, data: memoryview | bytes) -> None:
         pass
@@ -153,19 +153,19 @@ class _Nowhere:
 
 
 def hash_tensors(tensors: Mapping[str, Tensor], specs: Mapping[str, TensorSpec], metadata: str) -> FileRecord:
-    """The record of the file that ``write_tensors`` would write."""
+    """Return the record of the file that ``write_tensors`` would write."""
     return write_tensors(_Nowhere(), tensors, specs, metadata)
 
 
 def _allocate(spec: TensorSpec) -> Tensor:
-    """Fresh memory for what the file holds of a tensor."""
+    """Allocate memory for the stored form of a tensor."""
     if spec.torch_dtype == torch.complex128:
         return torch.empty((*spec.shape, 2), dtype=torch.float64)
     return torch.empty(spec.shape, dtype=spec.torch_dtype)
 
 
 def _shaped(values: Tensor, spec: TensorSpec) -> Tensor:
-    """The tensor itself, from what the file holds of it."""
+    """Make the tensor from its stored form."""
     if spec.torch_dtype == torch.complex128:
         values = torch.view_as_complex(values)
     if spec.stride is None:
@@ -176,7 +176,7 @@ def _shaped(values: Tensor, spec: TensorSpec) -> Tensor:
 def read_tensors(
     file: FileReader, name: str, record: FileRecord, specs: Mapping[str, TensorSpec], metadata: str
 ) -> dict[str, Tensor]:
-    """The tensors of a safetensors file, in memory of their own, once every byte of it has proved right.
+    """Read the tensors of a safetensors file and verify every byte of it.
 
     The file's size and header are compared before anything is allocated; the digest is that of the very bytes that
     are returned, so a file that changes while or after it is read does no harm.
@@ -204,7 +204,7 @@ def read_tensors(
         _fill(file, memoryview(start), 0, name)
         if start != header:
             raise CheckpointDamagedError(
-                f"The header of {name} is not the one of the manifest's table of tensors. The file was changed or "
+                f"The header of {name} does not match the manifest's table of tensors. The file was changed or "
                 "is another one: use another checkpoint."
             )
         hasher.add(header)

@@ -1,1 +1,1 @@
-"""Where checkpoints are written: local files, the atomic commit, and cleaning up after crashes."""
+"""Write checkpoints to storage: local files, the atomic commit, cleaning up after crashes."""

@@ -1,4 +1,4 @@
-"""The commit: a directory appears whole or not at all, and stays so through a crash or a power loss.
+"""Commit a directory atomically: it appears whole or not at all, even through a power loss.
 
     .tmp-<name>-<pid>/  is written beside the target, each file flushed, then the directory itself
     rename to <name>    the one moment at which the checkpoint begins to exist
@@ -40,14 +40,14 @@ OLD: Final = ".old-"
 
 
 def write_error(message: str, error: OSError) -> CheckpointWriteError:
-    """A CheckpointWriteError that bears the system's ``errno``; its text ends in the system's own words."""
+    """Make a CheckpointWriteError with the system's ``errno`` and message."""
     raised = CheckpointWriteError(f"{message}: {error.strerror or error}")
     raised.errno = error.errno
     return raised
 
 
 def write_file(fs: Fs, path: Path, write: Callable[[FileWriter], T]) -> T:
-    """Create a file, let ``write`` fill it and flush it to the disk, and close it; what ``write`` returned."""
+    """Create a file, let ``write`` fill and flush it, close it; return what ``write`` returned."""
     file = fs.create(path)
     try:
         result = write(file)
@@ -59,7 +59,7 @@ def write_file(fs: Fs, path: Path, write: Callable[[FileWriter], T]) -> T:
 
 
 def write_bytes(fs: Fs, path: Path, data: bytes) -> None:
-    """Create a file of these bytes, on the disk when this returns."""
+    """Create a file of these bytes and flush it to the disk."""
 
     def write(file: FileWriter) -> None:
         file.write(data)
@@ -77,10 +77,10 @@ def commit(
     tries: int = 3,
     wait_s: float = 0.5,
 ) -> T:
-    """Make the directory ``target`` from what ``write`` puts into an empty one, durably and at one moment.
+    """Create the directory ``target`` atomically and durably, filled by ``write``.
 
     Args:
-        fs: where.
+        fs: the storage.
         target: the directory that is to appear; its parent exists.
         write: fills the directory it is given; each file through ``write_file`` or ``write_bytes``.
         overwrite: take the place of a directory that has the name, instead of refusing.
@@ -145,7 +145,7 @@ def _fill(fs: Fs, temporary: Path, write: Callable[[Path], T]) -> T:
 
 
 def _set_aside(fs: Fs, target: Path) -> Path:
-    """Give what has the target's name another one, durably; the other name, whether anything has it or not."""
+    """Rename an existing target to ``.old-<name>``; return that path in any case."""
     old = target.with_name(OLD + target.name)
     if fs.is_directory(target):
         remove_tree(fs, old)
@@ -154,13 +154,13 @@ def _set_aside(fs: Fs, target: Path) -> Path:
 
 
 def find(fs: Fs, target: Path) -> Path:
-    """Where the checkpoint ``target`` is: under its name, or under the one it had while it was being replaced."""
+    """Find a checkpoint under its name, or under ``.old-<name>`` after a crash."""
     old = target.with_name(OLD + target.name)
     return old if not fs.is_directory(target) and fs.is_directory(old) else target
 
 
 def recover(fs: Fs, target: Path) -> None:
-    """Undo a replacement that did not happen, or clear away what it replaced."""
+    """Undo a replacement that was cut off, or remove what it replaced."""
     old = target.with_name(OLD + target.name)
     if not fs.is_directory(old):
         return
@@ -172,7 +172,7 @@ def recover(fs: Fs, target: Path) -> None:
 
 
 def remove_tree(fs: Fs, path: Path) -> None:
-    """Remove a directory of files, if it is there; a link in it is removed, not followed."""
+    """Remove a directory if it exists; remove links in it, never follow them."""
     if not fs.is_directory(path):
         return
     for name in fs.names(path):
@@ -181,6 +181,6 @@ def remove_tree(fs: Fs, path: Path) -> None:
 
 
 def quietly(act: Callable[[], object]) -> None:
-    """Clean up after an error without hiding it."""
+    """Run a clean-up and ignore its OSError, so that the first error stays visible."""
     with contextlib.suppress(OSError):
         act()

@@ -1,4 +1,4 @@
-"""What crashed or deleted checkpoints leave behind, and whether a directory can be written to at all."""
+"""Delete checkpoints and what crashes left; check that a directory is writable."""
 
 import itertools
 import os
@@ -17,7 +17,7 @@ _TRASH: Final = ".trash-"
 
 
 def discard(fs: Fs, path: Path) -> None:
-    """Delete a checkpoint so that a kill on the way leaves no half of it under its name."""
+    """Delete a checkpoint; a kill on the way leaves no half of it under its name."""
     trash = path.with_name(f"{_TRASH}{path.name}-{os.getpid()}")
     remove_tree(fs, trash)
     fs.rename(path, trash)
@@ -25,13 +25,13 @@ def discard(fs: Fs, path: Path) -> None:
 
 
 def sweep(fs: Fs, directory: Path, *, alive: Callable[[int], bool] | None = None) -> list[str]:
-    """Clear what crashed processes left in a directory of checkpoints; the names of what was there.
+    """Remove what crashed processes left in a directory of checkpoints; return the names.
 
     Call it at a start, with the run locked, before anything is saved: a temporary directory with this process's own
     number then is from an earlier process of that number. What belongs to another process that lives is kept.
 
     Args:
-        fs: where.
+        fs: the storage.
         directory: the parent of the checkpoints.
         alive: whether a process of that number runs.
     """
@@ -49,7 +49,7 @@ def sweep(fs: Fs, directory: Path, *, alive: Callable[[int], bool] | None = None
 
 
 def _alive(pid: int) -> bool:
-    """Whether another process of that number runs on this machine."""
+    """Whether another process with this number runs on this machine."""
     if pid == os.getpid():
         return False
     try:
@@ -62,7 +62,7 @@ def _alive(pid: int) -> bool:
 
 
 def make_directories(fs: Fs, path: Path) -> None:
-    """Create a directory and those above it, durably; nothing to do where it is there.
+    """Create a directory and its parents durably, if they do not exist.
 
     Raises:
         CheckpointWriteError: one of them cannot be made.
@@ -73,11 +73,11 @@ def make_directories(fs: Fs, path: Path) -> None:
             fs.make_directory(directory)
             fs.sync_directory(directory.parent)
     except OSError as error:
-        raise write_error(f"The directory {path} cannot be made. Choose another", error) from error
+        raise write_error(f"The directory {path} cannot be created. Choose another", error) from error
 
 
 def probe(fs: Fs, directory: Path) -> None:
-    """Find out before the first step whether checkpoints can be written here.
+    """Check before the first step that checkpoints can be written here.
 
     Does once, with a small file, all that a commit does: create, write, flush, rename, flush the directory, remove.
 

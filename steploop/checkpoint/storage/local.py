@@ -1,4 +1,4 @@
-"""The few operations on files that a checkpoint needs, as a protocol, and the real ones behind it.
+"""Define the file operations that checkpoints need, and implement them for local disks.
 
 Everything that writes or reads a checkpoint goes through an ``Fs``. Tests put another in its place: one that models
 a power loss (what was not flushed is lost, torn or reordered) and one whose n-th operation fails.
@@ -26,10 +26,10 @@ class FileWriter(Protocol):
         """Append all of ``data``."""
 
     def sync(self) -> None:
-        """Return once what was written is on the disk."""
+        """Flush what was written to the disk."""
 
     def close(self) -> None:
-        """Give the file back; an error that the system kept until now is raised here."""
+        """Close the file; a delayed write error of the system is raised here."""
 
 
 class FileReader(Protocol):
@@ -40,29 +40,29 @@ class FileReader(Protocol):
         """Its size in bytes when it was opened."""
 
     def read_into(self, buffer: memoryview, offset: int) -> int:
-        """Fill ``buffer`` from ``offset`` on; the number of bytes read, less than its length only at the end."""
+        """Fill ``buffer`` from ``offset`` on; return the bytes read, fewer only at the end."""
 
     def close(self) -> None:
-        """Give the file back."""
+        """Close the file."""
 
 
 class Fs(Protocol):
-    """Files and directories; every method raises ``OSError`` where it fails."""
+    """Files and directories; every method raises ``OSError`` on failure."""
 
     def make_directory(self, path: Path) -> None:
-        """Create a directory; ``FileExistsError`` where something has that name."""
+        """Create a directory; ``FileExistsError`` if the name is taken."""
 
     def create(self, path: Path) -> FileWriter:
-        """Create a file; ``FileExistsError`` where something has that name, a link too."""
+        """Create a file; ``FileExistsError`` if the name is taken, even by a link."""
 
     def sync_directory(self, path: Path) -> None:
-        """Return once the names in the directory are on the disk."""
+        """Flush the names in a directory to the disk."""
 
     def rename(self, source: Path, target: Path) -> None:
-        """Give ``source`` the name ``target``, at once."""
+        """Rename ``source`` to ``target`` atomically."""
 
     def names(self, path: Path) -> Sequence[str]:
-        """The names in a directory, sorted; empty where there is no such directory."""
+        """List the names in a directory, sorted; empty if it does not exist."""
 
     def unlink(self, path: Path) -> None:
         """Remove a file or a link."""
@@ -74,7 +74,7 @@ class Fs(Protocol):
         """Whether ``path`` is a directory and not a link to one."""
 
     def exists(self, path: Path) -> bool:
-        """Whether something has that name; a link to a directory counts as what it leads to."""
+        """Whether the path exists; links are followed."""
 
     def open(self, directory: Path, name: str) -> FileReader:
         """Open a regular file of a directory; ``OSError`` for a link, a pipe, a device or a directory."""
@@ -115,7 +115,7 @@ class _LocalReader:
 
 
 class LocalFs:
-    """The machine's own files. Modes are 0666 and 0777 less the umask, as for any other file that one writes."""
+    """Local files, with the usual modes (0666 and 0777 less the umask)."""
 
     def make_directory(self, path: Path) -> None:
         """Create a directory."""
@@ -153,15 +153,15 @@ class LocalFs:
         path.rmdir()
 
     def is_directory(self, path: Path) -> bool:
-        """Whether there is a real directory of that name."""
+        """Whether the path is a directory and no link."""
         return path.is_dir() and not path.is_symlink()
 
     def exists(self, path: Path) -> bool:
-        """Whether something has that name."""
+        """Whether the path exists."""
         return path.exists()
 
     def open(self, directory: Path, name: str) -> FileReader:
-        """Open a regular file by its name in an open directory, so that no part of the path can be swapped."""
+        """Open a regular file by its name in an open directory: no part of the path can be swapped."""
         folder = os.open(directory, _FOLDER)
         try:
             fd = os.open(name, _READ, dir_fd=folder)

@@ -1,4 +1,4 @@
-"""Hypothesis strategies for everything that a training loop is fed with, all in one place.
+"""Hypothesis strategies for everything that goes into a training loop.
 
     networks    tasks, models, batches, runs, states      small networks with BatchNorm, dropout, tied weights, frozen,
                                                           unused and 0-dim parameters; their data; first states

@@ -1,4 +1,4 @@
-"""Schedules with any legal hyperparameters, metric histories, early stopping and plateaus."""
+"""Generate schedules, metric histories, early stopping and plateaus."""
 
 import math
 from typing import Any

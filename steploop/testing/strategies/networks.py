@@ -1,4 +1,4 @@
-"""Small classification tasks: networks with every part that a law has to survive, and their batches."""
+"""Generate small classification tasks: networks with unusual parts, and their batches."""
 
 from typing import Any
 
@@ -20,7 +20,7 @@ IGNORED = -100  # the label that cross entropy leaves out
 
 
 class Network(nn.Module):
-    """A perceptron whose parts can be had one by one; see ``Task`` for what they are."""
+    """A perceptron with optional parts; ``Task`` describes them."""
 
     def __init__(self, task: "Task") -> None:
         super().__init__()
@@ -42,7 +42,7 @@ class Network(nn.Module):
             self.middle.bias.requires_grad_(False)  # noqa: FBT003  (torch's signature)
 
     def _generate(self, generator: torch.Generator) -> None:
-        """Parameters that are a function of the seed; not the biases of torch, which may be 0."""
+        """Draw all parameters from the seed, biases too, which torch may set to 0."""
         with torch.no_grad():
             for p in self.parameters():
                 p.copy_(torch.empty_like(p).uniform_(-0.8, 0.8, generator=generator))
@@ -70,7 +70,7 @@ def classification(model: nn.Module, batch: Batch) -> tuple[Tensor, dict[str, Te
 
 @attrs.frozen(kw_only=True)
 class Task:
-    """What a network and its data are made of, all functions of ``seed``; print it and you can make it again.
+    """A network and its data as functions of ``seed``; its repr rebuilds it.
 
     Attributes:
         seed: of the parameters and of the data.
@@ -99,7 +99,7 @@ class Task:
     counter: bool = False
 
     def model(self) -> Network:
-        """A new network, the same at every call; the global generators stay where they are."""
+        """Make a new network, the same at every call, without moving the global generators."""
         before = torch.default_generator.get_state()
         try:
             return Network(self)
@@ -107,7 +107,7 @@ class Task:
             torch.default_generator.set_state(before)
 
     def batch(self, index: int, size: int = 4, *, ignored: float = 0.0) -> Batch:
-        """Batch number ``index``: inputs (size, F), labels (size,); ``ignored`` is the share of labels left out."""
+        """Make batch ``index``: inputs (size, F), labels (size,), a share ``ignored`` of them -100."""
         generator = torch.Generator().manual_seed(1000 * self.seed + index)
         inputs = torch.empty(size, self.features).normal_(generator=generator)
         labels = torch.randint(self.classes, (size,), generator=generator)
@@ -115,11 +115,11 @@ class Task:
         return inputs, labels.masked_fill(out, IGNORED)
 
     def batches(self, count: int, size: int = 4) -> list[Batch]:
-        """The first ``count`` batches."""
+        """Make the first ``count`` batches."""
         return [self.batch(index, size) for index in range(count)]
 
     def state(self, optimizer: Optimizer | None = None, **options: Any) -> TrainState:
-        """The first state of a run over a new network; options as for ``TrainState.create``."""
+        """Make the first state over a new network; options as for ``TrainState.create``."""
         return TrainState.create(
             self.model(), optimizer or Optimizer(torch.optim.SGD, lr=0.1, momentum=0.9), **options
         )
@@ -148,7 +148,7 @@ def models(**parts: Any) -> st.SearchStrategy[Network]:
 
 
 def batches(task: Task, *, min_size: int = 2, max_size: int = 6) -> st.SearchStrategy[Batch]:
-    """Batches of a task; two samples at least unless told otherwise, because BatchNorm needs as many."""
+    """Batches of a task, by default of at least the two samples that BatchNorm needs."""
     return st.builds(task.batch, st.integers(0, 999), st.integers(min_size, max_size))
 
 

@@ -1,4 +1,4 @@
-"""Gradient trees, loss scales, partitions and cut points."""
+"""Generate gradient trees, loss scales, partitions and cut points."""
 
 import math
 from collections.abc import Mapping
@@ -17,7 +17,7 @@ _NOT_FINITE = [math.inf, -math.inf, math.nan]
 
 
 def shapes() -> st.SearchStrategy[tuple[int, ...]]:
-    """Of a parameter: scalars, vectors, matrices and filters."""
+    """Shapes of parameters: scalars, vectors, matrices and filters."""
     return st.lists(st.integers(1, 4), max_size=4).map(tuple)
 
 
@@ -62,14 +62,14 @@ def gradient_trees(
 
 
 def bounds() -> st.SearchStrategy[float]:
-    """What ``max_norm``, ``max_value`` and ``adaptive`` may be."""
+    """Legal values of ``max_norm``, ``max_value`` and ``adaptive``."""
     # below and above what float32 holds, and where 1 / 1e-6 times it is above
     extremes = [1e-40, 1e36, 1e39, math.inf]
     return st.sampled_from([1e-6, 1e-3, 0.01, 1.0, 5.0, *extremes]) | st.floats(1e-8, 1e4)
 
 
 def powers_of_two(low: int = -14, high: int = 24) -> st.SearchStrategy[float]:
-    """Loss scales whose multiplication rounds nothing."""
+    """Loss scales that are powers of two, so that multiplying rounds nothing."""
     return st.integers(low, high).map(lambda exponent: 2.0**exponent)
 
 

@@ -1,4 +1,4 @@
-"""Every optimizer of torch that trains dense parameters, with the options that change its arithmetic."""
+"""Generate optimizers: every dense one of torch, with the options that change its arithmetic."""
 
 import inspect
 from typing import Any
@@ -25,7 +25,7 @@ _OPTIONS: dict[str, tuple[Any, ...]] = {
 
 
 def dense_optimizers() -> list[type[torch.optim.Optimizer]]:
-    """Every class of ``torch.optim`` that takes dense gradients, found by looking, so that a new one is tested too."""
+    """List every class of ``torch.optim`` that takes dense gradients, new ones included."""
     found = [
         c for c in vars(torch.optim).values() if inspect.isclass(c) and issubclass(c, torch.optim.Optimizer)
     ]

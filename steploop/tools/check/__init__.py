@@ -1,1 +1,1 @@
-"""Checking a recipe: built small, and put before every law of ``steploop.testing`` that applies to it."""
+"""Check a recipe: build it small, and test it against every law that applies to it."""

@@ -1,4 +1,4 @@
-"""Laws put to a recipe: for each one the cases to try, the smallest first."""
+"""List the laws that apply to a recipe, with the cases to try, the smallest first."""
 
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -47,12 +47,12 @@ Case = tuple[str, Callable[[], None]]
 
 
 class NotApplicable(Exception):  # noqa: N818  (no error: the law has nothing to say about this recipe)
-    """A law does not apply to a recipe; says why."""
+    """Says why a law does not apply to a recipe."""
 
 
 @attrs.frozen
 class Law:
-    """A law and the cases it makes of a recipe, the smallest first."""
+    """A law and its cases for a recipe, the smallest first."""
 
     name: str
     cases: Callable[[Subject], Iterator[Case]]
@@ -147,14 +147,14 @@ def _evaluation(recipe: Recipe) -> Callable[[Any], Any]:
 
 
 def _in_float32(state: Any) -> Any:
-    """bfloat16 rounds differently in batches of another size; the law is about weights."""
+    """Return the states in fp32: bfloat16 rounds differently in batches of another size."""
     if isinstance(state, TrainState):
         return attrs.evolve(state, precision="fp32", scale=None)
     return {name: _in_float32(member) for name, member in state.items()}
 
 
 def _evaluation_batch_size(s: Subject) -> Iterator[Case]:
-    """Of the whole evaluation, through its loaders or the Config's batch sizes; and of the objective by itself."""
+    """Evaluate with other batch sizes: through loaders, the Config, or the objective alone."""
     whole = s.samples - 1 + s.samples % 2  # an odd number, so that every size between has a short last batch
     state = _in_float32(s.recipe.state)
     measure = _evaluation(s.recipe)
@@ -168,13 +168,13 @@ def _evaluation_batch_size(s: Subject) -> Iterator[Case]:
             with replaced_loaders(loaders, partial(smaller, samples=whole, batch_size=batch_size)):
                 found.append(measure(state))
         check_same_metrics(
-            found[1], found[0], f"the evaluation does not depend on the batch size ({whole} or {size})"
+            found[1], found[0], f"the evaluation must not depend on the batch size ({whole} or {size})"
         )
 
     def through_config() -> None:
         smaller_sizes = {name: max(s.settings[name] // 2 - 1, 1) for name in settings}
         other = _evaluation(s.fresh(**smaller_sizes))
-        law = f"the evaluation does not depend on {', '.join(f'{n}={v}' for n, v in smaller_sizes.items())}"
+        law = f"the evaluation must not depend on {', '.join(f'{n}={v}' for n, v in smaller_sizes.items())}"
         check_same_metrics(other(state), measure(state), law)
 
     if loaders:

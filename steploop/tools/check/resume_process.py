@@ -1,4 +1,4 @@
-"""Exact resume of a recipe: half of the run here, the other half in a new process, compared bit for bit.
+"""Check a recipe's exact resume: run one half here, the other in a new process, compare.
 
 As a program, ``python -m steploop.tools.check.resume_process REQUEST``, it is that other process.
 """
@@ -40,7 +40,7 @@ def check_resume(subject: Subject, cut: int) -> None:
         whole = copied(values(reduce(recipe.train_step, batches[cut:], half)))
         _in_new_process(subject, cut, folder)
         resumed = checkpoint.load(folder / "resumed", like=subject.fresh().state)
-    require_same(resumed, whole, f"a run resumed after {cut} batches goes on as the one that never stopped")
+    require_same(resumed, whole, f"a run resumed after {cut} batches must equal the uninterrupted run")
 
 
 def _in_new_process(subject: Subject, cut: int, folder: Path) -> None:
@@ -56,12 +56,12 @@ def _in_new_process(subject: Subject, cut: int, folder: Path) -> None:
     last = done.stderr.strip().rpartition("\n")[2]
     require(
         done.returncode == 0,
-        f"a new process can go on with the run after {cut} batches, but it ended with: {last}",
+        f"a new process must be able to resume after {cut} batches, but it failed: {last}",
     )
 
 
 def main(text: str) -> None:
-    """Load the checkpoint, go on to the end, save.
+    """Load the checkpoint, run to the end, save.
 
     Args:
         text: the request, as JSON.

@@ -1,4 +1,4 @@
-"""Subject: a recipe as the laws look at it: made anew as often as they like, with a few small batches."""
+"""Build a recipe for the laws, as often as they need it, with a few small batches."""
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -26,11 +26,11 @@ __all__ = ["Subject", "first_samples", "loaders_of", "replaced_loaders", "smalle
 
 @attrs.frozen(kw_only=True, slots=False)
 class Subject:
-    """A recipe under examination.
+    """A recipe that is tested.
 
     Attributes:
         path: the recipe's file.
-        values: the settings that were given, by the name of the field of Config.
+        values: the settings from the command line, by the name of the field of Config.
         device: where it computes.
         phase: 0 for the recipe itself, 1 for what follows it (``Recipe.then``), and so on.
         samples: how many samples of a batch are used.
@@ -45,7 +45,7 @@ class Subject:
     steps: int = 3
 
     def fresh(self, **changes: Any) -> Recipe:
-        """The recipe as a new process would make it: the file run again, so that its globals are new, and built.
+        """Run the recipe's file again, so that its globals are new, and build it.
 
         Args:
             changes: settings besides ``values``.
@@ -68,7 +68,7 @@ class Subject:
 
     @cached_property
     def recipe(self) -> Recipe:
-        """One of them, for the laws that leave it whole."""
+        """The recipe, for the laws that do not change it."""
         return self.fresh()
 
     @cached_property
@@ -77,7 +77,7 @@ class Subject:
         return self.batches_of(self.recipe)
 
     def batches_of(self, recipe: Recipe, start: int = 0) -> list[Any]:
-        """The same of another build of the recipe, from a cursor on."""
+        """Return the first batches of another build of the recipe, from ``start`` on."""
         iterator = iter(recipe.batches.epoch(0, start))
         found = [first_samples(copied(b), self.samples) for b in islice(iterator, self.steps - start)]
         if callable(close := getattr(iterator, "close", None)):
@@ -86,13 +86,13 @@ class Subject:
 
 
 def first_samples(batch: Any, count: int) -> Any:
-    """The batch cut to its first ``count`` samples, in every tensor that is as long as the batch."""
+    """Cut a batch to its first ``count`` samples, in every tensor that is as long as the batch."""
     whole = count_samples(batch)
     return map_tensors(lambda t: t[:count] if t.dim() and t.shape[0] == whole else t, batch)
 
 
 def smaller(loader: Loader, samples: int, *, batch_size: int | None = None, num_workers: int = 0) -> Loader:
-    """The loader over its first ``samples`` samples only, by default read in this process."""
+    """Limit a loader to its first ``samples`` samples, by default read in this process."""
     data = loader.dataset
     if is_tensors(data):
         data = map_tensors(lambda t: t[:samples], data)
@@ -105,7 +105,7 @@ def smaller(loader: Loader, samples: int, *, batch_size: int | None = None, num_
 
 
 def loaders_of(function: Any) -> list[CellType]:
-    """The cells in which a function, or one that it calls, holds a Loader that it did not get as an argument."""
+    """Find the closure cells in which a function, or one that it calls, holds a Loader."""
     return list({id(cell): cell for cell in _cells(function, set())}.values())
 
 
@@ -130,7 +130,7 @@ def _cells(function: Any, seen: set[int]) -> Iterator[CellType]:
 
 @contextmanager
 def replaced_loaders(cells: Sequence[CellType], replace: Callable[[Loader], Loader]) -> Iterator[None]:
-    """Another loader in the place of each, for a while."""
+    """Replace the loader in each cell for the length of the block."""
     before = [cell.cell_contents for cell in cells]
     try:
         for cell, loader in zip(cells, before, strict=True):

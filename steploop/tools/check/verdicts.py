@@ -1,4 +1,4 @@
-"""Verdicts: every law put to a recipe, with the smallest case in which it fails."""
+"""Test a recipe against every law, and report the smallest case that fails."""
 
 from collections.abc import Callable, Iterable, Iterator
 
@@ -12,7 +12,7 @@ __all__ = ["Verdict", "examine"]
 
 @attrs.frozen(kw_only=True)
 class Verdict:
-    """What came of one law.
+    """The result of one law.
 
     Attributes:
         law: its name.
@@ -32,12 +32,12 @@ class Verdict:
 def examine(
     subject: Subject, show: Callable[[str], None] = lambda _: None, *, laws: Iterable[Law] | None = None
 ) -> Iterator[Verdict]:
-    """Put every law to the recipe.
+    """Test the recipe against every law.
 
     Args:
         subject: the recipe.
-        show: told the name of each law before it is tried.
-        laws: which ones; all of them unless given.
+        show: called with the name of each law before it is tried.
+        laws: the laws to test; by default all.
     """
     for law in LAWS if laws is None else laws:
         show(law.name)
