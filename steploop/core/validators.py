@@ -1,7 +1,7 @@
-"""Checks of hyperparameters at the door: attrs converters, and validators whose message says what to do.
+"""Check arguments and fields where they are given: attrs converters and validators, and one check for a call.
 
-A converter takes any number of the right kind (NumPy's too) to a plain ``float`` or ``int`` and leaves everything
-else as it came, so that the validator after it can show the user the value that was given.
+A converter turns any number of the right kind (NumPy's too) into a plain ``float`` or ``int`` and leaves everything
+else as it is, so that the validator after it can show the value that the user gave.
 """
 
 import math
@@ -17,7 +17,7 @@ Validator = Callable[[Any, "attrs.Attribute[Any]", Any], None]
 
 
 def to_real(value: object) -> Any:
-    """A plain float for any real number; anything else (bool and str included) as it came."""
+    """Turn any real number into a plain float; leave anything else (bool and str too) as it is."""
     if isinstance(value, bool) or not isinstance(value, Real):
         return value
     try:
@@ -27,15 +27,36 @@ def to_real(value: object) -> Any:
 
 
 def to_integer(value: object) -> Any:
-    """A plain int for any integer; anything else (bool, float and str included) as it came."""
+    """Turn any integer into a plain int; leave anything else (bool, float and str too) as it is."""
     if isinstance(value, bool) or not isinstance(value, Integral):
         return value
     return int(value)
 
 
 def refuse(owner: object, name: str, expected: str, value: object, hint: str) -> ConfigError:
-    """The error for a hyperparameter: whose it is, its name, what was expected, what came, what to do."""
-    return ConfigError(f"{type(owner).__name__}: {name} must be {expected}, got {value!r}. {hint}")
+    """Make the error for a field: its class, its name, what was expected, what came, what to do."""
+    return ConfigError(f"{type(owner).__name__}: {_problem(name, expected, value)}. {hint}".rstrip())
+
+
+def _problem(name: str, expected: str, value: object) -> str:
+    return f"{name} must be {expected}, got {value!r}"
+
+
+def require_int(name: str, value: Any, *, minimum: int, maximum: int | None = None) -> int:
+    """Check an argument of a function; give it back as a plain int.
+
+    Raises:
+        ConfigError: it is no integer, or out of bounds.
+    """
+    number = to_integer(value)
+    if not isinstance(number, int) or isinstance(number, bool) or not _within(number, minimum, maximum):
+        bounds = f">= {minimum}" if maximum is None else f"in {minimum}..{maximum}"
+        raise ConfigError(f"{_problem(name, f'an integer {bounds}', value)}.")
+    return number
+
+
+def _within(number: int, minimum: int, maximum: int | None) -> bool:
+    return number >= minimum and (maximum is None or number <= maximum)
 
 
 def real(
@@ -46,10 +67,10 @@ def real(
     at_most: float | None = None,
     below: float | None = None,
 ) -> Validator:
-    """A validator: a finite float within the bounds given.
+    """Make a validator: a finite float within the bounds.
 
     Args:
-        hint: what to do about a value that is refused; a sentence.
+        hint: a sentence that says what to do instead.
         at_least: the value must be >= this.
         above: the value must be > this.
         at_most: the value must be <= this.
@@ -79,8 +100,8 @@ def real(
     return check
 
 
-def integer(*, at_least: int, hint: str) -> Validator:
-    """A validator: an int that is no bool and is >= ``at_least``; raises ConfigError, which ends in ``hint``."""
+def integer(*, at_least: int, hint: str = "") -> Validator:
+    """Make a validator: an int >= ``at_least``, and no bool; its ConfigError ends in ``hint``."""
 
     def check(owner: object, attribute: "attrs.Attribute[Any]", value: Any) -> None:
         if not isinstance(value, int) or isinstance(value, bool) or value < at_least:
@@ -90,7 +111,7 @@ def integer(*, at_least: int, hint: str) -> Validator:
 
 
 def one_of(*choices: str, hint: str) -> Validator:
-    """A validator: one of the strings given; raises ConfigError, which ends in ``hint``."""
+    """Make a validator: one of these strings; its ConfigError ends in ``hint``."""
     expected = "one of " + ", ".join(repr(choice) for choice in choices)
 
     def check(owner: object, attribute: "attrs.Attribute[Any]", value: Any) -> None:
@@ -100,8 +121,8 @@ def one_of(*choices: str, hint: str) -> Validator:
     return check
 
 
-def boolean(*, hint: str) -> Validator:
-    """A validator: True or False and nothing that merely counts as one; raises ConfigError, which ends in ``hint``."""
+def boolean(*, hint: str = "") -> Validator:
+    """Make a validator: True or False, not only something truthy; its ConfigError ends in ``hint``."""
 
     def check(owner: object, attribute: "attrs.Attribute[Any]", value: Any) -> None:
         if not isinstance(value, bool):

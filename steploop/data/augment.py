@@ -13,7 +13,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from steploop.core.argument_checks import require_int
+from steploop.core.validators import require_int
 from steploop.errors import ConfigError
 
 __all__ = ["normalize", "random_crop", "random_flip"]

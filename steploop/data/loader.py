@@ -7,10 +7,10 @@ import attrs
 import torch
 from torch.utils.data import TensorDataset
 
-from steploop.core.argument_checks import at_least, is_bool, require_int
 from steploop.core.interruption import check_interruption
 from steploop.core.seeds import fold_in
 from steploop.core.trees import map_tensors
+from steploop.core.validators import boolean, integer, require_int, to_integer
 from steploop.data.batch_requests import Failure, Fetcher, Request, Transform, is_tensors
 from steploop.data.dataset_size import count_dataset, on_device
 from steploop.data.epochs import EpochBatches, ahead_of_use
@@ -101,20 +101,20 @@ class Loader:
     """
 
     dataset: Any = attrs.field(kw_only=False, repr=lambda data: type(data).__name__)
-    batch_size: int = attrs.field(validator=at_least(1))
-    seed: int = attrs.field(validator=at_least(0))
-    shuffle: bool = attrs.field(default=True, validator=is_bool)
-    drop_last: bool = attrs.field(default=False, validator=is_bool)
-    num_workers: int = attrs.field(default=0, validator=at_least(0))
-    pin_memory: bool | None = attrs.field(default=None, validator=attrs.validators.optional(is_bool))
-    persistent_workers: bool = attrs.field(default=False, validator=is_bool)
+    batch_size: int = attrs.field(converter=to_integer, validator=integer(at_least=1))
+    seed: int = attrs.field(converter=to_integer, validator=integer(at_least=0))
+    shuffle: bool = attrs.field(default=True, validator=boolean())
+    drop_last: bool = attrs.field(default=False, validator=boolean())
+    num_workers: int = attrs.field(default=0, converter=to_integer, validator=integer(at_least=0))
+    pin_memory: bool | None = attrs.field(default=None, validator=attrs.validators.optional(boolean()))
+    persistent_workers: bool = attrs.field(default=False, validator=boolean())
     transform: Transform | None = None
     augment: Augment | None = None
     collate: Callable[[list[Any]], Any] | None = None
     device: torch.device | None = attrs.field(default=None, converter=_as_device)
-    prefetch: int = attrs.field(default=2, validator=at_least(1))
-    rank: int = attrs.field(default=0, validator=at_least(0))
-    world_size: int = attrs.field(default=1, validator=at_least(1))
+    prefetch: int = attrs.field(default=2, converter=to_integer, validator=integer(at_least=1))
+    rank: int = attrs.field(default=0, converter=to_integer, validator=integer(at_least=0))
+    world_size: int = attrs.field(default=1, converter=to_integer, validator=integer(at_least=1))
     num_samples: int = attrs.field(init=False)
     # The one thing here that is no value: workers that wait for the next epoch. Nothing depends on them but time.
     _kept: list[WorkerPool] = attrs.field(init=False, factory=list, repr=False)

@@ -8,8 +8,8 @@ distributed run computes the same order and takes its own share.
 import torch
 from torch import Tensor
 
-from steploop.core.argument_checks import require_int
 from steploop.core.seeds import fold_in
+from steploop.core.validators import require_int
 from steploop.errors import DataError
 
 __all__ = ["batch_indices", "batches_per_epoch", "epoch_order"]

@@ -6,7 +6,7 @@ from typing import Any
 import attrs
 import torch
 
-from steploop.core.argument_checks import at_least, is_bool, require_int
+from steploop.core.validators import boolean, integer, require_int
 from steploop.data.epochs import EpochBatches, ahead_of_use
 from steploop.data.loader import _as_device
 from steploop.errors import ConfigError, DataError, EmptyDataError
@@ -42,8 +42,8 @@ class Stream:
     """
 
     batches: Callable[[int, int], Iterable[Any]] = attrs.field(kw_only=False, validator=_is_function)
-    length: int | None = attrs.field(default=None, validator=attrs.validators.optional(at_least(1)))
-    restorable: bool = attrs.field(default=False, validator=is_bool)
+    length: int | None = attrs.field(default=None, validator=attrs.validators.optional(integer(at_least=1)))
+    restorable: bool = attrs.field(default=False, validator=boolean())
     device: torch.device | None = attrs.field(default=None, converter=_as_device)
 
     def __len__(self) -> int:

@@ -11,7 +11,7 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
-from steploop.core.argument_checks import require_int
+from steploop.core.validators import require_int
 from steploop.data.sources.progress import Progress, showing
 from steploop.errors import DataError, EmptyDataError
 

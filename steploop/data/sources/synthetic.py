@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from steploop.core.argument_checks import at_least
 from steploop.core.seeds import fold_in
+from steploop.core.validators import integer
 from steploop.errors import ConfigError
 
 __all__ = ["SyntheticImageDataset"]
@@ -47,12 +47,12 @@ class SyntheticImageDataset(Dataset[tuple[Tensor, int]]):
             sample.
     """
 
-    length: int = attrs.field(validator=at_least(0))
-    classes_count: int = attrs.field(default=10, kw_only=True, validator=at_least(1))
-    size: int = attrs.field(default=32, kw_only=True, validator=at_least(1))
-    seed: int = attrs.field(default=0, kw_only=True, validator=at_least(0))
+    length: int = attrs.field(validator=integer(at_least=0))
+    classes_count: int = attrs.field(default=10, kw_only=True, validator=integer(at_least=1))
+    size: int = attrs.field(default=32, kw_only=True, validator=integer(at_least=1))
+    seed: int = attrs.field(default=0, kw_only=True, validator=integer(at_least=0))
     noise: float = attrs.field(default=0.25, kw_only=True, validator=_positive)
-    first: int = attrs.field(default=0, kw_only=True, validator=at_least(0))
+    first: int = attrs.field(default=0, kw_only=True, validator=integer(at_least=0))
     _patterns: Tensor = attrs.field(init=False, repr=False)
 
     def __attrs_post_init__(self) -> None:
