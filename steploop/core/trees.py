@@ -1,32 +1,77 @@
-"""Nested values: walk, map and compare trees of tensors (dict, list, tuple, attrs; leaves are anything else)."""
+"""Walk, map and compare nested values: mappings, lists, tuples, attrs classes and dataclasses of tensors."""
 
-from collections.abc import Callable, Iterator, Mapping
+import copy
+import dataclasses
+from collections.abc import Callable, Iterator, Mapping, MutableMapping
+from types import MappingProxyType
 from typing import Any
 
 import attrs
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import PackedSequence
 
 __all__ = ["count_samples", "first_difference", "map_tensors", "named_leaves", "shapes", "to_device"]
 
 
-def map_tensors(function: Callable[[Tensor], Any], tree: Any) -> Any:
-    """The same tree with ``function(leaf)`` in the place of every tensor; other leaves are kept."""
+def map_tensors(  # noqa: PLR0911  (one return for each kind of node)
+    function: Callable[[Tensor], Any], tree: Any, *, other: Callable[[Any], Any] | None = None
+) -> Any:
+    """Build the same tree with ``function(leaf)`` in the place of every tensor.
+
+    Every node keeps its type: a ``UserDict``, a named tuple, an attrs class or a dataclass is a new one of its kind,
+    with whatever else it holds. Of a ``MappingProxyType`` it makes a dict.
+
+    Args:
+        function: what to do with a tensor.
+        tree: mappings, lists, tuples, attrs classes and dataclasses, nested; anything else is a leaf.
+        other: what to do with a leaf that is no tensor, and with a ``PackedSequence``; kept as it is unless given.
+    """
     if tree is None:  # the usual case of an objective without outputs, and the quickest
         return None
     if isinstance(tree, Tensor):
         return function(tree)
     if isinstance(tree, Mapping):
-        return {key: map_tensors(function, value) for key, value in tree.items()}
+        mapped = {key: map_tensors(function, value, other=other) for key, value in tree.items()}
+        return mapped if type(tree) is dict else _mapping_like(tree, mapped)
     if isinstance(tree, (list, tuple)):
-        mapped = [map_tensors(function, value) for value in tree]
+        if other is not None and isinstance(tree, PackedSequence):
+            return other(tree)
+        items = [map_tensors(function, value, other=other) for value in tree]
         return (
-            type(tree)(*mapped) if hasattr(tree, "_fields") else type(tree)(mapped)
+            type(tree)(*items) if hasattr(tree, "_fields") else type(tree)(items)
         )  # a named tuple takes them one by one
     if attrs.has(type(tree)):
         fields = {f.name: (f.alias, getattr(tree, f.name)) for f in attrs.fields(type(tree)) if f.init}
-        return attrs.evolve(tree, **{alias: map_tensors(function, value) for alias, value in fields.values()})
-    return tree
+        return attrs.evolve(
+            tree, **{alias: map_tensors(function, value, other=other) for alias, value in fields.values()}
+        )
+    if _is_dataclass(tree):
+        clone = copy.copy(tree)
+        for f in dataclasses.fields(tree):  # past __init__, which may take other arguments than the fields
+            value = map_tensors(function, getattr(tree, f.name), other=other)
+            object.__setattr__(clone, f.name, value)  # frozen ones refuse an assignment
+        return clone
+    return tree if other is None else other(tree)
+
+
+def _is_dataclass(value: Any) -> bool:
+    return dataclasses.is_dataclass(value) and not isinstance(value, type)
+
+
+def _mapping_like(tree: Mapping[Any, Any], items: dict[Any, Any]) -> Any:
+    """The items in a mapping of the tree's type; a dict where that cannot be made, as torch's collation does."""
+    if isinstance(tree, MappingProxyType):
+        return items
+    try:
+        if isinstance(tree, MutableMapping):
+            clone = copy.copy(tree)  # keeps what else it holds: a default factory, encodings
+            for key, value in items.items():  # some refuse update()
+                clone[key] = value
+            return clone
+        return type(tree)(items)  # type: ignore[call-arg]  # most immutable mappings are made of one
+    except TypeError:
+        return items
 
 
 def named_leaves(tree: Any, name: str = "") -> Iterator[tuple[str, Any]]:
@@ -37,6 +82,8 @@ def named_leaves(tree: Any, name: str = "") -> Iterator[tuple[str, Any]]:
         items = enumerate(tree)
     elif attrs.has(type(tree)):
         items = ((f.name, getattr(tree, f.name)) for f in attrs.fields(type(tree)))
+    elif _is_dataclass(tree):
+        items = ((f.name, getattr(tree, f.name)) for f in dataclasses.fields(tree))
     else:
         yield name, tree
         return
@@ -45,8 +92,12 @@ def named_leaves(tree: Any, name: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def to_device(tree: Any, device: torch.device, *, non_blocking: bool = True) -> Any:
-    """The same tree with its tensors on ``device``."""
-    return map_tensors(lambda t: t.to(device, non_blocking=non_blocking), tree)
+    """Build the same tree with its tensors on ``device``; objects with a method ``to`` (graphs, say) move by it."""
+    return map_tensors(
+        lambda t: t.to(device, non_blocking=non_blocking),
+        tree,
+        other=lambda leaf: leaf.to(device) if callable(getattr(leaf, "to", None)) else leaf,
+    )
 
 
 def shapes(tree: Any) -> str:

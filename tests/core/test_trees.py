@@ -1,5 +1,9 @@
 """Trees: walked in their own order, mapped without losing their kind, compared bit for bit by name."""
 
+from collections import OrderedDict, UserDict, defaultdict
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import attrs
@@ -34,6 +38,92 @@ def test_mapping_keeps_the_kind_of_every_node_and_the_leaves_that_are_no_tensors
     tensors = [mapped["a"], mapped["b"][0], mapped["c"][0], mapped["d"].left, mapped["e"].value]
     assert [t.item() for t in tensors] == [2.0] * 5
     assert TREE["a"] is ONE
+
+
+class Encoding(UserDict):
+    """What a tokenizer gives: a mapping that holds more than its items."""
+
+    def __init__(self, data, note):
+        super().__init__(data)
+        self.note = note
+
+
+class Closed(OrderedDict):
+    def update(self, *args):
+        raise TypeError("not like this")
+
+
+class Fixed(Mapping):
+    def __init__(self, items):
+        self._items = dict(items)
+
+    def __getitem__(self, key):
+        return self._items[key]
+
+    def __iter__(self):
+        return iter(self._items)
+
+    def __len__(self):
+        return len(self._items)
+
+
+class Odd(Fixed):
+    def __init__(self, first, second):
+        super().__init__({"first": first, "second": second})
+
+
+@dataclass
+class Plain:
+    value: Any
+    made: Any = field(init=False, default=None)
+    text: str = "x"
+
+
+@dataclass(frozen=True, slots=True)
+class Frozen:
+    value: Any
+    inner: Any
+
+
+def test_mapping_keeps_mappings_of_every_type_and_what_else_they_hold():
+    mapped = map_tensors(lambda t: t + 1, Encoding({"ids": ONE, "n": 3}, note="said"))
+    assert type(mapped) is Encoding
+    assert (mapped["ids"].item(), mapped["n"], mapped.note) == (2.0, 3, "said")
+    counted = map_tensors(lambda t: t + 1, defaultdict(list, {"x": ONE}))
+    assert counted["new"] == []
+    for kind in (OrderedDict, Closed, Fixed):
+        assert type(map_tensors(lambda t: t + 1, kind({"x": ONE}))) is kind
+    assert type(map_tensors(lambda t: t, MappingProxyType({"x": ONE}))) is dict
+    assert map_tensors(lambda t: t + 1, Odd(ONE, 2)) == {"first": torch.tensor([2.0]), "second": 2}
+    assert ONE.item() == 1.0
+
+
+def test_mapping_keeps_dataclasses_whatever_their_constructor_takes():
+    plain = Plain(ONE)
+    plain.made = ONE * 2
+    mapped = map_tensors(lambda t: t + 1, {"p": plain, "f": Frozen(ONE, [plain]), "class": Plain})
+    assert type(mapped["p"]) is Plain
+    assert (mapped["p"].value.item(), mapped["p"].made.item(), mapped["p"].text) == (2.0, 3.0, "x")
+    assert type(mapped["f"]) is Frozen
+    assert mapped["f"].inner[0].made.item() == 3.0
+    assert mapped["class"] is Plain
+    assert (plain.value.item(), plain.made.item()) == (1.0, 2.0)
+    names = [name for name, _ in named_leaves({"f": Frozen(ONE, [plain])})]
+    assert names == ["f.value", "f.inner.0.value", "f.inner.0.made", "f.inner.0.text"]
+    assert count_samples(Frozen("text", {"x": torch.zeros(6)})) == 6
+
+
+def test_moving_calls_the_method_to_of_objects_that_have_one():
+    class Graph:
+        def to(self, device):
+            return f"moved to {device}"
+
+    ragged = torch.nn.utils.rnn.pack_sequence([torch.ones(3), torch.ones(2)])
+    moved = to_device({"graph": Graph(), "x": ONE, "ragged": ragged, "n": 1}, torch.device("meta"))
+    assert moved["graph"] == "moved to meta"
+    assert moved["x"].device.type == moved["ragged"].data.device.type == "meta"
+    assert moved["ragged"].batch_sizes.device.type == "cpu"  # as torch wants it
+    assert moved["n"] == 1
 
 
 def test_leaves_have_dotted_names_in_the_order_of_the_tree():
