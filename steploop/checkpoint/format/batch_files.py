@@ -22,7 +22,7 @@ def encode(tree: Any, tensors: dict[str, Tensor]) -> Any:
         name = str(len(tensors))
         tensors[name] = tree
         return {"tensor": name, "spec": spec_of(name, tree).to_json()}
-    if isinstance(tree, dict) and all(isinstance(key, (str, int)) for key in tree):
+    if type(tree) is dict and all(isinstance(key, (str, int)) for key in tree):
         return {"dict": [[key, encode(value, tensors)] for key, value in tree.items()]}
     if type(tree) in {list, tuple}:
         return {type(tree).__name__: [encode(value, tensors) for value in tree]}
