@@ -11,6 +11,7 @@ from steploop.errors import SteploopError
 from steploop.tools.commands.bench import bench
 from steploop.tools.commands.check import check
 from steploop.tools.commands.diff import diff
+from steploop.tools.commands.docs import docs
 from steploop.tools.commands.inspect import inspect
 from steploop.tools.commands.lr_find import lr_find
 from steploop.tools.commands.new import new
@@ -45,6 +46,7 @@ for command in (
     lr_find,
     replay,
     check,
+    docs,
 ):
     app.command()(command)
 

@@ -1,1 +1,1 @@
-"""Recipes of which ``steploop bench`` knows the names: the yardsticks of the README."""
+"""Recipes that ``steploop bench`` knows by name: those of ``steploop docs speed``."""

@@ -1,0 +1,123 @@
+"""What CONTRIBUTING.md lists is complete: a part that was added halfway is named here."""
+
+import ast
+import inspect
+import re
+from pathlib import Path
+
+import pytest
+import typer
+
+import steploop
+from steploop import testing
+from steploop.core import schedules
+from steploop.core.steps.clip import unscale_and_clip
+from steploop.runs.requests import Request
+from steploop.testing import clipping_laws
+from steploop.testing.strategies import curves
+from steploop.tools.cli import app
+from steploop.tools.report.schedule_previews import preview_schedules
+
+PACKAGE = Path(steploop.__file__).parent
+ROOT = Path(__file__).parents[2]
+GUIDE = (ROOT / ".github" / "CONTRIBUTING.md").read_text(encoding="utf-8")
+
+PARTS = {"check_same_metrics", "check_all_surroundings"}  # what laws are made of, and a loop over one
+SCHEDULES = [name for name in schedules.__all__ if name.islower() and name != "from_torch"]
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_a_schedule_is_public_has_a_preview_and_a_strategy(name):
+    assert getattr(steploop, name) is getattr(schedules, name)
+    assert preview_schedules([name], steps=10, lr=0.1).rates[name]
+    assert re.search(rf"\b{name}\b", inspect.getsource(curves)), "steploop/testing/strategies/curves.py"
+
+
+def test_a_logger_can_be_opened_by_a_run():
+    """Each class of a module in runs/logs that logs numbers is made in runs/outlets.py."""
+    outlets = (PACKAGE / "runs" / "outlets.py").read_text(encoding="utf-8")
+    for path in (PACKAGE / "runs" / "logs").glob("*.py"):
+        for node in ast.parse(path.read_bytes()).body:
+            if isinstance(node, ast.ClassDef) and not node.name.startswith("_"):
+                methods = {item.name for item in node.body if isinstance(item, ast.FunctionDef)}
+                if {"__call__", "close", "__init__"} <= methods:
+                    assert re.search(rf"\b{node.name}\(", outlets), f"{path.name}: {node.name}"
+
+
+def test_an_option_of_a_logger_is_kept_for_a_resume():
+    record = (PACKAGE / "runs" / "start_record.py").read_text(encoding="utf-8")
+    command = (PACKAGE / "tools" / "commands" / "run.py").read_text(encoding="utf-8")
+    outlets = (PACKAGE / "runs" / "outlets.py").read_text(encoding="utf-8")
+    names = re.findall(r"if request\.(\w+):", outlets)
+    assert names
+    for name in names:
+        assert name in inspect.signature(Request).parameters
+        assert f'"{name}"' in record
+        assert f'"{name}"' in command
+
+
+def test_an_extra_that_a_message_names_exists():
+    text = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    extras = set(
+        re.findall(r"^(\w+) = \[", text.partition("[project.optional-dependencies]")[2], re.MULTILINE)
+    )
+    named = {
+        extra
+        for path in [*PACKAGE.rglob("*.py"), *(ROOT / "recipes").glob("*.py")]
+        for extra in re.findall(r'extra="(\w+)"', path.read_text(encoding="utf-8"))
+    }
+    assert named
+    assert named <= extras
+
+
+@pytest.mark.parametrize(
+    "kind", [name for name in inspect.signature(unscale_and_clip).parameters if name != "state"]
+)
+def test_a_clipping_has_a_law(kind):
+    words = kind.removeprefix("max_")
+    assert [name for name in clipping_laws.__all__ if name.startswith("check_") and words in name], kind
+
+
+def test_each_module_of_a_command_is_registered():
+    commands = {name.replace("-", "_") for name in typer.main.get_command(app).commands}
+    modules = {path.stem for path in (PACKAGE / "tools" / "commands").glob("*.py")}
+    helpers = {
+        name
+        for name in modules
+        if not re.search(
+            rf"^def {name}\(", (PACKAGE / "tools" / "commands" / f"{name}.py").read_text(), re.MULTILINE
+        )
+    }
+    assert commands >= modules - helpers
+
+
+def test_each_law_is_exported_and_some_test_breaks_it():
+    tests = {
+        path: path.read_text(encoding="utf-8")
+        for path in [*(ROOT / "tests").rglob("test_*.py"), PACKAGE / "tools" / "check" / "law_cases.py"]
+    }
+    for path in (PACKAGE / "testing").glob("*_laws.py"):
+        for node in ast.parse(path.read_bytes()).body:
+            if (
+                isinstance(node, ast.FunctionDef)
+                and node.name.startswith("check_")
+                and node.name not in PARTS
+            ):
+                assert node.name in testing.__all__, f"{node.name} is not exported by steploop.testing"
+                users = [text for text in tests.values() if node.name in text]
+                assert any("AssertionError" in text or "LAWS" in text for text in users), (
+                    f"no test breaks {node.name}"
+                )
+
+
+def test_each_folder_has_a_line():
+    """A folder of the package, down to the second level."""
+    for path in PACKAGE.glob("*/"):
+        if path.name.startswith("_"):
+            continue
+        assert f"`{path.name}/`" in GUIDE, path.name
+
+
+def test_each_file_that_is_named_exists():
+    for name in re.findall(r"`((?:steploop|tests|recipes)/[\w/.]*)`", GUIDE):
+        assert name == "steploop/_recipes" or (ROOT / name).exists(), name
