@@ -1,4 +1,4 @@
-"""A whole file in the place of an older one: a reader sees the one or the other, and a kill leaves one of the two."""
+"""Puts a whole file in the place of an older one: a reader sees one or the other, and a kill leaves one of the two."""
 
 import os
 from contextlib import suppress
@@ -6,9 +6,11 @@ from pathlib import Path
 
 __all__ = ["replace_file"]
 
+_NEW = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+
 
 def replace_file(path: Path, data: bytes, *, durable: bool = False) -> None:
-    """Write ``data`` beside ``path``, as ``.name-pid``, and let it take that name.
+    """Write ``data`` to ``.name-pid`` in the same folder, and rename it to ``path``. No link is followed.
 
     Args:
         path: what is replaced, or made.
@@ -16,17 +18,19 @@ def replace_file(path: Path, data: bytes, *, durable: bool = False) -> None:
         durable: whether the content is on the disk before it takes the name; the directory is the caller's to flush.
 
     Raises:
-        OSError: it could not be written; the older file is as it was, and nothing stands beside it.
+        OSError: it could not be written; the older file is as it was, and the new one is removed.
     """
-    beside = path.with_name(f".{path.name}-{os.getpid()}")
+    temporary = path.with_name(f".{path.name}-{os.getpid()}")
+    with suppress(FileNotFoundError):  # of a process of the same number that was killed; or planted
+        temporary.unlink()
     try:
-        with beside.open("wb") as file:
+        with open(os.open(temporary, _NEW, 0o666), "wb") as file:  # noqa: PTH123  (a descriptor, not a path)
             file.write(data)
             if durable:
                 file.flush()
                 os.fsync(file.fileno())
-        beside.replace(path)
+        temporary.replace(path)
     except OSError:
         with suppress(OSError):
-            beside.unlink()
+            temporary.unlink()
         raise

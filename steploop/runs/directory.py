@@ -13,8 +13,15 @@ import attrs
 
 from steploop.checkpoint.storage.litter import sweep
 from steploop.checkpoint.storage.local import LOCAL
-from steploop.errors import CheckpointDamagedError, CheckpointWriteError, ConfigError, RunExistsError
+from steploop.errors import (
+    CheckpointDamagedError,
+    CheckpointWriteError,
+    ConfigError,
+    DataError,
+    RunExistsError,
+)
 from steploop.runs.atomic_files import replace_file
+from steploop.runs.directory_reader import read_record
 from steploop.runs.text_names import readable
 
 __all__ = [
@@ -118,15 +125,11 @@ def read_json(path: Path) -> dict[str, Any]:
         CheckpointDamagedError: it is missing or no JSON object.
     """
     try:
-        value = json.loads(path.read_bytes())
-    except OSError as error:
-        raise CheckpointDamagedError(f"{path} cannot be read: {error.strerror}.") from error
-    except ValueError as error:
-        raise CheckpointDamagedError(
-            f"{path} is not the JSON that a run writes: {error}. Give --out for a new run."
-        ) from error
-    if not isinstance(value, dict):
-        raise CheckpointDamagedError(f"{path} should hold a JSON object, but holds a {type(value).__name__}.")
+        value = read_record(path.parent, path.name)
+    except DataError as error:
+        raise CheckpointDamagedError(f"{error} Give --out for a new run.") from error
+    if value is None:
+        raise CheckpointDamagedError(f"{path} is missing. Give --out for a new run.")
     return value
 
 

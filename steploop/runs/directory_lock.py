@@ -7,10 +7,12 @@ of the file, so the file is opened once, here, and a process that holds the lock
 is written to a second file.
 """
 
+import errno
 import fcntl
 import json
 import os
 import socket
+import stat
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -20,14 +22,19 @@ from typing import Final
 
 import attrs
 
-from steploop.errors import CheckpointWriteError, RunLockedError
+from steploop.errors import CheckpointWriteError, DataError, RunLockedError
 from steploop.runs.atomic_files import replace_file
+from steploop.runs.directory_reader import read_record
+from steploop.runs.record_values import is_count
+from steploop.runs.safe_text import safe_text
 
 __all__ = ["Owner", "run_lock", "run_owner"]
 
 _LOCK: Final = "run.lock"
 _OWNER: Final = "run.owner.json"
 _LIMIT: Final = 4096  # bytes of the owner's file
+# O_NONBLOCK: a FIFO of that name is not waited for
+_SAFELY: Final = os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
 # A look at the lock takes it for a moment (shared); a starter that meets one tries again.
 _PATIENCE_S: Final = 0.2
 _held: dict[tuple[int, int], "Owner"] = {}  # (device, inode) of each run directory locked by this process
@@ -66,14 +73,12 @@ def run_lock(directory: Path) -> Iterator[Owner]:
     if key in _held:  # opening the file again and closing it would free the lock
         raise _locked(directory, _held[key])
     try:
-        fd = os.open(directory / _LOCK, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
+        fd = os.open(directory / _LOCK, os.O_RDWR | os.O_CREAT | _SAFELY, 0o666)
     except OSError as error:
-        raised = CheckpointWriteError(
-            f"The run directory {directory} cannot be locked: {error.strerror}. Choose one that this user may write to."
-        )
-        raised.errno = error.errno
-        raise raised from error
+        raise _unlockable(directory, error) from error
     try:
+        if not stat.S_ISREG(os.fstat(fd).st_mode):
+            raise _unlockable(directory, OSError(errno.EINVAL, f"its {_LOCK} is no regular file"))
         if not _take(fd):
             raise _locked(directory, _read_owner(directory))
         owner = Owner(os.getpid(), socket.gethostname(), datetime.now(UTC).isoformat(timespec="seconds"))
@@ -90,17 +95,18 @@ def run_lock(directory: Path) -> Iterator[Owner]:
 
 
 def run_owner(directory: Path) -> Owner | None:
-    """Who owns a run directory now, or None: what a status command shows. It changes nothing and waits for nobody."""
+    """The process that owns a run directory now, or None. This changes nothing and never waits."""
     if (owner := _held.get(_identity(directory))) is not None:
         return owner
     try:
-        fd = os.open(directory / _LOCK, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
-    except FileNotFoundError:
+        fd = os.open(directory / _LOCK, os.O_RDONLY | _SAFELY)
+    except OSError:  # no lock, or something else of its name, which no run holds
         return None
     try:
-        fcntl.lockf(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except OSError:
-        return _read_owner(directory)
+        if stat.S_ISREG(os.fstat(fd).st_mode):
+            fcntl.lockf(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except OSError as error:
+        return _read_owner(directory) if error.errno in {errno.EACCES, errno.EAGAIN} else None
     finally:
         os.close(fd)  # frees the shared lock too
     return None
@@ -131,11 +137,23 @@ def _write_owner(directory: Path, owner: Owner) -> None:
 def _read_owner(directory: Path) -> Owner:
     """What the owner says of itself; it has the lock for an instant before it says so, and may be gone by now."""
     try:
-        with (directory / _OWNER).open("rb") as file:
-            said = json.loads(file.read(_LIMIT))
-        return Owner(int(said["pid"]), str(said["host"]), str(said["started"]))
-    except (OSError, ValueError, TypeError, KeyError):
-        return Owner(0, "an unknown host", "an unknown time")
+        said = read_record(directory, _OWNER, limit=_LIMIT) or {}
+    except DataError:
+        said = {}
+    pid, host, started = said.get("pid"), said.get("host"), said.get("started")
+    return Owner(
+        pid if isinstance(pid, int) and is_count(pid) else 0,
+        safe_text(host) if isinstance(host, str) else "an unknown host",
+        safe_text(started) if isinstance(started, str) else "an unknown time",
+    )
+
+
+def _unlockable(directory: Path, error: OSError) -> CheckpointWriteError:
+    raised = CheckpointWriteError(
+        f"The run directory {directory} cannot be locked: {error.strerror}. Choose one that this user may write to."
+    )
+    raised.errno = error.errno
+    return raised
 
 
 def _locked(directory: Path, owner: Owner) -> RunLockedError:

@@ -1,22 +1,27 @@
 """Reads run directories: what a run recorded about itself, as one frozen value.
 
-Nothing here imports torch or runs anything: a report can be made of a run that is still going on, that died, or
-whose recipe is gone.
+Nothing here imports torch or runs anything: a report can be made of a run that is still going on, that died, whose
+recipe is gone, or that a stranger made.
 """
 
-import json
 import os
-import socket
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
+from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 import attrs
 
 from steploop.errors import ConfigError, DataError
-from steploop.runs.journal_lines import Journal, Line, attempted_of, is_number
+from steploop.runs.directory_reader import read_file
+from steploop.runs.journal_lines import Journal, attempted_of
+from steploop.runs.metrics_file import read_lines
+from steploop.runs.record_values import Line, Status, is_number
+from steploop.runs.standing import read_standing
 
 __all__ = ["Curve", "Line", "RunRecord", "find_runs", "is_run", "read_run"]
+
+SOURCE_LIMIT = 1 << 20  # bytes of recipe.py
+_MOST_PICTURES = 50
 
 
 @attrs.frozen
@@ -37,29 +42,34 @@ class Curve:
 
 @attrs.frozen(kw_only=True, eq=False)
 class RunRecord:
-    """What a run directory says.
+    """What a run directory says. All names and texts in it are safe to print, except the values of Config fields.
 
     Attributes:
         path: the directory.
-        config: ``config.json``; empty where there is none.
-        status: ``status.json``; empty where there is none.
+        state: running, finished, interrupted, failed; "died" for a run that never said how it ended and whose process
+            is gone; "unknown" if its status cannot be read.
+        config: ``config.json``; empty if there is none that can be read.
+        status: ``status.json``.
         train: the lines of training, in the order of the attempted steps.
-        evals: the lines of evaluations, likewise.
-        events: everything else that was noted, in the order of the file.
+        evals: the lines of evaluations, in the same order.
+        events: all other lines, in the order of the file.
         source: the text of ``recipe.py``, or None.
         pictures: PNG files that the recipe left in the directory.
         damaged_lines: lines of ``metrics.jsonl`` that could not be read (the last one of a run that was killed).
+        problems: a sentence for each file or value that could not be read.
     """
 
     path: Path
+    state: str = "unknown"
     config: Line = attrs.field(factory=dict)
-    status: Line = attrs.field(factory=dict)
+    status: Status = attrs.field(factory=Status)
     train: tuple[Line, ...] = ()
     evals: tuple[Line, ...] = ()
     events: tuple[Line, ...] = ()
     source: str | None = None
     pictures: tuple[Path, ...] = ()
     damaged_lines: int = 0
+    problems: tuple[str, ...] = ()
 
     @property
     def name(self) -> str:
@@ -70,22 +80,13 @@ class RunRecord:
     def recipe(self) -> str:
         """The name of the recipe, or "?"."""
         recipe = self.config.get("recipe")
-        return str(recipe.get("name", "?")) if isinstance(recipe, Mapping) else str(recipe or "?")
+        return str((recipe.get("name") if isinstance(recipe, dict) else recipe) or "?")
 
     @property
     def fields(self) -> Line:
         """The fields of the recipe's Config."""
-        fields = self.config.get("config")
-        return fields if isinstance(fields, Mapping) else {}
-
-    @property
-    def state(self) -> str:
-        """running, finished, interrupted, failed; "died" for one that says running and whose process is gone."""
-        state = str(self.status.get("state", "unknown"))
-        pid = self.status.get("pid")
-        if state == "running" and self.status.get("host") == socket.gethostname() and isinstance(pid, int):
-            return state if _alive(pid) else "died"
-        return state
+        fields: Line = self.config.get("config", {})
+        return fields
 
     @property
     def attempted(self) -> int:
@@ -94,23 +95,22 @@ class RunRecord:
 
     @property
     def steps(self) -> int:
-        """Applied steps, by the last line; or by the status, where the run ended between two lines."""
-        ended = self.status.get("step")
-        logged = (int(line.get("step") or 0) for line in (*self.train, *self.evals))
-        return max(ended if isinstance(ended, int) else 0, *logged, 0)
+        """Applied steps, by the last line; or by the status, if the run ended between two lines."""
+        logged = (int(line.get("step", 0)) for line in (*self.train, *self.evals))
+        return max(self.status.step or 0, *logged, 0)
 
     @property
     def skipped(self) -> int:
         """Steps that were not finite and therefore not taken."""
         counted = sum(1 for event in self.events if event.get("event") == "skipped")
-        return max(counted, *(int(line.get("skipped") or 0) for line in self.train), 0)
+        return max(counted, *(int(line.get("skipped", 0)) for line in self.train), 0)
 
     @property
     def time_s(self) -> float:
         """Seconds of training and evaluation; the parts of a resumed run added up."""
         total = last = 0.0
         for line in sorted((*self.train, *self.evals), key=attempted_of):
-            now = float(line.get("time_s") or 0.0)
+            now = float(line.get("time_s", 0.0))
             total += now - last if now >= last else now  # a resume may start its clock anew
             last = now
         return total
@@ -118,137 +118,140 @@ class RunRecord:
     @property
     def metrics(self) -> tuple[str, ...]:
         """Names of the evaluated metrics, in the order in which they first appear."""
-        return tuple(dict.fromkeys(name for line in self.evals for name in line.get("metrics") or {}))
+        return tuple(self._eval_curves)
 
     def train_keys(self) -> tuple[str, ...]:
         """Names of all numbers in the lines of training."""
-        keys = dict.fromkeys(k for line in self.train for k, v in line.items() if is_number(v) or v is None)
-        for line in self.train:
-            keys.update(dict.fromkeys(line.get("nonfinite") or ()))
-        return tuple(k for k in keys if k not in _COUNTERS)
+        return tuple(self._train_curves)
 
     def train_curve(self, key: str) -> Curve:
         """A number of the training lines over the attempted steps."""
-        return _curve((attempted_of(line), line.get(key)) for line in self.train if key in line)
+        return self._train_curves.get(key, Curve())
 
     def eval_curve(self, metric: str) -> Curve:
         """A metric of the evaluations over the attempted steps."""
-        pairs = ((attempted_of(line), line.get("metrics") or {}) for line in self.evals)
-        return _curve((step, metrics[metric]) for step, metrics in pairs if metric in metrics)
+        return self._eval_curves.get(metric, Curve())
+
+    @cached_property
+    def _train_curves(self) -> dict[str, Curve]:
+        return _curves((attempted_of(line), line) for line in self.train)
+
+    @cached_property
+    def _eval_curves(self) -> dict[str, Curve]:
+        return _curves((attempted_of(line), line.get("metrics", {})) for line in self.evals)
 
     def skipped_steps(self) -> tuple[int, ...]:
-        """Attempted steps that were not taken; where no event tells, the first line that counts them."""
-        told = tuple(attempted_of(e) for e in self.events if e.get("event") == "skipped")
-        if told:
-            return tuple(sorted(set(told)))
+        """Attempted steps that were not taken; if no event names them, the first line that counts them."""
+        named = {attempted_of(event) for event in self.events if event.get("event") == "skipped"}
+        if named:
+            return tuple(sorted(named))
         found, before = [], 0
         for line in self.train:
-            now = int(line.get("skipped") or 0)
+            now = line.get("skipped", 0)
             if now > before:
                 found.append(attempted_of(line))
             before = now
         return tuple(found)
 
     def best(self) -> Line | None:
-        """The evaluation that was the best, or None where no metric was monitored."""
+        """The evaluation that was the best, or None if no metric was monitored."""
         return next((line for line in reversed(self.evals) if line.get("best")), None)
 
 
-_COUNTERS = frozenset({"step", "attempted", "epoch", "batch", "time_s", "skipped"})
+# what says where a line stands, and is no curve
+_PLACE = frozenset(
+    {"kind", "phase", "step", "attempted", "epoch", "batch", "time_s", "skipped", "nonfinite", "best"}
+)
 
 
-def _alive(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return True
-
-
-def _curve(pairs: Iterator[tuple[int, Any]]) -> Curve:
-    points = [(step, float(value) if is_number(value) else None) for step, value in pairs]
-    return Curve(tuple(p[0] for p in points), tuple(p[1] for p in points))
+def _curves(lines: Iterator[tuple[int, Line]]) -> dict[str, Curve]:
+    """Name -> its values over the steps, for all numbers in lines; None where a number was not finite."""
+    points: dict[str, tuple[list[int], list[float | None]]] = {}
+    for step, line in lines:
+        for name, value in line.items():
+            if name not in _PLACE:
+                steps, values = points.setdefault(name, ([], []))
+                steps.append(step)
+                values.append(float(value) if is_number(value) else None)
+    return {name: Curve(tuple(steps), tuple(values)) for name, (steps, values) in points.items()}
 
 
 def is_run(path: Path) -> bool:
-    """Whether a directory looks like that of a run."""
-    return (path / "config.json").is_file() or (path / "metrics.jsonl").is_file()
+    """Whether a directory looks like that of a run, be it a damaged one."""
+    return os.path.lexists(path / "config.json") or os.path.lexists(path / "metrics.jsonl")
 
 
 def find_runs(root: Path) -> list[Path]:
-    """Run directories at or below ``root``, sorted; nothing is looked for inside of a run.
+    """Run directories at or below ``root``, sorted. Links are not followed, and runs inside of a run are not looked for.
 
     Raises:
         ConfigError: ``root`` is no directory.
     """
     if not root.is_dir():
         raise ConfigError(f"{root} is not a directory. Give one that holds run directories, such as runs/.")
-    found: list[Path] = []
-    for folder, inner, _ in os.walk(root):
-        inner.sort()
-        if is_run(Path(folder)):
-            found.append(Path(folder))
-            inner.clear()
+    found, waiting = [], [root]
+    while waiting:
+        folder = waiting.pop()
+        if is_run(folder):
+            found.append(folder)
+            continue
+        try:
+            with os.scandir(folder) as entries:
+                waiting += [folder / e.name for e in entries if e.is_dir(follow_symlinks=False)]
+        except OSError:  # a folder that may not be listed, or whose path is too long
+            continue
     return sorted(found)
 
 
 def read_run(path: Path) -> RunRecord:
-    """Read a run directory, as far as it goes.
+    """Read a run directory, as far as it goes; what could not be read is listed in ``problems``.
 
     Where lines of the same steps stand twice, the later ones count. The steps of a second phase, which are counted
     from 0 again, are put behind those of the first.
 
     Raises:
         ConfigError: there is no run at ``path``.
-        DataError: ``config.json`` or ``status.json`` is not JSON.
     """
     if not path.is_dir() or not is_run(path):
         raise ConfigError(
             f"{path} is not a run directory: expected config.json or metrics.jsonl in it. `steploop runs DIR` lists those below DIR."
         )
-    lines = list(_lines(path / "metrics.jsonl"))
-    journal = Journal()
-    for line in lines:
-        if line is not None:
-            journal.add(line)
-    recipe = path / "recipe.py"
+    standing = read_standing(path)
+    problems = list(standing.problems)
+    journal, damaged = Journal(), 0
+    try:
+        for line in read_lines(path, problems):
+            if line is None:
+                damaged += 1
+            else:
+                journal.add(line)
+    except DataError as error:
+        problems.append(str(error))
+    source = None
+    try:
+        source = read_file(path, "recipe.py", limit=SOURCE_LIMIT)
+    except DataError as error:
+        problems.append(str(error))
     return RunRecord(
         path=path,
-        config=_json(path / "config.json"),
-        status=_json(path / "status.json"),
+        state=standing.state,
+        config=standing.config,
+        status=standing.status,
         train=tuple(journal.train),
         evals=tuple(journal.evals),
         events=tuple(journal.events),
-        source=recipe.read_text(encoding="utf-8", errors="replace") if recipe.is_file() else None,
-        pictures=tuple(sorted(path.glob("*.png"))),
-        damaged_lines=lines.count(None),
+        source=None if source is None else source.decode("utf-8", "replace"),
+        pictures=_pictures(path),
+        damaged_lines=damaged,
+        problems=tuple(problems),
     )
 
 
-def _lines(path: Path) -> Iterator[Line | None]:
-    if not path.is_file():
-        return
-    with path.open(encoding="utf-8", errors="replace") as file:
-        for text in file:
-            if not text.strip():
-                continue
-            try:
-                value = json.loads(text)
-            except ValueError:
-                yield None
-                continue
-            yield value if isinstance(value, dict) else None
-
-
-def _json(path: Path) -> Line:
-    if not path.is_file():
-        return {}
+def _pictures(path: Path) -> tuple[Path, ...]:
+    """The PNG files in a directory, links left out."""
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise DataError(
-            f"{path} is not JSON ({error}). It was damaged or edited: mend it, or remove it to read the rest of the run."
-        ) from error
-    return value if isinstance(value, dict) else {}
+        with os.scandir(path) as entries:
+            names = [e.name for e in entries if e.name.endswith(".png") and e.is_file(follow_symlinks=False)]
+    except OSError:
+        return ()
+    return tuple(path / name for name in sorted(names)[:_MOST_PICTURES])

@@ -29,9 +29,12 @@ def plot(
 ) -> None:
     """Draw loss, metrics, learning rate, gradient norms and loss scale of RUNS as PNG and SVG."""
     from steploop.runs.reading import read_run
+    from steploop.runs.safe_text import safe_text
     from steploop.tools.report.panels import arrange, select
 
     records = [read_run(path) for path in runs]
+    for problem in (problem for record in records for problem in record.problems):
+        sys.stderr.write(f"{safe_text(problem)}\n")
     chosen = select(arrange(records), metrics or [])
     if not chosen:
         sys.stdout.write("Nothing was logged yet: there is nothing to draw.\n")
@@ -56,4 +59,4 @@ def plot(
     stem = stem or (runs[0] / "curves" if len(runs) == 1 else Path("curves"))
     title = ", ".join(dict.fromkeys(record.recipe for record in records))
     for path in save(draw_panels(chosen, title), stem):
-        sys.stdout.write(f"{path}\n")
+        sys.stdout.write(f"{safe_text(path)}\n")

@@ -16,17 +16,12 @@ OUT = typer.Option(
 
 def report(runs: Annotated[list[Path], RUNS], out: Annotated[Path | None, OUT] = None) -> None:
     """Write one HTML file about RUNS that opens without a network: result, curves, evaluations, recipe, how to reproduce."""
-    from steploop.errors import ConfigError
     from steploop.runs.reading import read_run
+    from steploop.runs.safe_text import safe_text
+    from steploop.tools.report.output_files import write_output
     from steploop.tools.report.pages import report as page
 
     text = page([read_run(path) for path in runs])
     target = out or (runs[0] / "report.html" if len(runs) == 1 else Path("report.html"))
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        target.write_text(text, encoding="utf-8")
-    except OSError as error:
-        raise ConfigError(
-            f"{target} cannot be written: {error.strerror}. Choose another file with --out."
-        ) from error
-    sys.stdout.write(f"{target}\n")
+    write_output(target, text.encode("utf-8", "backslashreplace"))
+    sys.stdout.write(f"{safe_text(target)}\n")

@@ -22,52 +22,45 @@ def status(run: Annotated[Path, RUN], *, as_json: Annotated[bool, JSON] = False)
     if as_json:
         sys.stdout.write(json.dumps(found, allow_nan=False) + "\n")
         return
+    from steploop.runs.safe_text import safe_lines
+
     who = f", process {found['pid']} on {found['host']}" if found["state"] == "running" else ""
-    sys.stdout.write(f"{run}: {found['state']}{who}\n")
     taken = "unknown" if found["step"] is None else found["step"]
-    sys.stdout.write(f"steps: {taken}, checkpoint: {found['checkpoint'] or 'none'}\n")
-    if found["error"]:
-        sys.stdout.write(f"{found['error']}\n")
-    if found["resume"]:
-        sys.stdout.write(f"go on with: steploop resume {run}\n")
+    lines = [
+        f"{run}: {found['state']}{who}",
+        f"steps: {taken}, checkpoint: {found['checkpoint'] or 'none'}",
+        *found["problems"],
+        *([f"go on with: steploop resume {run}"] if found["resume"] else []),
+    ]
+    if found["error"]:  # its further lines are indented, so that they are not taken for ours
+        lines.insert(2, found["error"].replace("\n", "\n  "))
+    sys.stdout.write("".join(f"{safe_lines(line)}\n" for line in lines))
 
 
 def describe(run: Path) -> dict[str, Any]:
     """The state of a run as plain values.
 
     Returns:
-        "state" (finished, interrupted, failed, died, running), "pid", "host", "exit_code", "step" (the last that is
-        known to be taken, or None), "checkpoint" (the newest one's path or None), "error", and "resume": whether
-        resuming it would train on.
+        "state" (finished, interrupted, failed, died, running, unknown), "pid", "host", "exit_code", "step" (the last
+        that is known to be taken, or None), "checkpoint" (the newest one's path or None), "error", "resume": whether
+        resuming it would train on, and "problems": a sentence for each record that could not be read.
     """
-    from steploop.runs.directory import open_directory, read_status
-    from steploop.runs.directory_lock import run_owner
+    from steploop.runs.directory import open_directory
+    from steploop.runs.standing import read_standing
 
-    directory = open_directory(run)
-    written = read_status(directory)
-    owner = run_owner(directory.path)
-    state = str(written.get("state", "running"))  # the first that a run writes says so
-    if owner is not None:
-        state = "running"
-    elif state == "running":  # nobody holds the lock: the process is gone without a word
-        state = "died"
-    checkpoints = [*directory.path.glob("checkpoints*/step-*")]
-    newest = max(checkpoints, key=lambda path: (path.parent.name, path.name), default=None)
+    standing = read_standing(open_directory(run).path)
+    said, owner, newest = standing.status, standing.owner, standing.checkpoint
+    saved = None if newest is None else int(newest.name.removeprefix("step-"))
+    # a run that was killed wrote no status since its last evaluation; its last checkpoint may be younger
+    known = [step for step in (said.step, saved) if step is not None]
     return {
-        "state": state,
-        "pid": owner.pid if owner is not None else written.get("pid"),
-        "host": owner.host if owner is not None else written.get("host"),
-        "exit_code": written.get("exit_code"),
-        "step": _steps(written, newest),
+        "state": standing.state,
+        "pid": said.pid if owner is None else owner.pid,
+        "host": said.host if owner is None else owner.host,
+        "exit_code": said.exit_code,
+        "step": max(known, default=None),
         "checkpoint": None if newest is None else str(newest),
-        "error": written.get("error"),
-        "resume": state in {"interrupted", "died"} or (state == "failed" and newest is not None),
+        "error": said.error,
+        "resume": standing.resumable,
+        "problems": list(standing.problems),
     }
-
-
-def _steps(written: dict[str, Any], newest: Path | None) -> int | None:
-    """A run that was killed wrote no status since its last evaluation; its last checkpoint may be younger."""
-    known = [written.get("step", written.get("steps_applied"))]
-    if newest is not None and (digits := newest.name.removeprefix("step-")).isdecimal():
-        known.append(int(digits))
-    return max((step for step in known if step is not None), default=None)

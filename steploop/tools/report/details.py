@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from steploop.runs.reading import RunRecord
+from steploop.runs.safe_text import safe_text
 from steploop.tools.report.charts import number
 from steploop.tools.report.markup import Markup, definitions, section, table, text
 from steploop.tools.report.results import duration, epoch_of, how_to_reproduce, phases
@@ -44,9 +45,9 @@ def evaluations(runs: Sequence[RunRecord], names: Sequence[str]) -> str:
         rows = [
             [
                 "" if (epoch := epoch_of(line)) is None else str(epoch),
-                f"{int(line.get('step') or 0):,}",
+                f"{line.get('step', 0):,}",
                 *(value_text(line.get("metrics", {}).get(m)) for m in run.metrics),
-                duration(float(line.get("time_s") or 0.0)),
+                duration(float(line.get("time_s", 0.0))),
                 Markup('<span class="best">best so far</span>') if line.get("best") else "",
             ]
             for line in run.evals[-_MAX_ROWS:]
@@ -67,7 +68,7 @@ def events(runs: Sequence[RunRecord], names: Sequence[str]) -> str:
     rows: list[list[object]] = []
     for i, run in enumerate(runs):
         for event in run.events[:_MAX_ROWS]:
-            kind = str(event.get("event", "?"))
+            kind = short(event.get("event", "?"))
             if kind == "checkpoint":  # as regular as the epochs: no news
                 continue
             known = {"kind", "event", "step", "attempted", "epoch", "batch", "time_s"}
@@ -132,15 +133,13 @@ def what_ran(runs: Sequence[RunRecord], names: Sequence[str]) -> str:
     parts = []
     for i, run in enumerate(runs):
         recipe = run.config.get("recipe")
-        facts: dict[str, object] = {"recipe": run.recipe, "directory": run.path}
+        facts: dict[str, object] = {"recipe": run.recipe, "directory": safe_text(run.path)}
         if isinstance(recipe, dict):
             facts |= {"file": recipe.get("path"), "SHA-256": recipe.get("sha256")}
         for key in ("data", "device", "precision", "compile", "git_commit", "steploop"):
             facts[key.replace("_", " ")] = run.config.get(key)
         for key in ("versions", "tuning"):
-            values = run.config.get(key)
-            if isinstance(values, dict):
-                facts[key] = ", ".join(f"{k} {short(v)}" for k, v in values.items())
+            facts[key] = ", ".join(f"{k} {short(v)}" for k, v in run.config.get(key, {}).items())
         fields = {key: short(value) for key, value in run.fields.items()}
         title = f"<h3>{label_of(names, i)}</h3>" if len(runs) > 1 else ""
         config = f"<h4>Config</h4>{definitions(fields)}" if fields else ""

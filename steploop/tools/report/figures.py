@@ -2,10 +2,12 @@
 
 import math
 from collections.abc import Mapping, Sequence
+from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from steploop.core.extras import import_extra
+from steploop.tools.report.output_files import write_output
 from steploop.tools.report.panels import FROM_ZERO, Panel, Series
 from steploop.tools.report.terminal_plots import falling_window
 
@@ -219,12 +221,17 @@ def save(figure: "Figure", stem: Path) -> list[Path]:
 
     Returns:
         The two paths.
+
+    Raises:
+        ConfigError: they cannot be written, or links have these names.
     """
     import matplotlib as mpl
 
-    stem.parent.mkdir(parents=True, exist_ok=True)
-    paths = [stem.with_name(f"{stem.name}.{ending}") for ending in ("png", "svg")]
+    png, svg = BytesIO(), BytesIO()
     with mpl.rc_context({"svg.hashsalt": "steploop", "svg.fonttype": "none", "font.family": "sans-serif"}):
-        figure.savefig(paths[0], dpi=144, facecolor="white")
-        figure.savefig(paths[1], facecolor="white", metadata={"Date": None})
-    return paths
+        figure.savefig(png, format="png", dpi=144, facecolor="white")
+        figure.savefig(svg, format="svg", facecolor="white", metadata={"Date": None})
+    files = {"png": png, "svg": svg}
+    return [
+        write_output(stem.with_name(f"{stem.name}.{end}"), file.getvalue()) for end, file in files.items()
+    ]

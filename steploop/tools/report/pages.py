@@ -5,8 +5,10 @@ import html
 from collections.abc import Sequence
 from importlib import resources
 
-from steploop.errors import ConfigError
+from steploop.errors import ConfigError, DataError
+from steploop.runs.directory_reader import read_file
 from steploop.runs.reading import RunRecord
+from steploop.runs.safe_text import safe_text
 from steploop.tools.report.charts import chart
 from steploop.tools.report.details import (
     evaluations,
@@ -111,12 +113,19 @@ def _one_result(run: RunRecord) -> str:
         _tile(duration(run.time_s), "time"),
     ]
     badge = f'<p class="outcome {html.escape(run.state)}">{text(outcome(run))}</p>'
-    damaged = (
-        f'<p class="note">{run.damaged_lines} lines of metrics.jsonl could not be read.</p>'
-        if run.damaged_lines
-        else ""
+    return (
+        f'<section class="result" aria-label="Result">{badge}<div class="tiles">{"".join(tiles)}</div>'
+        f"{_unread(run)}</section>"
     )
-    return f'<section class="result" aria-label="Result">{badge}<div class="tiles">{"".join(tiles)}</div>{damaged}</section>'
+
+
+def _unread(run: RunRecord, name: str = "") -> str:
+    """What could not be read of a run, as notes."""
+    lines = [f"{run.damaged_lines} lines of metrics.jsonl could not be read."] if run.damaged_lines else []
+    start = f"{name}: " if name else ""
+    return "".join(
+        f'<p class="note">{text(start + safe_text(problem))}</p>' for problem in (*run.problems, *lines)
+    )
 
 
 def _many_results(runs: Sequence[RunRecord], names: Sequence[str]) -> str:
@@ -127,7 +136,8 @@ def _many_results(runs: Sequence[RunRecord], names: Sequence[str]) -> str:
         result = result_of(run)
         own = [value_text(result.metrics[m]) if result and m in result.metrics else "" for m in metrics]
         settings = [short(values[i]) for key, values in differences(runs).items() if key != "recipe"]
-        label = Markup(f'<span class="key line b{i % 8}"></span>{text(run.name if different else names[i])}')
+        own_name = safe_text(run.name) if different else names[i]
+        label = Markup(f'<span class="key line b{i % 8}"></span>{text(own_name)}')
         rows.append(
             [label, *settings, *own, f"{run.steps:,}", f"{run.skipped:,}", duration(run.time_s), run.state]
         )
@@ -135,7 +145,8 @@ def _many_results(runs: Sequence[RunRecord], names: Sequence[str]) -> str:
     first = 1 + len(different)
     note = '<p class="note">Metrics are those of the best evaluation of each run, or of its last where none was monitored.</p>'
     shown = table(head, rows, numbers=range(first, first + len(metrics) + 3), label="Results")
-    return section("Result", shown, note)
+    unread = "".join(_unread(run, safe_text(run.name)) for run in runs)
+    return section("Result", shown, note, unread)
 
 
 def _curves(runs: Sequence[RunRecord]) -> str:
@@ -154,10 +165,12 @@ def _pictures(runs: Sequence[RunRecord], names: Sequence[str]) -> str:
     shown = []
     for run, name in zip(runs, names, strict=True):
         for picture in run.pictures:
-            if picture.stat().st_size > _MAX_PICTURE_BYTES:
+            try:
+                content = read_file(picture.parent, picture.name, limit=_MAX_PICTURE_BYTES)
+            except DataError:  # larger, or replaced by something else
                 continue
-            data = base64.b64encode(picture.read_bytes()).decode()
-            what = picture.stem.replace("_", " ") + (f" · {name}" if len(runs) > 1 else "")
+            data = base64.b64encode(content or b"").decode()
+            what = safe_text(picture.stem).replace("_", " ") + (f" · {name}" if len(runs) > 1 else "")
             shown.append(
                 f'<figure class="picture"><img alt="{text(what)}" src="data:image/png;base64,{data}"><figcaption>{text(what)}</figcaption></figure>'
             )

@@ -7,7 +7,9 @@ from typing import Any
 
 import attrs
 
+from steploop.runs.journal_lines import attempted_of
 from steploop.runs.reading import Line, RunRecord
+from steploop.runs.safe_text import safe_text
 from steploop.tools.report.run_labels import short
 
 __all__ = ["Phases", "Result", "duration", "epoch_of", "how_to_reproduce", "outcome", "phases", "result_of"]
@@ -36,11 +38,9 @@ class Result:
 
 def _monitored(run: RunRecord, line: Line) -> str:
     """The name of the metric that decided which evaluation was best."""
-    best = run.status.get("best")
-    name = best.get("metric") if isinstance(best, Mapping) else None
-    if isinstance(name, str):
-        return name
-    metrics: Mapping[str, Any] = line.get("metrics") or {}
+    if run.status.metric is not None:
+        return run.status.metric
+    metrics: Mapping[str, Any] = line.get("metrics", {})
     others = [name for name in metrics if name != "loss"]
     return (others or list(metrics) or ["loss"])[0]
 
@@ -50,13 +50,12 @@ def result_of(run: RunRecord) -> Result | None:
     if not run.evals:
         return None
     line = run.best() or run.evals[-1]
-    metrics = line.get("metrics") or {}
+    metrics = line.get("metrics", {})
     name = _monitored(run, line)
-    at = int(line.get("attempted", line.get("step", 0)))
     return Result(
         metric=name,
         value=metrics.get(name),
-        step=at,
+        step=attempted_of(line),
         epoch=epoch_of(line),
         metrics=metrics,
         is_best=run.best() is not None,
@@ -75,7 +74,7 @@ def epoch_of(line: Line) -> int | None:
 def outcome(run: RunRecord) -> str:
     """One sentence: what became of the run."""
     state = run.state
-    error = str(run.status.get("error") or "")
+    error = run.status.error or ""
     words = {
         "finished": "Finished",
         "running": "Still running",
@@ -119,21 +118,20 @@ class Phases:
 def phases(run: RunRecord) -> Phases:
     """Time per phase: evaluations are measured; waiting for data is its share of the rest, line by line."""
     lines = sorted(
-        (*run.train, *run.evals),
-        key=lambda line: (int(line.get("attempted") or 0), line.get("kind") == "eval"),
+        (*run.train, *run.evals), key=lambda line: (attempted_of(line), line.get("kind") == "eval")
     )
-    evaluation = sum(float(line.get("eval_s") or 0.0) for line in run.evals)
-    starting = float(run.train[0].get("time_s") or 0.0) if run.train else 0.0
+    evaluation = sum(float(line.get("eval_s", 0.0)) for line in run.evals)
+    starting = float(run.train[0].get("time_s", 0.0)) if run.train else 0.0
     waiting = pending = 0.0
     last = starting
     for line in lines:
-        now = float(line.get("time_s") or 0.0)
+        now = float(line.get("time_s", 0.0))
         span = now - last if now >= last else now
         last = now
         if line.get("kind") == "eval":
-            pending += max(span - float(line.get("eval_s") or 0.0), 0.0)
+            pending += max(span - float(line.get("eval_s", 0.0)), 0.0)
         else:
-            waiting += float(line.get("data_wait") or 0.0) * (span + pending)
+            waiting += float(line.get("data_wait", 0.0)) * (span + pending)
             pending = 0.0
     rest = max(run.time_s - evaluation - starting, 0.0)
     waiting = min(waiting, rest)
@@ -153,19 +151,15 @@ def duration(seconds: float) -> str:
 
 def how_to_reproduce(run: RunRecord) -> Sequence[str]:
     """Shell lines that do this run again, from the recipe that it kept a copy of."""
-    versions = run.config.get("versions")
-    versions = versions if isinstance(versions, Mapping) else {}
+    versions = run.config.get("versions", {})
     # a build's own label (2.14.1+cpu) is not known to the package index
-    known = (
-        (name, str(versions[name]).partition("+")[0]) for name in ("steploop", "torch") if name in versions
-    )
+    known = ((name, versions[name].partition("+")[0]) for name in ("steploop", "torch") if name in versions)
     wanted = [f"{name}=={version}" for name, version in known]
-    lines = [f"pip install {' '.join(wanted)}"] if wanted else []
-    command = run.config.get("command")
-    if isinstance(command, (list, tuple)) and command:
-        program, *words = (str(word) for word in command)
+    lines = [f"pip install {shlex.join(wanted)}"] if wanted else []
+    if command := run.config.get("command"):
+        program, *words = command
         lines.append(shlex.join([PurePath(program).name, *words]))
-    source = shlex.quote(str(run.path / "recipe.py"))
+    source = shlex.quote(safe_text(run.path / "recipe.py"))
     fields = " ".join(f"--set {shlex.quote(f'{k}={short(v)}')}" for k, v in run.fields.items() if _plain(v))
     if run.source is not None:
         lines += [

@@ -4,9 +4,11 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from steploop.runs.reading import RunRecord
+from steploop.runs.safe_text import safe_text
 
 __all__ = ["differences", "labels", "settings", "short"]
 
+_LONGEST = 2000  # characters of a list or of nested values
 _OUTSIDE = ("precision", "device", "compile")
 
 
@@ -26,15 +28,20 @@ def differences(runs: Sequence[RunRecord]) -> dict[str, tuple[Any, ...]]:
 
 
 def short(value: Any) -> str:
-    """A setting as it is written on a command line."""
+    """A setting as it is written on a command line, safe to print."""
+    text = _written(value)
+    return safe_text(text if len(text) <= _LONGEST else f"{text[: _LONGEST // 2]}…{text[-_LONGEST // 2 :]}")
+
+
+def _written(value: Any) -> str:
     if isinstance(value, bool) or value is None:
         return str(value).lower() if isinstance(value, bool) else "none"
     if isinstance(value, float):
         return f"{value:g}"
     if isinstance(value, Mapping):
-        return ",".join(f"{k}={short(v)}" for k, v in value.items())
+        return ",".join(f"{k}={_written(v)}" for k, v in value.items())
     if isinstance(value, (list, tuple)):
-        return ",".join(short(v) for v in value)
+        return ",".join(_written(v) for v in value)
     text = str(value)
     return text if len(text) <= 40 else f"{text[:18]}…{text[-18:]}"
 
@@ -42,7 +49,7 @@ def short(value: Any) -> str:
 def labels(runs: Sequence[RunRecord]) -> list[str]:
     """A label for each run: what differs in its Config, and its directory where that alone does not tell."""
     if len(runs) == 1:
-        return [runs[0].name]
+        return [safe_text(runs[0].name)]
     different = differences(runs)
     names = [
         " ".join(
@@ -51,9 +58,9 @@ def labels(runs: Sequence[RunRecord]) -> list[str]:
         )
         for i in range(len(runs))
     ]
-    places = [run.name for run in runs]
+    places = [safe_text(run.name) for run in runs]
     if len(set(places)) < len(places):
-        places = [str(run.path) for run in runs]
+        places = [safe_text(run.path) for run in runs]
     return [
         name if name and names.count(name) == 1 else f"{name} ({place})" if name else place
         for name, place in zip(names, places, strict=True)

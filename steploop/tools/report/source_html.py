@@ -5,7 +5,11 @@ import io
 import keyword
 import tokenize
 
+from steploop.runs.safe_text import safe_text
+
 __all__ = ["highlighted"]
+
+_MOST_COLOURED = 200_000  # characters: Python's tokenizer takes a second for them
 
 
 def _kind(token: tokenize.TokenInfo) -> str:
@@ -23,7 +27,7 @@ def _kind(token: tokenize.TokenInfo) -> str:
 def _spans(source: str) -> dict[int, list[tuple[int, int, str]]]:
     """Line number -> (from, to, class) of its coloured parts; empty where the source is no Python."""
     found: dict[int, list[tuple[int, int, str]]] = {}
-    lines = source.splitlines()
+    lines = source.split("\n")
     try:
         for token in tokenize.generate_tokens(io.StringIO(source).readline):
             kind = _kind(token)
@@ -39,11 +43,18 @@ def _spans(source: str) -> dict[int, list[tuple[int, int, str]]]:
     return found
 
 
+def _visible(source: str) -> str:
+    """The source with its line ends and tabs, and each other control character as its escape."""
+    lines = source.replace("\r\n", "\n").removesuffix("\n").split("\n")
+    return "\n".join("\t".join(map(safe_text, line.split("\t"))) for line in lines)
+
+
 def highlighted(source: str) -> str:
-    """The source as an HTML ``pre``; a text that is no Python comes out uncoloured."""
-    spans = _spans(source)
+    """The source as an HTML ``pre``; a text that is no Python, or a very long one, comes out uncoloured."""
+    source = _visible(source)
+    spans = _spans(source) if len(source) <= _MOST_COLOURED else {}
     lines = []
-    for number, line in enumerate(source.splitlines(), 1):
+    for number, line in enumerate(source.split("\n"), 1):
         parts, at = [], 0
         for begin, stop, kind in spans.get(number, ()):
             parts.append(html.escape(line[at:begin]))

@@ -1,0 +1,84 @@
+"""How a run stands: what it says of itself, whether it is running, and whether to resume it."""
+
+from pathlib import Path
+
+import attrs
+
+from steploop.errors import DataError
+from steploop.runs.directory_lock import Owner, run_owner
+from steploop.runs.directory_reader import checkpoint_folders, read_record
+from steploop.runs.record_values import Line, Status, checked_config, checked_status
+
+__all__ = ["Standing", "read_standing"]
+
+
+@attrs.frozen(kw_only=True)
+class Standing:
+    """What a run directory says, without its metrics.
+
+    Attributes:
+        config: what ``config.json`` says; empty if there is none that can be read.
+        status: what ``status.json`` says.
+        owner: the process that runs in the directory now, or None.
+        state: running, finished, interrupted, failed; "died" for a run that never said how it ended and whose process
+            is gone; "unknown" if its status cannot be read.
+        checkpoint: the newest checkpoint, or None.
+        resumable: whether resuming the run would train on.
+        problems: a sentence for each thing that could not be read.
+    """
+
+    config: Line
+    status: Status
+    owner: Owner | None
+    state: str
+    checkpoint: Path | None
+    resumable: bool
+    problems: tuple[str, ...]
+
+
+def read_standing(path: Path) -> Standing:
+    """Read how the run in a directory stands, as far as it can be read. Whether it runs is asked of its lock."""
+    problems: list[str] = []
+    try:
+        written = read_record(path, "config.json")
+        config = {} if written is None else checked_config(written, problems)
+    except DataError as error:
+        written, config = None, {}
+        problems.append(str(error))
+    usable = written is not None and not problems
+    owner = run_owner(path)
+    status, wrong = _read_status(path)
+    if owner is None and status.state == "running":  # it may have begun or ended between the two looks
+        owner = run_owner(path)
+        status, wrong = _read_status(path)
+    problems += wrong
+    state = _state(status, owner)
+    folders = checkpoint_folders(path)
+    return Standing(
+        config=config,
+        status=status,
+        owner=owner,
+        state=state,
+        checkpoint=folders[-1] if folders else None,
+        resumable=usable
+        and (state in {"interrupted", "died", "unknown"} or (state == "failed" and bool(folders))),
+        problems=tuple(problems),
+    )
+
+
+def _read_status(path: Path) -> tuple[Status, list[str]]:
+    """What ``status.json`` says, and what is wrong with it."""
+    problems: list[str] = []
+    try:
+        said = read_record(path, "status.json")
+    except DataError as error:
+        return Status(), [str(error)]
+    # the first status that a run writes says "running": without one it was killed before
+    return Status(state="running") if said is None else checked_status(said, problems), problems
+
+
+def _state(status: Status, owner: Owner | None) -> str:
+    if owner is not None:
+        return "running"
+    # a run says "running" from its start on: if it holds no lock, its process is gone without a word
+    return "died" if status.state == "running" else status.state or "unknown"
