@@ -47,6 +47,8 @@ class Recipe:
             reads ``state.plateau.learning_rate``.
         eval_every_steps: evaluate every so many attempted steps instead of at the end of each epoch.
         objective: of the (first) train step, for tools that look at a single step: check, lr-find, replay.
+        samples_of: ``(batch, n) -> batch`` of its first n samples, for ``steploop check``. Needed where the samples are
+            not the first axis of every tensor: time-first sequences, graphs, sparse tensors, lists of micro-batches.
         train_metrics: metrics computed from a training batch's outputs when a line is logged.
         data: one sentence that says what the data are; shown on the screen and recorded.
         notes: further sentences to show when the run begins, such as which precision was chosen and why.
@@ -66,6 +68,7 @@ class Recipe:
     plateau: ReduceLROnPlateau | None = None
     eval_every_steps: int | None = None
     objective: Objective | None = None
+    samples_of: Callable[[Any, int], Any] | None = None
     train_metrics: Mapping[str, Callable[[Any, Any], tuple[Any, Any]]] = attrs.field(factory=dict)
     data: str = ""
     notes: tuple[str, ...] = ()

@@ -13,7 +13,7 @@ __all__ = ["fold_metrics", "prepared", "stopped"]
 
 
 def prepared(recipe: Recipe, state: State) -> State:
-    """The state with a beginning for each fold that the recipe asks for."""
+    """Give the state that a run starts from: with a beginning for early stopping and plateau, where the recipe has them."""
     first = lead(state)
     if recipe.early_stopping is not None and first.early_stopping is None:
         state = with_lead(state, early_stopping=recipe.early_stopping.init())

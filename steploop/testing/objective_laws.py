@@ -28,7 +28,8 @@ def check_every_parameter_is_reached(step: Step, state: State, batches: Sequence
     Args:
         step: any step.
         state: is left whole.
-        batches: a few; a weight that is initialised to 0 may hide another one in the first step.
+        batches: a few; a weight that is initialised to 0 may hide another one in the first step. Of several states, those
+            that take no step in these batches are not judged.
     """
     current = clone(state)
     unreached = {(part, name) for part, s in members(current).items() for name in s._machine.trainable}
@@ -44,7 +45,12 @@ def check_every_parameter_is_reached(step: Step, state: State, batches: Sequence
         finally:
             for handle in watched:
                 handle.remove()
-    names = [f"{part}.{name}" if part else name for part, name in sorted(unreached)]
+    moved = {
+        part
+        for part, s in members(current).items()
+        if s.attempted_steps > members(state)[part].attempted_steps
+    }
+    names = [f"{part}.{name}" if part else name for part, name in sorted(unreached) if part in moved]
     require(
         not names,
         f"every parameter must get a gradient, but none reached {', '.join(names)} in {len(batches)} steps. Use it in forward, look for "

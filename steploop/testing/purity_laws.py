@@ -19,6 +19,7 @@ from steploop.core.steps.forward import forward_loss
 from steploop.core.steps.set_rates import schedule
 from steploop.core.steps.update import optimizer_step
 from steploop.errors import SpentStateError
+from steploop.testing.hidden_changes import hidden_values, what_changed
 from steploop.testing.state_comparison import (
     State,
     Step,
@@ -62,10 +63,17 @@ def check_input_stays_whole(step: Step, state: State, batch: Any) -> None:
     first = step(state, batch)
     require_same(values(state), before, "a step must not change the state that went in")
     require_same(batch, batch_before, "a step must not change its batch")
-    result = copied(values(first))
+    result, hidden = copied(values(first)), hidden_values(state)
     second = step(state, batch)
-    require_same(values(second), result, _AGAIN)
+    _require_again(values(second), result, lambda: what_changed(hidden, hidden_values(state)))
     require_same(values(first), result, "a result must not change when its input is used again")
+
+
+def _require_again(found: Any, expected: Any, culprit: Callable[[], str]) -> None:
+    try:
+        require_same(found, expected, _AGAIN)
+    except AssertionError as error:
+        raise AssertionError(f"{error}{culprit()}") from None
 
 
 def pure(step: Step) -> Step:
@@ -135,13 +143,9 @@ def check_same_input_same_result(step: Step, state: State, batches: Sequence[Any
         state: is left whole.
         batches: of the run.
     """
-    first = copied(values(fold(step, batches, clone(state))))
+    first, hidden = copied(values(fold(step, batches, clone(state)))), hidden_values(state)
     second = values(fold(step, batches, clone(state)))
-    require_same(
-        second,
-        first,
-        _AGAIN,
-    )
+    _require_again(second, first, lambda: what_changed(hidden, hidden_values(state)))
 
 
 # --- surroundings ---------------------------------------------------------------------------------------------------

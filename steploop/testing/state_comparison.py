@@ -1,10 +1,13 @@
 """Compare states bit for bit; copy them, and fold steps over batches."""
 
 import math
+import re
 from collections.abc import Callable, Iterable, Mapping
 from functools import reduce
 from typing import Any
 
+import numpy as np
+import torch
 from torch import Tensor
 
 from steploop.core.state.train_state import TrainState
@@ -76,13 +79,39 @@ def require_same(found: Any, expected: Any, law: str) -> None:
         law: what was promised, in words; the message begins with it.
     """
     difference = first_difference(_tree(found), _tree(expected))
+    if difference is not None:
+        difference = _GROUP.sub(r"\1the optimizer's group \2: ", difference)
     require(difference is None, f"{law}: {difference}")
+
+
+# A leaf of ``values``: the hyperparameters of each group of the optimizer, and what the optimizer keeps there.
+_GROUP = re.compile(r"^((?:\w+\.)?)hyper\.(\d+)\.")
 
 
 def _tree(value: Any) -> Any:
     single = isinstance(value, TrainState)
     several = isinstance(value, Mapping) and value and all(isinstance(v, TrainState) for v in value.values())
-    return values(value) if single or several else value
+    return values(value) if single or several else _dense(value)
+
+
+def _dense(tree: Any) -> Any:
+    """Take apart what cannot be compared bit for bit as it is: sparse and nested tensors, arrays."""
+    return map_tensors(_dense_parts, tree, other=_array_parts)
+
+
+def _array_parts(leaf: Any) -> Any:
+    if not isinstance(leaf, np.ndarray):
+        return leaf
+    return torch.from_numpy(leaf) if leaf.dtype.kind in "biufc" else leaf.tolist()
+
+
+def _dense_parts(tensor: Tensor) -> Any:
+    if tensor.is_nested:
+        return list(tensor.detach().unbind())
+    if tensor.layout is torch.strided:
+        return tensor
+    parts = torch.Tensor.to_sparse(tensor.detach(), layout=torch.sparse_coo).coalesce()
+    return {"indices": parts.indices(), "values": parts.values(), "shape": tuple(tensor.shape)}
 
 
 def norm64(grads: Iterable[Tensor]) -> float:

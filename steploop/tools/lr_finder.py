@@ -13,6 +13,7 @@ from steploop.core.trees import to_device
 from steploop.core.validators import integer, real, refuse, to_integer, to_real
 from steploop.errors import ConfigError, EmptyDataError
 from steploop.recipe.recipe import Recipe, State
+from steploop.runs.monitoring import prepared
 
 __all__ = ["RangeTest", "RangeTestResult", "range_test", "suggest"]
 
@@ -151,7 +152,7 @@ def range_test(
         raise ConfigError(
             f"lr-find: this recipe trains one state, but --state {which} was given. Leave it out."
         )
-    state = _copied(recipe.state)
+    state = _copied(prepared(recipe, recipe.state))
     used = _UsedRates(_one(state, which))
     rates: list[float] = []
     losses: list[float | None] = []
@@ -192,7 +193,14 @@ def _one(state: State, which: str | None) -> TrainState:
 
 def _with_rate(state: State, which: str | None, rate: float) -> State:
     if isinstance(state, Mapping):
-        return {name: set_rates(one, rate) if name == which else one for name, one in state.items()}
+        return {name: _at_rate(one, rate) if name == which else one for name, one in state.items()}
+    return _at_rate(state, rate)
+
+
+def _at_rate(state: TrainState, rate: float) -> TrainState:
+    """Set the rate, in the plateau too: a train step may take it from there."""
+    if state.plateau is not None:
+        state = attrs.evolve(state, plateau=attrs.evolve(state.plateau, learning_rate=rate))
     return set_rates(state, rate)
 
 

@@ -11,6 +11,7 @@ from steploop.recipe.config_values import configure, split_assignments
 from steploop.recipe.recipe import Recipe
 from steploop.recipe.recipe_files import load_recipe_file
 from steploop.runs.environment import find_device
+from steploop.runs.monitoring import prepared
 
 __all__ = ["CASES", "CONTENDERS", "Job"]
 
@@ -43,11 +44,12 @@ class Job:
     tune: bool = True
 
     def build(self) -> tuple[Recipe, torch.device]:
-        """Load the file and build the recipe."""
+        """Load the file and build the recipe, with the state that a run starts from."""
         file = load_recipe_file(self.recipe)
         config = configure(file.config_class, split_assignments(list(self.overrides)), where=file.name)
         device = find_device(self.device)
-        return file.build(config, device), device
+        recipe = file.build(config, device)
+        return attrs.evolve(recipe, state=prepared(recipe, recipe.state)), device
 
     def to_json(self) -> str:
         """One line of JSON."""

@@ -16,6 +16,7 @@ import torch
 
 from steploop import checkpoint
 from steploop.testing.state_comparison import copied, require, require_same, values
+from steploop.tools.check.one_line import one_line
 from steploop.tools.check.subjects import Subject
 
 __all__ = ["check_resume", "main"]
@@ -47,7 +48,7 @@ def _in_new_process(subject: Subject, cut: int, folder: Path) -> None:
     request = {
         "path": str(subject.path.resolve()), "values": subject.values, "device": str(subject.device), "phase": subject.phase,
         "samples": subject.samples, "steps": subject.steps, "cut": cut, "folder": str(folder),
-        "threads": torch.get_num_threads(),
+        "threads": torch.get_num_threads(), "whole": subject.structure.cut is None,
     }  # fmt: skip
     done = subprocess.run(  # noqa: S603  (this interpreter, and a request of our own)
         [sys.executable, "-m", "steploop.tools.check.resume_process", json.dumps(request)],
@@ -71,13 +72,16 @@ def main(text: str) -> None:
     folder, cut = Path(request["folder"]), request["cut"]
     subject = Subject(
         path=Path(request["path"]), values=request["values"], device=torch.device(request["device"]),
-        phase=request["phase"], samples=request["samples"], steps=request["steps"],
+        phase=request["phase"], samples=request["samples"], steps=request["steps"], whole=request["whole"],
     )  # fmt: skip
-    recipe = subject.fresh()
+    recipe = subject.recipe
     state = checkpoint.load(folder / "half", like=recipe.state)
     state = reduce(recipe.train_step, subject.batches_of(recipe, cut), state)
     checkpoint.save(state, folder / "resumed")
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    try:
+        main(sys.argv[1])
+    except Exception as error:  # noqa: BLE001  (a recipe may raise anything, and the last line is what is read)
+        sys.exit(one_line(error))

@@ -12,16 +12,18 @@ import attrs
 import torch
 from torch.utils.data import Subset
 
-from steploop.core.trees import count_samples, map_tensors
+from steploop.core.trees import map_tensors
 from steploop.data.batch_requests import is_tensors
 from steploop.data.loader import Loader
-from steploop.errors import ConfigError
+from steploop.errors import ConfigError, EmptyDataError
 from steploop.recipe.config_values import configure
 from steploop.recipe.recipe import Recipe
 from steploop.recipe.recipe_files import load_recipe_file
+from steploop.runs.monitoring import prepared
 from steploop.testing.state_comparison import copied
+from steploop.tools.check.batch_structure import Structure, first_samples, structure_of
 
-__all__ = ["Subject", "first_samples", "loaders_of", "replaced_loaders", "smaller"]
+__all__ = ["Subject", "loaders_of", "replaced_loaders", "smaller"]
 
 
 @attrs.frozen(kw_only=True, slots=False)
@@ -35,6 +37,7 @@ class Subject:
         phase: 0 for the recipe itself, 1 for what follows it (``Recipe.then``), and so on.
         samples: how many samples of a batch are used.
         steps: how many batches are used.
+        whole: whether batches are used uncut; None: found out from the first one.
     """
 
     path: Path
@@ -43,9 +46,10 @@ class Subject:
     phase: int = 0
     samples: int = 8
     steps: int = 3
+    whole: bool | None = None
 
     def fresh(self, **changes: Any) -> Recipe:
-        """Run the recipe's file again, so that its globals are new, and build it.
+        """Build the recipe as a new process would: its file run again, and the state that a run starts from.
 
         Args:
             changes: settings besides ``values``.
@@ -53,10 +57,12 @@ class Subject:
         file = load_recipe_file(self.path)
         config = configure(file.config_class, {**self.values, **changes}, where=file.name)
         recipe = file.build(config, self.device)
+        recipe = attrs.evolve(recipe, state=prepared(recipe, recipe.state))
         for _ in range(self.phase):
             if recipe.then is None:
                 raise ConfigError(f"The recipe {file.name} has no phase {self.phase}.")
             recipe = recipe.then(recipe.state)
+            recipe = attrs.evolve(recipe, state=prepared(recipe, recipe.state))
         return recipe
 
     @cached_property
@@ -73,22 +79,38 @@ class Subject:
 
     @cached_property
     def batches(self) -> list[Any]:
-        """The first batches of the first epoch, cut to ``samples``."""
-        return self.batches_of(self.recipe)
+        """The first batches of the first epoch, cut to ``samples`` where it is known how."""
+        return self._cut(copied(self._first))
 
     def batches_of(self, recipe: Recipe, start: int = 0) -> list[Any]:
         """Return the first batches of another build of the recipe, from ``start`` on."""
+        return self._cut(self._uncut(recipe, start))
+
+    @cached_property
+    def structure(self) -> Structure:
+        """How a batch is cut into samples; found out once."""
+        if self.whole is not None:
+            return Structure(
+                cut=None if self.whole else self.recipe.samples_of or first_samples, certain=False
+            )
+        return structure_of(self.recipe, self._first[0], self.samples, self.fresh)
+
+    @cached_property
+    def _first(self) -> list[Any]:
+        return self._uncut(self.recipe)
+
+    def _uncut(self, recipe: Recipe, start: int = 0) -> list[Any]:
         iterator = iter(recipe.batches.epoch(0, start))
-        found = [first_samples(copied(b), self.samples) for b in islice(iterator, self.steps - start)]
+        found = [copied(batch) for batch in islice(iterator, self.steps - start)]
         if callable(close := getattr(iterator, "close", None)):
             close()
+        if not found and not start:
+            raise EmptyDataError("check: the recipe's batches are empty: there is nothing to check it with.")
         return found
 
-
-def first_samples(batch: Any, count: int) -> Any:
-    """Cut a batch to its first ``count`` samples, in every tensor that is as long as the batch."""
-    whole = count_samples(batch)
-    return map_tensors(lambda t: t[:count] if t.dim() and t.shape[0] == whole else t, batch)
+    def _cut(self, batches: list[Any]) -> list[Any]:
+        cut = self.structure.cut
+        return batches if cut is None else [cut(batch, self.samples) for batch in batches]
 
 
 def smaller(loader: Loader, samples: int, *, batch_size: int | None = None, num_workers: int = 0) -> Loader:

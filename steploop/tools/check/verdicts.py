@@ -1,10 +1,14 @@
 """Test a recipe against every law, and report the smallest case that fails."""
 
+import time
+import traceback
 from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
 
 import attrs
 
-from steploop.tools.check.law_cases import LAWS, Law, NotApplicable
+from steploop.tools.check.law_cases import LAWS, Case, Law, NotApplicable
+from steploop.tools.check.one_line import one_line, shortened
 from steploop.tools.check.subjects import Subject
 
 __all__ = ["Verdict", "examine"]
@@ -16,7 +20,8 @@ class Verdict:
 
     Attributes:
         law: its name.
-        passed: whether it held in every case; None where it does not apply.
+        passed: whether it held in every case; None where it does not apply, or was not tried.
+        tried: whether it was tried: ``--quick`` leaves some laws out.
         cases: how many were tried; the first that fails is the last.
         example: the smallest case that failed.
         message: what is wrong, or why the law does not apply.
@@ -24,37 +29,66 @@ class Verdict:
 
     law: str
     passed: bool | None
+    tried: bool = True
     cases: int = 0
     example: str = ""
     message: str = ""
 
 
 def examine(
-    subject: Subject, show: Callable[[str], None] = lambda _: None, *, laws: Iterable[Law] | None = None
+    subject: Subject,
+    show: Callable[[str], None] = lambda _: None,
+    *,
+    laws: Iterable[Law] | None = None,
+    seconds: float | None = None,
+    clock: Callable[[], float] = time.monotonic,
 ) -> Iterator[Verdict]:
-    """Test the recipe against every law.
+    """Test the recipe against every law, and give each verdict as it is found.
 
     Args:
         subject: the recipe.
         show: called with the name of each law before it is tried.
         laws: the laws to test; by default all.
+        seconds: the quick form: only the first and the last case of each law, none of the laws that start processes or
+            train for long, and no law begins later than this.
+        clock: where the seconds come from.
     """
+    begun = clock()
     for law in LAWS if laws is None else laws:
         show(law.name)
-        yield _judge(law, subject)
+        if seconds is None:
+            yield _judge(law, subject, quick=False)
+        elif not law.quick:
+            yield Verdict(law=law.name, passed=None, tried=False, message="it takes too long for --quick")
+        elif clock() - begun > seconds:
+            yield Verdict(law=law.name, passed=None, tried=False, message=f"{seconds:g} s are over")
+        else:
+            yield _judge(law, subject, quick=True)
 
 
-def _judge(law: Law, subject: Subject) -> Verdict:
+def _judge(law: Law, subject: Subject, *, quick: bool) -> Verdict:
     tried, example = 0, "before the first case"
     try:
-        for label, check in law.cases(subject):
+        cases: Iterable[Case] = law.cases(subject)
+        if quick:
+            all_cases = list(cases)
+            cases = all_cases if len(all_cases) < 2 else [all_cases[0], all_cases[-1]]
+        for label, check in cases:
             tried, example = tried + 1, label
             check()
     except NotApplicable as reason:
         return Verdict(law=law.name, passed=None, message=str(reason))
     except AssertionError as failure:
-        return Verdict(law=law.name, passed=False, cases=tried, example=example, message=str(failure))
+        # a law says what is wrong; an assert in the recipe may say nothing but where
+        message = shortened(str(failure)) if _is_law(failure) else one_line(failure, subject.path)
+        return Verdict(law=law.name, passed=False, cases=tried, example=example, message=message)
     except Exception as error:  # noqa: BLE001  (a recipe may raise anything, and the other laws are still to come)
-        message = f"{type(error).__name__}: {error}".removesuffix(": ")
+        message = one_line(error, subject.path)
         return Verdict(law=law.name, passed=False, cases=tried, example=example, message=message)
     return Verdict(law=law.name, passed=True, cases=tried)
+
+
+def _is_law(failure: AssertionError) -> bool:
+    """Whether a law of ``steploop.testing`` raised this, in one line of its own."""
+    last = traceback.extract_tb(failure.__traceback__)[-1].filename
+    return str(Path("steploop", "testing")) in last and "\n" not in str(failure)

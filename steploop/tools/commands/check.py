@@ -1,10 +1,10 @@
-"""``steploop check``: proves a recipe against the laws, and shows what fails in a table."""
+"""``steploop check``: puts every law that applies to a recipe, and says of each whether it holds."""
 
 import json
 import os
 import sys
 from functools import partial
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -19,7 +19,14 @@ SET = typer.Option(
 )
 DEVICE = typer.Option(help="auto, cpu, cuda (cuda:1) or mps.")
 SAMPLES = typer.Option(min=3, help="Samples of a batch to use.")
-JSON = typer.Option("--json", help="One JSON object instead of a table.")
+QUICK = typer.Option(
+    "--quick", help="Under 20 s: fewer cases, no law that starts workers or trains for long."
+)
+JSON = typer.Option("--json", help="Print one JSON object at the end instead of a line for each law.")
+
+# No law begins later than this with --quick: the last one still has to end within 20 s.
+_QUICK_S = 12.0
+_WORDS: dict[bool | None, str] = {True: "passed", False: "FAILED", None: "does not apply"}
 
 
 def check(
@@ -28,10 +35,11 @@ def check(
     overrides: Annotated[list[str] | None, SET] = None,
     device: Annotated[str, DEVICE] = "auto",
     samples: Annotated[int, SAMPLES] = 8,
+    quick: Annotated[bool, QUICK] = False,
     as_json: Annotated[bool, JSON] = False,
 ) -> None:
     """Build RECIPE small and put every law that applies to it; exit code 1 if one fails."""
-    # cuBLAS is deterministic only if it is told before it starts
+    # cuBLAS is deterministic only if this is set before it starts
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     from steploop.recipe.config_values import split_assignments
     from steploop.recipe.recipe_files import find_recipe
@@ -43,42 +51,57 @@ def check(
     found: dict[str, list[Verdict]] = {}
     phase, more = 0, True
     while more:
-        subject = Subject(path=path, values=values, device=place, samples=samples, phase=phase)
+        subject = Subject(
+            path=path, values=values, device=place, samples=samples, phase=phase, steps=2 if quick else 3
+        )
         name = path.stem if phase == 0 else f"{path.stem}, phase {phase + 1}"
         more = subject.recipe.then is not None
-        found[name] = list(examine(subject, partial(_note, name)))
+        seconds = _QUICK_S if quick else None
+        found[name] = []
+        for verdict in examine(subject, partial(_note, name), seconds=seconds):
+            found[name].append(verdict)
+            if not as_json:
+                _print(name, verdict)
+        if not as_json:
+            _print_sum(name, found[name])
         phase += 1
     if as_json:
         import attrs
 
         entry = {name: [attrs.asdict(v) for v in verdicts] for name, verdicts in found.items()}
         sys.stdout.write(json.dumps(entry, indent=2, allow_nan=False) + "\n")
-    else:
-        for name, verdicts in found.items():
-            _print_table(name, verdicts)
     if any(v.passed is False for verdicts in found.values() for v in verdicts):
         raise SystemExit(1)
 
 
 def _note(recipe: str, law: str) -> None:
-    """What is being tried, on one line of the screen that the next one overwrites."""
+    """Show what is being tried, on one line of the screen that the next one overwrites."""
     if sys.stderr.isatty():
         sys.stderr.write(f"\r\x1b[K{recipe}: {law}" if law else "\r\x1b[K")
         sys.stderr.flush()
 
 
-def _print_table(name: str, verdicts: "list[Verdict]") -> None:
-    from rich.console import Console
-    from rich.table import Table
-
+def _print(name: str, verdict: "Verdict") -> None:
+    """One line for a law, as soon as it is judged."""
     _note(name, "")
-    words: dict[Any, str] = {True: "passed", False: "FAILED", None: "does not apply"}
-    table = Table(title=name, title_justify="left", show_lines=any(v.passed is False for v in verdicts))
-    for column in ("law", "result", "cases", "smallest failing example"):
-        table.add_column(column, justify="right" if column == "cases" else "left", overflow="fold")
-    for v in verdicts:
-        what = f"{v.example}: {v.message}" if v.passed is False else v.message
-        table.add_row(v.law, words[v.passed], str(v.cases or ""), what)
-    # a table in a file or a pipe is not cut at 80 columns
-    console = Console(width=None if sys.stdout.isatty() else 160, markup=False, highlight=False)
-    console.print(table)
+    cases = f" ({verdict.cases} case{'' if verdict.cases == 1 else 's'})" if verdict.passed else ""
+    why = ""
+    if verdict.passed is False:
+        why = f". Smallest failing example: {verdict.example}: {verdict.message}"
+    elif verdict.passed is None:
+        why = f": {verdict.message}"
+    sys.stdout.write(f"{_word(verdict):<14}  {verdict.law}{cases}{why}\n")
+    sys.stdout.flush()
+
+
+def _word(verdict: "Verdict") -> str:
+    return _WORDS[verdict.passed] if verdict.tried else "not tried"
+
+
+def _print_sum(name: str, verdicts: "list[Verdict]") -> None:
+    from collections import Counter
+
+    counts = Counter(map(_word, verdicts))
+    several = {"does not apply": "do not apply"}
+    told = [f"{n} {several.get(word, word) if n > 1 else word}" for word, n in counts.items()]
+    sys.stdout.write(f"{name}: {', '.join(told)}\n")
