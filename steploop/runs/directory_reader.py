@@ -104,8 +104,16 @@ def read_file(directory: Path, name: str, *, limit: int) -> bytes | None:
     return data
 
 
-def read_record(directory: Path, name: str, *, limit: int = RECORD_LIMIT) -> dict[str, Any] | None:
+def read_record(
+    directory: Path, name: str, *, limit: int = RECORD_LIMIT, depth: int = MAX_DEPTH
+) -> dict[str, Any] | None:
     """The JSON object in a file of a directory; None if there is no such file.
+
+    Args:
+        directory: of a run, or a capsule.
+        name: of the file.
+        limit: bytes that are read at most.
+        depth: levels that it may be nested.
 
     Raises:
         DataError: it cannot be read (see ``read_file``), or is not the JSON that a run writes.
@@ -114,15 +122,15 @@ def read_record(directory: Path, name: str, *, limit: int = RECORD_LIMIT) -> dic
     if data is None:
         return None
     try:
-        return parse_object(data)
+        return parse_object(data, depth=depth)
     except ValueError as error:
         raise DataError(
             f"{directory / name} is not the JSON that a run writes: {str(error)[:200]}. It was damaged or changed."
         ) from error
 
 
-def parse_object(data: bytes) -> dict[str, Any]:
-    """A JSON object: UTF-8, finite numbers, at most 32 levels.
+def parse_object(data: bytes, *, depth: int = MAX_DEPTH) -> dict[str, Any]:
+    """A JSON object: UTF-8, finite numbers, at most ``depth`` levels.
 
     Raises:
         ValueError: it is something else; says what.
@@ -130,11 +138,11 @@ def parse_object(data: bytes) -> dict[str, Any]:
     try:
         value = json.loads(data.decode(), parse_float=_finite, parse_constant=_no_constant)
     except RecursionError:
-        raise ValueError(f"it is nested more than {MAX_DEPTH} levels deep") from None
+        raise ValueError(f"it is nested more than {depth} levels deep") from None
     if not isinstance(value, dict):
         raise ValueError("the outermost value is no object")  # noqa: TRY004  (every refusal here is a ValueError)
-    if nested_deeper(value, MAX_DEPTH):
-        raise ValueError(f"it is nested more than {MAX_DEPTH} levels deep")
+    if nested_deeper(value, depth):
+        raise ValueError(f"it is nested more than {depth} levels deep")
     if b"\\u" in data:
         json.dumps(value, ensure_ascii=False).encode()  # half a surrogate pair: UnicodeEncodeError
     return value

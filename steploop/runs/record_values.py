@@ -132,7 +132,8 @@ def checked_config(values: Mapping[str, Any], problems: list[str]) -> Line:
     recipe = values.get("recipe")
     if not isinstance(recipe, str):
         inner = _Reader(read.take("recipe", dict, "an object") or {}, "config.json: recipe", problems)
-        recipe = {key: inner.text(key) for key in ("name", "path", "sha256")}
+        recipe = {key: inner.text(key) for key in ("name", "sha256")}
+        recipe["path"] = inner.take("path", str, "a text")  # as it is: a file is opened by it
         if recipe["name"] is None:
             read.note("it names no recipe")
     found: dict[str, Any] = {

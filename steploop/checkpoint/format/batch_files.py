@@ -43,13 +43,17 @@ def decode(node: Any, tensors: Mapping[str, Tensor]) -> Any:  # noqa: PLR0911  (
     """
     match node:
         case {"tensor": str(name), "spec": entry}:
-            spec = spec_from_json(name, entry)
-            value = tensors[name]
+            spec, value = spec_from_json(name, entry), tensors.get(name)
+            if value is None or (value.dtype, tuple(value.shape)) != (spec.torch_dtype, spec.shape):
+                raise DataError(
+                    f"capsule.json: expected the tensor {name} to be {spec}, but batch.safetensors holds "
+                    f"{'none' if value is None else spec_of(name, value)}. One of the two was changed."
+                )
             if spec.stride is None:
                 return value
             return torch.empty_strided(spec.shape, spec.stride, dtype=value.dtype).copy_(value)
-        case {"dict": list(items)}:
-            return {key: decode(value, tensors) for key, value in items}
+        case {"dict": list(items)} if all(isinstance(i, list) and len(i) == 2 for i in items):
+            return {_key(key): decode(value, tensors) for key, value in items}
         case {"list": list(items)}:
             return [decode(value, tensors) for value in items]
         case {"tuple": list(items)}:
@@ -62,3 +66,11 @@ def decode(node: Any, tensors: Mapping[str, Tensor]) -> Any:  # noqa: PLR0911  (
             raise DataError(
                 f"capsule.json: expected a part of a batch, but found {str(node)[:80]!r}. The file was changed."
             )
+
+
+def _key(key: Any) -> str | int:
+    if not isinstance(key, (str, int)):
+        raise DataError(
+            f"capsule.json: expected text or a whole number as a key, but found {str(key)[:80]!r}. The file was changed."
+        )
+    return key

@@ -11,23 +11,33 @@ A capsule is a directory in ``capsules/`` of the run::
 
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import attrs
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError
+from safetensors.torch import load, save_file
 from torch import Tensor
 
 from steploop import checkpoint
 from steploop.checkpoint.format.batch_files import decode, encode
 from steploop.core.state.train_state import TrainState
 from steploop.errors import CheckpointUnsupportedError, ConfigError, DataError
+from steploop.runs.directory_reader import read_file, read_record, step_folders
+from steploop.runs.record_values import checked_config, is_count, is_number
 
 __all__ = ["Capsule", "fill_capsule", "read_capsule"]
 
 _FORMAT = 1
+_ABOUT: Final = "capsule.json"
+_BATCH: Final = "batch.safetensors"
+_LIMIT: Final = 16 << 20  # bytes of capsule.json
+_MAX_DEPTH: Final = 256  # a dict in a batch takes three levels of JSON
+_HEADER_LIMIT: Final = 1 << 20  # bytes: some ten thousand tensors
+_BATCH_LIMIT: Final = 16 << 30  # bytes
+_MOST_PHASES: Final = 1000
 
 
 def fill_capsule(
@@ -105,33 +115,77 @@ def read_capsule(path: Path) -> Capsule:
         ConfigError: there is none at ``path``.
         DataError: it is damaged, or of a format that this version does not read.
     """
-    if not (path / "capsule.json").is_file():
-        inner = sorted((path / "capsules").glob("step-*")) or sorted(path.glob("step-*"))
+    about = read_record(path, _ABOUT, limit=_LIMIT, depth=_MAX_DEPTH) if path.is_dir() else None
+    if about is None:
+        inner = step_folders(path, "capsules") or step_folders(path)
         hint = (
             f"Give one of its capsules, such as {inner[-1]}."
             if inner
             else "Every step of a run without capsules/ was finite."
         )
-        raise ConfigError(f"{path} is no capsule: it holds no capsule.json. {hint}")
-    try:
-        about = json.loads((path / "capsule.json").read_text(encoding="utf-8"))
-        if about.get("format") != _FORMAT:
-            raise DataError(
-                f"{path} is a capsule of format {about.get('format')!r}, but this version reads {_FORMAT}. "
-                "Use the steploop version of its config.json."
-            )
-        config = (
-            json.loads((path / "config.json").read_text(encoding="utf-8"))
-            if (path / "config.json").is_file()
-            else {}
-        )
-        structure = about.get("structure")
-        batch = None
-        if structure is not None:
-            file = path / "batch.safetensors"
-            batch = decode(structure, load_file(str(file)) if file.is_file() else {})
-    except (ValueError, KeyError, AttributeError, OSError) as error:
+        raise ConfigError(f"{path} is no capsule: it holds no {_ABOUT}. {hint}")
+    if about.get("format") != _FORMAT:
         raise DataError(
-            f"{path} cannot be read: {type(error).__name__}: {error}. It was damaged or cut short."
-        ) from error
+            f"{path} is a capsule of format {str(about.get('format'))[:80]}, but this version reads {_FORMAT}. "
+            "Use the steploop version of its config.json."
+        )
+    if problem := _problem(about):
+        raise DataError(f"{path / _ABOUT} was damaged or changed: {problem}.")
+    problems: list[str] = []
+    recorded = read_record(path, "config.json")
+    config = {} if recorded is None else checked_config(recorded, problems)
+    if problems:
+        raise DataError(f"{path} was damaged or changed: {problems[0]}")
+    structure = about.get("structure")
+    batch = None if structure is None else decode(structure, read_batch(path))
     return Capsule(path=path, about=about, config=config, batch=batch)
+
+
+_STATE: Final[Mapping[str, Callable[[Any], bool]]] = {
+    "skipped": lambda v: isinstance(v, bool),
+    "exact": lambda v: isinstance(v, bool),
+    "loss": lambda v: v is None or isinstance(v, str),
+    "grad_norm": lambda v: v is None or isinstance(v, str),
+    "loss_scale": lambda v: v is None or is_number(v),
+}
+
+
+def _problem(about: Mapping[str, Any]) -> str | None:
+    """What in ``capsule.json`` is not of its type."""
+    for name in ("attempted", "epoch", "batch"):
+        if not is_count(about.get(name)):
+            return f"{name} should be a number of steps, but is {str(about.get(name))[:60]!r}"
+    if not is_count(about.get("phase", 0)) or about.get("phase", 0) > _MOST_PHASES:
+        return f"phase should be a small number, but is {str(about.get('phase'))[:60]!r}"
+    for name in ("device", "torch"):
+        if not isinstance(about.get(name), str):
+            return f"{name} should be a text, but is {str(about.get(name))[:60]!r}"
+    states = about.get("states")
+    if not isinstance(states, dict) or not all(isinstance(seen, dict) for seen in states.values()):
+        return "states should hold an object for each state"
+    for seen in states.values():
+        for name, fits in _STATE.items():
+            if name not in seen or not fits(seen[name]):
+                return f"{name} of a state is {str(seen.get(name))[:60]!r}"
+    return None
+
+
+def read_batch(path: Path) -> dict[str, Tensor]:
+    """The tensors of a capsule's batch; none if it has no such file.
+
+    Raises:
+        DataError: the file is damaged, or no safetensors file of a batch.
+    """
+    data = read_file(path, _BATCH, limit=_BATCH_LIMIT)
+    if data is None:
+        return {}
+    if int.from_bytes(data[:8], "little") > _HEADER_LIMIT:  # a header of many megabytes takes minutes to read
+        raise DataError(
+            f"{path / _BATCH} begins with a header of more than {_HEADER_LIMIT:,} bytes. It was changed."
+        )
+    try:
+        return load(data)
+    except (SafetensorError, ArithmeticError, LookupError, RuntimeError, TypeError, ValueError) as error:
+        raise DataError(
+            f"{path / _BATCH} cannot be read: {type(error).__name__}: {str(error)[:200]}. It was damaged or cut short."
+        ) from error

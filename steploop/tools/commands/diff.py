@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 __all__ = ["diff"]
 
 _SHOWN = 10
+_LONGEST = 200  # characters of a value
 A = typer.Argument(help="A checkpoint, or a run: its newest one.", show_default=False, metavar="A")
 B = typer.Argument(help="The one to compare it with.", show_default=False, metavar="B")
 JSON = typer.Option("--json", help="Print one JSON object.")
@@ -24,6 +25,7 @@ JSON = typer.Option("--json", help="Print one JSON object.")
 def diff(a: Annotated[Path, A], b: Annotated[Path, B], *, as_json: Annotated[bool, JSON] = False) -> None:
     """Say whether checkpoints A and B hold equal states, bit for bit; exit 1, with what differs first, where not."""
     from steploop.checkpoint import open_checkpoint
+    from steploop.runs.safe_text import safe_text
 
     one, other = open_checkpoint(newest_checkpoint(a)), open_checkpoint(newest_checkpoint(b))
     found = [] if one.digest == other.digest else list(_differences(one, other))
@@ -34,9 +36,8 @@ def diff(a: Annotated[Path, A], b: Annotated[Path, B], *, as_json: Annotated[boo
         sys.stdout.write(f"equal: both hold the state {one.digest}\n")
     else:
         more = [f"and {len(found) - _SHOWN} more"] if len(found) > _SHOWN else []
-        sys.stdout.write(
-            "\n".join(["different:", *(f"  {line}" for line in [*found[:_SHOWN], *more])]) + "\n"
-        )
+        lines = (safe_text(line) for line in [*found[:_SHOWN], *more])
+        sys.stdout.write("\n".join(["different:", *(f"  {line}" for line in lines)]) + "\n")
     if found:
         raise typer.Exit(1)
 
@@ -64,4 +65,9 @@ def _unequal_values(x: Any, y: Any, name: str) -> Iterator[str]:
             else:
                 yield f"{path}: only in {'A' if key in x else 'B'}"
     elif x != y or type(x) is not type(y):
-        yield f"{name.removeprefix('states.').lstrip('.')}: {x!r} in A, {y!r} in B"
+        yield f"{name.removeprefix('states.').lstrip('.')}: {_short(x)} in A, {_short(y)} in B"
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= _LONGEST else f"{text[:_LONGEST]}…"

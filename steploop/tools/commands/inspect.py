@@ -1,6 +1,7 @@
 """``steploop inspect``: what is in a checkpoint, once every byte of it has been verified."""
 
 import json
+import os
 import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -8,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from steploop.errors import ConfigError
+from steploop.errors import CheckpointDamagedError, ConfigError
 
 if TYPE_CHECKING:
     from steploop.checkpoint import Checkpoint
@@ -31,8 +32,17 @@ def inspect(
     opened = open_checkpoint(newest_checkpoint(checkpoint))
     if as_json:
         sys.stdout.write(json.dumps(_as_json(opened)) + "\n")
-    else:
-        sys.stdout.write("\n".join(_describe(opened)) + "\n")
+        return
+    from steploop.runs.safe_text import safe_text
+
+    try:
+        lines = list(_describe(opened))
+    except (KeyError, TypeError, ValueError, AttributeError) as error:  # whole, and yet nothing of steploop's
+        raise CheckpointDamagedError(
+            f"{opened.directory}: every digest is right, but the state is not one that steploop writes "
+            f"({type(error).__name__}: {error}). Use another checkpoint."
+        ) from error
+    sys.stdout.write("".join(f"{safe_text(line)}\n" for line in lines))
 
 
 def newest_checkpoint(path: Path) -> Path:
@@ -41,12 +51,19 @@ def newest_checkpoint(path: Path) -> Path:
         raise ConfigError(
             f"There is no directory {path}. Name a checkpoint, such as runs/cifar_amp-1/checkpoints/step-000000000390."
         )
-    if (path / "state.json").exists():
+    from steploop.runs.directory_reader import checkpoint_folders, step_folders
+
+    if os.path.lexists(path / "state.json"):
         return path
-    found = sorted([*path.glob("step-*"), *path.glob("checkpoints*/step-*")])
+    found = checkpoint_folders(path) or step_folders(path)
     if not found:
+        linked = (
+            " Its checkpoints/ is a link, which is not followed."
+            if (path / "checkpoints").is_symlink()
+            else ""
+        )
         raise ConfigError(
-            f"{path} is no checkpoint and holds none. Name a directory that holds a state.json."
+            f"{path} is no checkpoint and holds none.{linked} Name a directory that holds a state.json."
         )
     return found[-1]
 

@@ -1,9 +1,10 @@
 """``steploop replay``: takes the step of a capsule again and says which module broke it."""
 
 import json
+import math
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -29,6 +30,7 @@ def replay(
     This runs the recipe in CAPSULE.
     """
     from steploop.runs.environment import find_device
+    from steploop.runs.safe_text import safe_lines
     from steploop.runs.trust import require_trust
     from steploop.tools.replay.capsule_replay import replay as again
 
@@ -45,9 +47,18 @@ def replay(
             "losses": {name: {"then": then, "now": now} for name, (then, now) in found.losses.items()},
             "finding": None if found.finding is None else attrs.asdict(found.finding),
         }
-        sys.stdout.write(json.dumps(entry, indent=2, allow_nan=False) + "\n")
+        sys.stdout.write(json.dumps(_without_nan(entry), indent=2, allow_nan=False) + "\n")
         return
-    sys.stdout.write("\n".join(_lines(found)) + "\n")
+    sys.stdout.write(safe_lines("\n".join(_lines(found))) + "\n")
+
+
+def _without_nan(value: Any) -> Any:
+    """The value with None for each number that JSON does not have."""
+    if isinstance(value, dict):
+        return {key: _without_nan(part) for key, part in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_without_nan(part) for part in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _lines(found: "Replay") -> list[str]:

@@ -12,11 +12,13 @@ import torch
 from steploop import checkpoint
 from steploop.core.state.train_state import TrainState
 from steploop.core.trees import to_device
-from steploop.errors import ConfigError
+from steploop.errors import ConfigError, DataError, SteploopError
 from steploop.recipe.config_values import configure, fields_of
 from steploop.recipe.recipe import Recipe, State
 from steploop.recipe.recipe_files import load_recipe_file
 from steploop.runs.capsules.capsule_files import Capsule, read_capsule
+from steploop.runs.directory_reader import read_file
+from steploop.runs.reading import SOURCE_LIMIT
 from steploop.tools.replay.culprit import Finding, broken_before, judge
 from steploop.tools.replay.module_watch import StepWatch
 
@@ -62,17 +64,18 @@ def rebuild(capsule: Capsule, device: torch.device) -> tuple[Recipe, State, Any]
         CheckpointError: the state is damaged or does not fit the recipe.
     """
     path = capsule.path / "recipe.py"
-    if not path.is_file():
+    if read_file(path.parent, path.name, limit=SOURCE_LIMIT) is None:
         raise ConfigError(
             f"{capsule.path} holds no recipe.py. Copy the run's recipe there to replay the step."
         )
     recorded = capsule.config.get("recipe", {})
-    beside = Path(recorded["path"]).parent if "path" in recorded else None
-    file = load_recipe_file(path, beside=beside)
+    recorded = recorded if isinstance(recorded, Mapping) else {}
+    origin = recorded.get("path")
+    file = load_recipe_file(path, beside=Path(origin).parent if origin else None)
     known = fields_of(file.config_class)
     values = {key: value for key, value in capsule.config.get("config", {}).items() if key in known}
-    recipe = file.build(configure(file.config_class, values, where=recorded.get("name", "recipe")), device)
-    for _ in range(int(capsule.about.get("phase", 0))):
+    recipe = file.build(configure(file.config_class, values, where=recorded.get("name") or "recipe"), device)
+    for _ in range(capsule.about.get("phase", 0)):
         if recipe.then is not None:
             recipe = recipe.then(recipe.state)
     with warnings.catch_warnings():
@@ -82,7 +85,12 @@ def rebuild(capsule: Capsule, device: torch.device) -> tuple[Recipe, State, Any]
     batch = capsule.batch
     if batch is None:
         about = capsule.about
-        batch = next(iter(recipe.batches.epoch(int(about["epoch"]), int(about["batch"]))))
+        batch = next(iter(recipe.batches.epoch(about["epoch"], about["batch"])), None)
+        if batch is None:
+            raise DataError(
+                f"{capsule.path} names batch {about['batch']} of epoch {about['epoch']}, and the recipe's data have no such batch. "
+                "The capsule or the data were changed."
+            )
     # a row of skipped steps may stand just before its end: this one step is to be seen, not refused
     return recipe, _each(state, lambda one: one.replace(nonfinite_steps=0)), to_device(batch, device)
 
@@ -97,10 +105,22 @@ def replay(path: Path, *, device: torch.device | None = None) -> Replay:
     Raises:
         ConfigError: there is no capsule, or its recipe does not load.
         CheckpointError: its state is damaged or does not fit the recipe.
-        DataError: its batch is damaged.
+        DataError: the capsule is damaged, or its step cannot be taken again.
     """
     capsule = read_capsule(path)
-    recipe, state, batch = rebuild(capsule, device or torch.device("cpu"))
+    try:
+        return _replayed(capsule, *rebuild(capsule, device or torch.device("cpu")))
+    except SteploopError:
+        raise
+    except Exception as error:  # the recipe's own code, on what the capsule holds
+        raise DataError(
+            f"The step of {path} cannot be taken again: {type(error).__name__}: {error}. The capsule was changed, or the "
+            "recipe in it does not fit. steploop --debug replay shows the traceback."
+        ) from error
+
+
+def _replayed(capsule: Capsule, recipe: Recipe, state: State, batch: Any) -> Replay:
+    """The step of a capsule, taken again under watch."""
     names = list(_members(state))
     before = broken_before(_members(state))
     with torch.compiler.set_stance("force_eager"):  # hooks see nothing of a compiled step

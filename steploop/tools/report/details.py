@@ -135,7 +135,7 @@ def what_ran(runs: Sequence[RunRecord], names: Sequence[str]) -> str:
         recipe = run.config.get("recipe")
         facts: dict[str, object] = {"recipe": run.recipe, "directory": safe_text(run.path)}
         if isinstance(recipe, dict):
-            facts |= {"file": recipe.get("path"), "SHA-256": recipe.get("sha256")}
+            facts |= {"file": safe_text(recipe.get("path") or ""), "SHA-256": recipe.get("sha256")}
         for key in ("data", "device", "precision", "compile", "git_commit", "steploop"):
             facts[key.replace("_", " ")] = run.config.get(key)
         for key in ("versions", "tuning"):
