@@ -1,4 +1,4 @@
-"""A small GPT that learns to write Python, character by character, from Python's own standard library.
+"""Train a small GPT to write Python, character by character, on the standard library.
 
     steploop run recipes/char_lm.py
     steploop run recipes/char_lm.py --set text=shakespeare.txt --set epochs=3
@@ -61,7 +61,7 @@ class Config:
 
 
 class Block(nn.Module):
-    """Attention and a perceptron, each after a normalisation and added to what came in."""
+    """Attention and a perceptron, each after a normalisation and with a residual."""
 
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
@@ -105,7 +105,7 @@ class GPT(nn.Module):
 
 
 def objective(model: nn.Module, batch: Batch) -> tuple[Tensor, None, Tensor]:
-    """The mean over the tokens that count, and how many there are."""
+    """Compute the mean loss over the tokens that count, and their number."""
     inputs, targets = batch
     tokens = (targets != BEYOND).sum()
     loss = F.cross_entropy(
@@ -181,7 +181,7 @@ def build(config: Config, device: torch.device) -> Recipe:
 
 
 def read(config: Config) -> tuple[Sequence[str], Sequence[str]]:
-    """Training and test texts: every tenth file is for testing, or the last tenth of a single one."""
+    """Read the texts; every tenth file is for testing, or the last tenth of a single one."""
     room = config.max_characters
     if config.text:
         text = read_text(config.text)[:room]
@@ -193,7 +193,7 @@ def read(config: Config) -> tuple[Sequence[str], Sequence[str]]:
 
 
 def take(files: Iterable[Path], room: int) -> list[str]:
-    """The texts of the first files, up to ``room`` characters."""
+    """Take the texts of the first files, up to ``room`` characters."""
     texts: list[str] = []
     for path in files:
         texts.append(read_text(path)[:room])
@@ -204,7 +204,7 @@ def take(files: Iterable[Path], room: int) -> list[str]:
 
 
 def pieces(texts: Sequence[str], ids: Mapping[str, int], context: int) -> Batch:
-    """Each text cut into pieces of ``context`` characters; the last one is filled up and its rest does not count."""
+    """Cut each text into pieces of ``context`` characters; padding of the last does not count."""
     inputs, targets = [], []
     for text in texts:
         codes = torch.tensor([ids.get(character, 0) for character in text])
@@ -222,7 +222,7 @@ def pieces(texts: Sequence[str], ids: Mapping[str, int], context: int) -> Batch:
 
 @torch.no_grad()
 def sample(state: TrainState, prompt: Sequence[int], config: Config) -> list[int]:
-    """Draw one character after the other from what the model expects."""
+    """Draw characters one by one from the model's distribution."""
     model, generator = state.model.eval(), torch.Generator().manual_seed(config.seed)
     codes = list(prompt)
     for _ in range(config.sample_characters):

@@ -3,7 +3,7 @@
     steploop run recipes/cifar_amp.py
     steploop run recipes/cifar_amp.py --set data=folder --set root=DIR --set ema_decay=0.99
 
-Without data=, CIFAR-10 is used where it is on disk or can be had, else synthetic images; the screen says which.
+Without data=, CIFAR-10 is used if it is on disk or can be downloaded, else synthetic images; the screen says which.
 
 Measured: 78.8% test accuracy after five epochs on CIFAR-10 as a folder of JPEG files (61.6, 64.9, 71.2, 76.3 before), seed 0,
 fp32, 2 CPU cores (AMD EPYC, AVX2, one of them used), torch 2.14.1. Synthetic images: 98.8%, 64 s of processor time in all.

@@ -1,4 +1,4 @@
-"""Handwritten digits out of noise: a generator and a discriminator, two states and two objectives in one step.
+"""Digits from noise: a generator and a discriminator, two states and two objectives in one step.
 
     steploop run recipes/gan.py
     steploop run recipes/gan.py --set data=mnist --epochs 5
@@ -60,7 +60,7 @@ def discriminator(width: int) -> nn.Sequential:
 def fooled(
     model: nn.Module, batch: Batch, *, judge: nn.Module, noise: int
 ) -> tuple[Tensor, Mapping[str, Tensor]]:
-    """The generator's objective: that the discriminator takes its images for real ones."""
+    """The generator's objective: the discriminator takes its images for real ones."""
     images = model(torch.randn(len(batch[0]), noise, device=batch[0].device))
     return F.softplus(-judge(images)).mean(), {"images": images}
 
@@ -126,14 +126,14 @@ def build(config: Config, device: torch.device) -> Recipe:
 
 @torch.no_grad()
 def samples(state: TrainState, count: int, config: Config) -> Tensor:
-    """Images (count, 1, 28, 28) in -1..1, from noise that is the same every time."""
+    """Draw images (count, 1, 28, 28) in -1..1, from the same noise every time."""
     noise = torch.randn(count, config.noise, generator=torch.Generator().manual_seed(config.seed))
     images: Tensor = state.model(noise.to(state.device))
     return images
 
 
 def frechet_distance(a: Tensor, b: Tensor, components: int = 32) -> float:
-    """How far apart two sets of samples (N, D) lie, as Gaussians in the main axes of ``b``; 0 for equal ones.
+    """Compute how far apart two sets of samples (N, D) lie, as Gaussians in the main axes of ``b``.
 
     |m - n|**2 + tr(S + T - 2 (S T)**0.5) with means m, n and covariances S, T: the formula of FID (Heusel et al. 2017), in
     principal components instead of the features of a network.

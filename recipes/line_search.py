@@ -1,4 +1,4 @@
-"""No learning rate to choose: each step is tried with a lower, the same and a higher rate, and the best future is kept.
+"""Search the learning rate: try each step with three rates, and keep the best future.
 
     steploop run recipes/line_search.py
     steploop run recipes/line_search.py --set learning_rate=100

@@ -126,7 +126,7 @@ def build(config: Config, device: torch.device) -> Recipe:
 
 
 def draw(directory: Path, schedules: Mapping[str, Callable[[int], Any]], steps: int) -> None:
-    """Schedules are functions: they are drawn from themselves. What was measured comes from the run's own record."""
+    """Draw the schedules, which are functions, and the losses from the run's own record."""
     figures = import_extra("matplotlib.figure", extra="recipes", purpose="Drawing the schedules")
     run = read_run(directory)
 

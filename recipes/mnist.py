@@ -4,7 +4,7 @@
     steploop run recipes/mnist.py --set l2=1e-3 --epochs 10
 
 784-128-10 with plain SGD, and the penalties of L1 and L2 regularisation written into the loss. MNIST by torchvision when
-it is on disk or can be had; else scikit-learn's 1,797 real digits enlarged to 28x28. The screen says which.
+it is on disk or can be downloaded; else scikit-learn's 1,797 real digits enlarged to 28x28. The screen says which.
 
 Measured: test accuracy 87.7, 87.7 and 87.9% for seeds 0, 1 and 2 on the 397 test digits of scikit-learn (no network), 11 to 14 s of
 processor time each, on 2 CPU cores (AMD EPYC, AVX2), torch 2.14.1.

@@ -1,12 +1,12 @@
-"""A ResNet-18 taught new classes: first only a new head, then all layers; two phases are two folds.
+"""Teach a ResNet-18 new classes: first only a new head, then all layers, in two phases.
 
     steploop run recipes/resnet_transfer.py
     steploop run recipes/resnet_transfer.py --set data=folder --set root=DIR --set size=224 --set train_images=0
     steploop run recipes/resnet_transfer.py --set weights=RUN/checkpoints/step-000000000093/model.safetensors
 
-torchvision's ImageNet weights when they are on disk or can be had, none otherwise, or those of a safetensors file (a checkpoint
+torchvision's ImageNet weights if they are on disk or can be downloaded, none otherwise, or those of a safetensors file (a checkpoint
 of this recipe is one), whose head is left out. Random resized crops and flips, SGD with momentum, the best validation
-accuracy kept. Images are CIFAR-10's when they are on disk or can be had, else scikit-learn's handwritten digits. At its
+accuracy kept. Images are CIFAR-10's if they are on disk or can be downloaded, else scikit-learn's handwritten digits. At its
 defaults it takes 1,400 of them at 32x32, so that two CPU cores are enough: it shows how this is done, and is no good
 classifier. Without ImageNet weights the first phase fits a head to random features, which its accuracy shows.
 
@@ -154,7 +154,7 @@ def build(config: Config, device: torch.device) -> Recipe:
 
 
 def load(config: Config) -> ImageData:
-    """Images (N, 3, H, W) uint8 with their labels, of two sets."""
+    """Load images (N, 3, H, W) uint8 with their labels, for training and testing."""
     if config.data == "digits":
         digits = load_digits("digits")
         (train, train_labels), (test, test_labels) = digits.train, digits.test
@@ -172,12 +172,12 @@ def load(config: Config) -> ImageData:
 
 
 def first(samples: Batch, count: int) -> Batch:
-    """The first ``count`` samples, or all for 0."""
+    """Take the first ``count`` samples, or all for 0."""
     return (samples[0][:count], samples[1][:count]) if count else samples
 
 
 def load_weights(model: nn.Module, source: str) -> str:
-    """Put the weights that ``source`` names into the model, the head's left out; says what they are."""
+    """Load the weights that ``source`` names, without the head; return what they are."""
     if source == "none":
         return "none, drawn at random"
     if source in {"imagenet", "auto"}:
@@ -185,7 +185,7 @@ def load_weights(model: nn.Module, source: str) -> str:
             values = imagenet_weights()
         except (DataError, OSError, RuntimeError) as error:
             if source == "auto":
-                return "none, drawn at random (ImageNet's could not be had)"
+                return "none, drawn at random (ImageNet's are not on disk and could not be downloaded)"
             raise DataError(
                 f"The ImageNet weights of ResNet-18 are not on disk and could not be downloaded: {error}. "
                 "Use --set weights=none, or a safetensors file."
@@ -202,14 +202,14 @@ def load_weights(model: nn.Module, source: str) -> str:
     if body.keys() != expected:
         other = sorted(body.keys() ^ expected)
         raise ConfigError(
-            f"weights: {source} is no ResNet-18: {len(other)} names differ, for instance {other[0]}."
+            f"weights: {source} is not a ResNet-18: {len(other)} names differ, for instance {other[0]}."
         )
     model.load_state_dict(body, strict=False)
     return source if source != "auto" else "imagenet"
 
 
 def imagenet_weights() -> Mapping[str, Tensor]:
-    """torchvision's, checked by the digest in their name; its own reader, which builds nothing but tensors."""
+    """Read torchvision's weights, checked by the digest in their name; only tensors are built."""
     weights = ResNet18_Weights.IMAGENET1K_V1
     if not (Path(torch.hub.get_dir()) / "checkpoints" / Path(weights.url).name).is_file():
         open_url(weights.url, timeout_s=4.0).close()  # else a download that gets no answer would hang

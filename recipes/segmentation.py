@@ -1,4 +1,4 @@
-"""A small U-Net that names every pixel: background, disc, square or triangle.
+"""Label every pixel with a small U-Net: background, disc, square or triangle.
 
     steploop run recipes/segmentation.py
     steploop run recipes/segmentation.py --set data=pets --set size=96
@@ -70,7 +70,7 @@ def double_convolution(channels_in: int, channels_out: int) -> nn.Sequential:
 
 
 class UNet(nn.Module):
-    """Down three levels and up again; on the way up, each level also sees what the way down saw at its size."""
+    """A U-Net: down three levels and up again, where each level also gets the features of its size."""
 
     def __init__(self, width: int, classes: int) -> None:
         super().__init__()
@@ -107,7 +107,7 @@ def objective(model: nn.Module, batch: Batch, *, dice_weight: float) -> tuple[Te
 def intersection_over_union(
     outputs: Mapping[str, Tensor], batch: Batch, *, index: int
 ) -> tuple[Tensor, Tensor]:
-    """Of one class: pixels where prediction and mask agree on it, of those where one of them has it."""
+    """Divide the pixels where prediction and mask have the class by those where one of them has it."""
     predicted, true = outputs["classes"] == index, batch[1] == index
     return (predicted & true).sum(), (predicted | true).sum()
 
@@ -166,7 +166,7 @@ def build(config: Config, device: torch.device) -> Recipe:
 
 
 def load(config: Config) -> tuple[Batch, Batch, tuple[str, ...]]:
-    """Training set, test set and the names of the classes."""
+    """Load the training set, the test set and the names of the classes."""
     if config.data == "pets":
         sets = (pets(config, "trainval", config.train_images), pets(config, "test", config.test_images))
         return *sets, ("animal", "background", "border")
@@ -186,7 +186,7 @@ def pets(config: Config, split: str, count: int) -> Batch:
     except (OSError, RuntimeError) as error:
         raise DataError(
             f"The Oxford-IIIT pets are not in {config.root} and could not be downloaded ({error}). "
-            "Say where they are with --set root=DIR, or use --set data=shapes, which needs no network."
+            "Give their folder with --set root=DIR, or use --set data=shapes, which needs no network."
         ) from error
 
     def small(picture: Any, resample: int) -> Tensor:

@@ -1,4 +1,4 @@
-"""An LSTM that says which package of Python's standard library a piece of source belongs to, and why it is clipped.
+"""Classify source code by package with an LSTM, with and without clipping.
 
     steploop run recipes/text_classification.py
     steploop run recipes/text_classification.py --set max_norm=1.0 --set seed=1
@@ -113,7 +113,7 @@ def build(config: Config, device: torch.device) -> Recipe:
 
 
 def load(config: Config) -> tuple[Batch, Batch]:
-    """Every fifth file of a package is for testing; the vocabulary is that of the others."""
+    """Load the files; every fifth of a package is for testing, the vocabulary is the others'."""
     token = re.compile(r"[A-Za-z_]+|\d+|[^\w\s]")
     pieces: tuple[list[tuple[list[str], int]], ...] = ([], [])
     for label, package in enumerate(PACKAGES):
@@ -132,7 +132,7 @@ def load(config: Config) -> tuple[Batch, Batch]:
 
 
 def draw(directory: Path, names: Iterable[str]) -> None:
-    """Training loss and gradient norm of each, from the run's own record."""
+    """Draw loss and gradient norm of both, from the run's own record."""
     figures = import_extra("matplotlib.figure", extra="recipes", purpose="Drawing the learning curves")
     run = read_run(directory)
     figure = figures.Figure(layout="constrained")

@@ -1,4 +1,4 @@
-"""``compile``: a train step as one graph: forward, backward, unscale, clip, optimizer, loss scale."""
+"""Compile a train step into one graph: forward, backward, unscale, clip, optimizer, loss scale."""
 
 from collections.abc import Callable
 from typing import Any, Literal
@@ -16,7 +16,7 @@ def compile(  # noqa: A001  (steploop.compile, as in torch.compile)
     mode: Literal[True, "auto"] = True,
     report: Callable[[str], None] | None = None,
 ) -> CompiledStep:
-    """A step that means what ``train_step`` means, and runs as one compiled graph.
+    """Compile ``train_step`` into one graph that computes the same.
 
     The step is traced once, on tensors without values, with all Python in it: states, closures, dictionaries. What
     it does to tensors becomes one graph of ATen calls (forward, backward, unscaling, clipping, optimizer, average),

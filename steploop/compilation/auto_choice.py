@@ -1,4 +1,4 @@
-"""Measures a train step in two forms, side by side on clones of the state, which cannot disturb the run."""
+"""Time a train step in two forms, on clones of the state, so that the run is not disturbed."""
 
 import time
 from collections.abc import Callable, Mapping
@@ -14,14 +14,14 @@ _FEWEST, _MOST = 3, 50  # steps of one form in one round
 
 
 def cloned(state: Any) -> Any:
-    """A clone of a state, or of every state of a mapping."""
+    """Clone a state, or every state of a mapping."""
     if isinstance(state, TrainState):
         return state.clone()
     return {name: one.clone() for name, one in state.items()}
 
 
 def measure(forms: Mapping[str, Callable[[Any, Any], Any]], state: Any, batch: Any) -> dict[str, float]:
-    """Microseconds per step of each form: the best of rounds, in which the forms take turns.
+    """Time the forms in turns; return the best microseconds per step of each.
 
     Interference only ever adds time, so the fastest round says most about the form.
     """
@@ -46,7 +46,7 @@ def measure(forms: Mapping[str, Callable[[Any, Any], Any]], state: Any, batch: A
 
 
 def _finished(state: Any) -> Any:
-    """Wait for the device: reads one number that the last step computed."""
+    """Wait for the device by reading one number that the last step computed."""
     one = state if isinstance(state, TrainState) else next(iter(state.values()))
     if one.loss is not None:
         one.loss.item()

@@ -1,4 +1,4 @@
-"""Runs a train step once on fake tensors: what becomes the graph, and what stays for the host to do around it."""
+"""Trace a train step on fake tensors: the graph, and what the host does around it."""
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
@@ -27,7 +27,7 @@ _SPARE_VALUES = 8  # places for what update_ema(decay=function) asks of the host
 
 
 class _StepTrace:
-    """One run of a train step on fake tensors, and what it left to the host."""
+    """One run of a train step on fake tensors, and the values that the host computes."""
 
     def __init__(self, states: Mapping[str, TrainState], *, cycled: bool) -> None:
         self.states = states
@@ -43,13 +43,13 @@ class _StepTrace:
         self._kept: list[Tensor] = []  # their ids are keys, which must not be used again
 
     def size(self) -> int:
-        """How many numbers the host may write."""
+        """The number of values that the host may write."""
         return _SPARE_VALUES + sum(2 * len(s.hyper) + 1 for s in self.states.values())
 
     # -- what step functions ask of a trace ------------------------------------------------------------------
 
     def schedule(self, state: Any, learning_rate: Schedule) -> Any:
-        """Leave the schedule to the host: before the graph, or after it where the optimizer stepped already."""
+        """Leave the schedule to the host: before the graph, or after it if the optimizer has stepped."""
         count: OwnedCount = state.attempted_steps
         # run once here: what it reads of the traced state is noted, and what it raises has the user's line
         value = learning_rate(read_host(self.states[count.owner].applied_steps) + count.offset)
@@ -59,7 +59,7 @@ class _StepTrace:
         return state
 
     def value_at_step(self, state: Any, function: Callable[[int], float]) -> Tensor:
-        """A number that the host computes from the steps taken, this one included where it was taken."""
+        """Make a number that the host computes from the steps taken, this one included if taken."""
         count: OwnedCount = state.attempted_steps
         offset = count.offset
 
@@ -69,7 +69,7 @@ class _StepTrace:
         return self._number(HostValue(count.owner, read))
 
     def limit_nonfinite(self, state: Any, limit: int) -> None:
-        """Note the limit; the host counts."""
+        """Record the limit; the host counts."""
         self.limits[state.attempted_steps.owner] = limit
 
     # -- the traced states -----------------------------------------------------------------------------------
@@ -86,7 +86,7 @@ class _StepTrace:
         return number
 
     def _hyper(self, owner: str) -> tuple[dict[str, Any], ...]:
-        """The hyperparameters, with those that a schedule sets as inputs of the graph."""
+        """Return the hyperparameters; those that a schedule sets are inputs of the graph."""
         state = self.states[owner]
         dtype = (
             torch.float64 if any(p.dtype == torch.float64 for p in state._params.values()) else torch.float32
@@ -116,7 +116,7 @@ class _StepTrace:
     def traced(
         self, owner: str, tensors: Mapping[Place, Tensor], counters: Mapping[str, Tensor]
     ) -> TracedState:
-        """The state ``owner`` over these fake tensors."""
+        """Make the state ``owner`` over these fake tensors."""
         state = self.states[owner]
         params = {name: tensors["_params", name, None] for name in state._params}
         scale = state.scale
@@ -163,7 +163,7 @@ def _scale(state: TrainState) -> Any:
 
 
 def _fake(like: Tensor) -> Tensor:
-    """A fake tensor of this shape and layout, which shares memory with no other."""
+    """Make a fake tensor of this shape and layout that shares no memory."""
     fake = torch.empty_strided(like.shape, like.stride(), dtype=like.dtype, device=like.device)
     return fake.requires_grad_(like.requires_grad)
 
@@ -176,7 +176,7 @@ def trace_step(
     *,
     cycled: bool,
 ) -> StepPlan:
-    """Trace ``train_step`` on states and a batch like these; nothing of them is changed.
+    """Trace ``train_step`` on fake copies of these states and this batch.
 
     Args:
         train_step: ``(state, batch) -> state``, or with a mapping of states.
@@ -240,7 +240,7 @@ def trace_step(
 
 
 def _named(result: Any, traced: Mapping[str, TracedState]) -> dict[str, TracedState]:
-    """The states that a train step returned, by name."""
+    """Return the states that a train step returned, by name."""
     found = {"": result} if "" in traced else result
     if (
         not isinstance(found, Mapping)

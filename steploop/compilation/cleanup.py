@@ -1,4 +1,4 @@
-"""Puts a module and an optimizer back as they were: tracing lends them fake tensors and other hyperparameters."""
+"""Restore a module and an optimizer after a trace, which lends them fake tensors."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,7 +10,7 @@ __all__ = ["restored"]
 
 @contextmanager
 def restored(machine: Machine) -> Iterator[None]:
-    """Puts a module and an optimizer back as they were: tracing lends them fake tensors and other hyperparameters."""
+    """Restore a module and an optimizer after a trace, which lends them fake tensors."""
     module, optimizer = machine.module, machine.optimizer
     params, buffers, modes = module.params(), module.buffers(), module.modes()
     groups = [{**group, "params": list(group["params"])} for group in optimizer.param_groups]

@@ -1,4 +1,4 @@
-"""CompiledStep: a train step that runs as one compiled graph for each shape of batch, and in eager where it must."""
+"""Run a train step as one compiled graph per shape of batch, and eagerly where necessary."""
 
 import time
 import warnings
@@ -30,7 +30,7 @@ _MOST_SHAPES = 8  # and more than this run in eager
 
 @attrs.frozen(kw_only=True)
 class Figures:
-    """What compiling cost and gave; a run records it.
+    """The cost and gain of compiling, which a run records.
 
     Attributes:
         form: how steps run: "compiled", "eager", or "undecided" before the first graph.
@@ -48,7 +48,7 @@ class Figures:
 
 
 class CompiledStep:
-    """What ``steploop.compile(train_step)`` returns: called like ``train_step`` itself.
+    """The result of ``steploop.compile(train_step)``, called like ``train_step`` itself.
 
     Attributes:
         train_step: the step as it was written.
@@ -74,7 +74,7 @@ class CompiledStep:
         self._gave_up = False  # more shapes than are worth a graph have come
 
     def __call__(self, state: Any, batch: Any) -> Any:
-        """One step, like ``train_step(state, batch)``.
+        """Take one step, like ``train_step(state, batch)``.
 
         Raises:
             CompileError: the step cannot be captured as a graph (mode=True).
@@ -104,7 +104,7 @@ class CompiledStep:
     def _find(
         self, state: Any, states: list[TrainState], batch: Any, tensors: list[Tensor], key: Any
     ) -> CompiledGraph | None:
-        """The graph for these states and this batch, made if need be; None where this step runs in eager."""
+        """Find or make the graph for these states and this batch; None if the step runs eagerly."""
         for graph in self._graphs.get(key, ()):
             if graph.fits(states):
                 self._use(graph, states, key)
@@ -135,7 +135,7 @@ class CompiledStep:
             self._bound.take(states, same_tensors=False)
 
     def _worth_compiling(self, states: list[TrainState], key: Any) -> bool:
-        """Whether to make a graph now; the first step of a run makes the optimizer's slots, in eager."""
+        """Whether to make a graph now; a run's first step, which makes the slots, runs eagerly."""
         if any(s.attempted_steps == 0 and not any(s._slots.values()) for s in states):
             return False
         if key in self._graphs or not self._graphs:
@@ -161,7 +161,7 @@ class CompiledStep:
     def _make(
         self, state: Any, states: list[TrainState], batch: Any, tensors: list[Tensor], key: Any
     ) -> CompiledGraph:
-        """Trace and compile; an equal graph that was compiled before is taken again."""
+        """Trace and compile; reuse an equal graph that is already compiled."""
         check_torch()
         names = [""] if isinstance(state, TrainState) else list(state)
         self._report(f"compiling the train step for a batch of {describe(key)}")
@@ -192,7 +192,7 @@ class CompiledStep:
     # -- mode="auto" ---------------------------------------------------------------------------------------------
 
     def _choose(self, graph: CompiledGraph, state: Any, batch: Any) -> None:
-        """Take the faster form, by a few steps of each on clones of the state."""
+        """Choose the faster form, by a few steps of each on clones of the state."""
         bound = Bound()
 
         def compiled(one: Any, batch: Any) -> Any:
@@ -222,7 +222,7 @@ class CompiledStep:
     def _raise_nonfinite(
         self, state: Any, states: list[TrainState], new: list[TrainState], batch: Any
     ) -> None:
-        """Take the skipped step again in eager, which names the gradient; the parameters are as they were before it."""
+        """Repeat the skipped step eagerly, to name the gradient that is not finite."""
         again = [
             n.clone().replace(
                 attempted_steps=s.attempted_steps,

@@ -1,4 +1,4 @@
-"""Says which line of a train step cannot be captured, and what to write instead."""
+"""Say which line of a train step cannot be captured, and what to write instead."""
 
 import linecache
 from pathlib import Path
@@ -25,7 +25,7 @@ _INSTEAD = (
 
 
 def diagnosed(error: BaseException) -> CompileError:
-    """The error for a train step that could not be traced: where, what, and what to write instead."""
+    """Make the error for a train step that could not be traced: where, why, what to write instead."""
     found = _last(error.__traceback__, theirs=True)
     inside = _last(found, theirs=False)  # the user's line only called the optimizer
     if isinstance(error, CompileError):
@@ -45,7 +45,7 @@ def diagnosed(error: BaseException) -> CompileError:
 
 
 def _last(trace: TracebackType | None, *, theirs: bool) -> TracebackType | None:
-    """The innermost frame that is neither torch's nor ours, or the innermost of torch.optim."""
+    """Find the innermost frame of the user's code, or of torch.optim."""
     found = None
     while trace is not None:
         file = trace.tb_frame.f_code.co_filename
@@ -56,7 +56,7 @@ def _last(trace: TracebackType | None, *, theirs: bool) -> TracebackType | None:
 
 
 def _location(trace: TracebackType | None) -> str:
-    """The line, as Python's own tracebacks show it."""
+    """Format the line as Python's tracebacks do."""
     if trace is None:
         return ""
     code, number = trace.tb_frame.f_code, trace.tb_lineno

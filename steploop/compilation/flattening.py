@@ -1,4 +1,4 @@
-"""Batches and outputs as flat lists of tensors, and back: what a graph takes and gives has no structure."""
+"""Flatten batches and outputs to lists of tensors, and rebuild them: a graph has no structure."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -16,13 +16,13 @@ Build = Callable[[Sequence[Tensor]], Any]
 
 @attrs.frozen
 class Reference:
-    """Stands for a tensor that the graph gives: the output at ``index``."""
+    """A placeholder for the graph's output at ``index``."""
 
     index: int
 
 
 def flatten(batch: Any) -> tuple[list[Tensor], Any]:
-    """The tensors of a batch in their order, and all else that a graph depends on, to look the graph up by.
+    """Split a batch into its tensors and a key of all else that a graph depends on.
 
     The usual batch, a tuple or list of tensors, is taken by a path of its own: this is done at every step.
     """
@@ -59,7 +59,7 @@ def _flatten_any(batch: Any) -> tuple[list[Tensor], Any]:
 
 
 def _skeleton(tree: Any) -> Any:
-    """The types of a tree's containers, so that a list and a tuple of the same tensors are told apart."""
+    """Return the types of a tree's containers, which distinguish a list from a tuple."""
     if isinstance(tree, Mapping):
         return (type(tree), tuple((key, _skeleton(value)) for key, value in tree.items()))
     if isinstance(tree, (list, tuple)):
@@ -68,18 +68,18 @@ def _skeleton(tree: Any) -> Any:
 
 
 def describe(key: Any) -> str:
-    """The shapes in a batch's key, for messages."""
+    """Describe the shapes in a batch's key, for messages."""
     return ", ".join(str(tuple(part)) for part in key if type(part).__name__ == "Size") or repr(key)
 
 
 def replace_tensors(tree: Any, tensors: Sequence[Tensor]) -> Any:
-    """The same tree with these tensors in the places of its own, in the order of ``flatten``."""
+    """Replace a tree's tensors by these, in the order of ``flatten``."""
     following = iter(tensors)
     return map_tensors(lambda _: next(following), tree)
 
 
 def builder(template: Any) -> Build:
-    """A function that makes ``template`` with every Reference in it replaced by the tensor it stands for."""
+    """Make a function that fills in ``template``: every Reference becomes its tensor."""
     if isinstance(template, Reference):
         index = template.index
         return lambda values: values[index]

@@ -1,4 +1,4 @@
-"""Calls a compiled graph on states: what is done at every step, and therefore kept short."""
+"""Call a compiled graph on states; this runs at every step and is kept short."""
 
 import itertools
 from collections.abc import Sequence
@@ -23,7 +23,7 @@ _SPENDER = "a compiled train step"
 
 
 class Bound:
-    """The states whose tensors are in the graphs' lists of inputs: those that the last step gave.
+    """The states whose tensors are in the graphs' lists of inputs: the last step's results.
 
     Donated tensors are the same objects at every step, so the lists are made once and hold until other states
     come: a clone, one from a checkpoint, or one that an eager step gave.
@@ -36,7 +36,7 @@ class Bound:
         self._held: list[tuple[Any, ...]] = []
 
     def holds(self, states: Sequence[TrainState]) -> bool:
-        """Whether these are the states, and nobody has put other tensors or hyperparameters into them."""
+        """Whether these are the bound states, with the same tensors and hyperparameters."""
         if len(states) != len(self._held):
             return False
         for state, (lease, params, buffers, slots, ema, hyper) in zip(states, self._held, strict=True):
@@ -53,14 +53,14 @@ class Bound:
         return True
 
     def take(self, states: Sequence[TrainState], *, same_tensors: bool) -> None:
-        """Hold these from now on; where their tensors are others, every list of inputs has to be made anew."""
+        """Bind these states; if their tensors changed, remake every list of inputs."""
         self._held = [(s._lease, s._params, s._buffers, s._slots, s._ema, s.hyper) for s in states]
         if not same_tensors:
             self.generation = next(_GENERATIONS)
 
 
 class CompiledGraph:
-    """One compiled graph with the plan around it: for batches of one shape and states of one kind."""
+    """A compiled graph and its plan, for batches of one shape and states of one kind."""
 
     def __init__(self, plan: StepPlan, run: Run, names: Sequence[str], states: Sequence[TrainState]) -> None:
         self.plan = plan
@@ -85,11 +85,11 @@ class CompiledGraph:
         self._generation = -1
 
     def reads_as_traced(self, states: Sequence[TrainState]) -> bool:
-        """Whether the plain values that the step read while it was traced are what they were."""
+        """Whether the plain values that the trace read are unchanged."""
         return not self._reads or all(read(states[i]) == value for i, read, value in self._reads)
 
     def fits(self, states: Sequence[TrainState]) -> bool:
-        """Whether the graph holds for these states; looks at everything, so it is asked when other states come."""
+        """Whether the graph fits these states; a full check, made when new states come."""
         return (
             [signature(state) for state in states] == self._like
             and [constants_of(state.hyper, cycled=self.plan.cycled) for state in states] == self._constants
@@ -97,7 +97,7 @@ class CompiledGraph:
         )
 
     def __call__(self, bound: Bound, states: Sequence[TrainState], batch: list[Tensor]) -> list[TrainState]:
-        """One step: numbers in, graph, states out; then the schedules."""
+        """Take one step: write the numbers, run the graph, make the states, apply the schedules."""
         feed = self._feed
         if self._generation != bound.generation:
             feed.bind(states)

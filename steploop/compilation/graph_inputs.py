@@ -1,4 +1,4 @@
-"""The list of inputs of a compiled graph: most of it is made once and holds for many steps."""
+"""Make the list of inputs of a compiled graph; most of it is kept for many steps."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -52,13 +52,13 @@ class Feed:
         self._fixed: list[Tensor] = []
 
     def bind(self, states: Sequence[TrainState]) -> None:
-        """Take the tensors of these states into the list."""
+        """Put the tensors of these states into the list."""
         self._fixed = [self._numbers] if self._takes_numbers else []
         # detached: kernels write into parameters that autograd would guard, and no call needs torch.no_grad around it
         self._fixed += [tensor_at(states[i], place).detach() for i, place in self._places]
 
     def arguments(self, states: Sequence[TrainState], batch: list[Tensor]) -> list[Tensor]:
-        """The inputs for one call, in the order of the pruned graph."""
+        """Return the inputs for one call, in the order of the pruned graph."""
         view = self._view
         if view is None:
             self._write_on_device(states)
@@ -71,7 +71,7 @@ class Feed:
         return [*chosen, *self._fixed, *(self._counter(states, part) for part in self._changing), *self._last]
 
     def _write_on_device(self, states: Sequence[TrainState]) -> None:
-        """The numbers without a wait: those that are on the device are copied there, others written where they changed."""
+        """Write the numbers without waiting for the device; copy those that are on it."""
         for position, i, read in self._values:
             value = read(states[i])
             if isinstance(value, Tensor):
@@ -82,7 +82,7 @@ class Feed:
                 self._written[position] = value
 
     def passed(self, states: Sequence[TrainState], batch: list[Tensor]) -> list[Tensor]:
-        """The inputs that are outputs as they came, in the order of the outputs."""
+        """Return the inputs that the graph returns unchanged, in the order of the outputs."""
         return [self._lookup(states, batch, part) for part in self._passed]
 
     def _lookup(self, states: Sequence[TrainState], batch: list[Tensor], part: tuple[Any, ...]) -> Tensor:
@@ -97,7 +97,7 @@ class Feed:
         return constant
 
     def _counter(self, states: Sequence[TrainState], part: tuple[Any, ...]) -> Tensor:
-        """A counter as a tensor: it is one already while it is on a device."""
+        """Return a counter as a tensor, which it already is while on a device."""
         state, name = states[part[1]], part[2]
         if name in {"applied_steps", "nonfinite_steps"}:
             return torch.as_tensor(getattr(state, name), dtype=torch.int64, device=self._device)

@@ -1,4 +1,4 @@
-"""Turns the states that a traced train step returned into outputs of the graph and a plan for the host."""
+"""Turn the states that a traced step returned into outputs of the graph and a plan."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -22,7 +22,7 @@ _PLAIN = ("seed", "epoch", "early_stopping", "plateau", "best", "precision")
 
 
 class SlotsGrew(SteploopError):  # noqa: N818  (it says what happened: nothing is wrong)
-    """The optimizer made new slots in this step: it has to run in eager once, and is captured afterwards."""
+    """The optimizer made new slots, so this step must run eagerly once before it is captured."""
 
 
 def collect(
@@ -36,7 +36,7 @@ def collect(
     after: Sequence[Schedule],
     limit: int,
 ) -> StatePlan:
-    """Append to ``given`` what the graph has to give for one state, and say how the host makes the state of it.
+    """Append one state's outputs to ``given``, and plan how the host rebuilds the state.
 
     A state whose tensors were donated has every changed tensor written into the one it came in; buffers too, which
     eager replaces: the graph then takes the same tensors at every step.
@@ -108,7 +108,7 @@ def _check_finished(new: TracedState) -> None:
 
 
 def _check_slots(old: TrainState, new: TracedState) -> None:
-    """The slots' structure must be as it was, and plain numbers in them unchanged."""
+    """Check that the slots' structure, and the plain numbers in them, did not change."""
     for name, slot in new._slots.items():
         before = old._slots.get(name, {})
         if list(before) != list(slot):

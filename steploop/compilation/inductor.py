@@ -1,4 +1,4 @@
-"""The one module that uses torch's private names: traces a function into a graph of ATen calls and compiles the graph.
+"""Trace a function into a graph of ATen calls and compile it; only here are torch's private names used.
 
 torch promises nothing about what is imported here, so it is imported inside of the functions, after
 ``check_torch`` has seen a torch that this was written for.
@@ -38,7 +38,7 @@ _KEPT = (
 
 @attrs.frozen
 class CapturedGraph:
-    """A function as a graph of functional ATen calls, whose only writes are copies into inputs at its end.
+    """A graph of functional ATen calls, which writes only into its inputs, at its end.
 
     Attributes:
         module: takes ``inputs`` and gives a tuple of tensors.
@@ -58,7 +58,7 @@ class CapturedGraph:
 
 
 def check_torch() -> None:
-    """Raise CompileError unless torch is of the release whose private names are used here."""
+    """Raise CompileError unless torch is the release whose private names are used here."""
     if not torch.__version__.startswith(_TORCH + "."):
         raise CompileError(
             f"steploop.compile uses internals of torch {_TORCH}, but this is torch {torch.__version__}. "
@@ -82,7 +82,7 @@ def _check_compiler(device: torch.device) -> None:
 
 
 def fake_mode() -> Any:
-    """A mode for ``capture``: its tensors have shapes and dtypes and no memory."""
+    """Make a mode for ``capture``, whose tensors have shapes and dtypes but no memory."""
     from torch._subclasses.fake_tensor import FakeTensorMode
     from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
@@ -92,7 +92,7 @@ def fake_mode() -> Any:
 
 
 def reads_a_value(error: BaseException) -> bool:
-    """Whether ``error`` says that Python asked for a number, or a shape, that only the running graph knows."""
+    """Whether ``error`` says that Python read a number or shape that only the graph knows."""
     from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException
 
     return isinstance(error, (DataDependentOutputException, DynamicOutputShapeException)) or (
@@ -106,7 +106,7 @@ def capture(
     mode: Any,
     surroundings: AbstractContextManager[Any],
 ) -> CapturedGraph:
-    """Trace ``function`` twice: as it is, autograd and all, and then without mutation and decomposed.
+    """Trace ``function`` twice: with autograd, and then without mutation and decomposed.
 
     The first pass sees the backward pass as ATen calls on the inputs; functionalization cannot look through
     ``backward()`` itself, so it gets the graph of the first pass.
@@ -142,19 +142,19 @@ def capture(
 
 
 def _norms(tensors: list[Tensor], ord: float = 2, dtype: torch.dtype | None = None) -> list[Tensor]:  # noqa: A002 (torch's name)
-    """``_foreach_norm`` one by one, so that each norm fuses with what comes before it."""
+    """Decompose ``_foreach_norm`` into single norms, which fuse with what precedes them."""
     return [torch.linalg.vector_norm(t, ord, dtype=dtype) for t in tensors]
 
 
 def _decompositions() -> dict[Any, Callable[..., Any]]:
-    """Inductor's table, and ours."""
+    """Return Inductor's decompositions and ours."""
     from torch._inductor.decomposition import select_decomp_table
 
     return {**select_decomp_table(), torch.ops.aten._foreach_norm.Scalar: _norms}
 
 
 def _decompositions_on_cpu() -> dict[Any, Callable[..., Any]]:
-    """The same without what is kept; a function with a name, since the key of Inductor's cache holds it."""
+    """Return the decompositions for the CPU; a named function, because Inductor's cache key has its name."""
     table = {**_decompositions(), **in_float32()}
     for op in _kept_ops():
         table.pop(op, None)

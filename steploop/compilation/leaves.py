@@ -1,4 +1,4 @@
-"""Where the tensors of a state are: the order in which graphs take them, and what else a graph depends on."""
+"""List the tensors of a state in the order of graph inputs, and what else a graph depends on."""
 
 from collections.abc import Iterator, Mapping
 from itertools import pairwise
@@ -16,12 +16,12 @@ Place = tuple[str, str, str | None]
 
 
 def counted_on_host(state: TrainState) -> bool:
-    """Whether the host counts a state's steps and keeps its loss scale: where reading a tensor costs no wait."""
+    """Whether the host keeps a state's counters and loss scale, because reading them costs no wait."""
     return state.device.type == "cpu"
 
 
 def places(state: TrainState) -> Iterator[tuple[Place, Tensor]]:
-    """Every tensor that a step may change, under its place, in an order that is the same for every like state."""
+    """Map places to the tensors that a step may change, in an order equal for like states."""
     for name, tensor in state._params.items():
         yield ("_params", name, None), tensor
     for name, tensor in state._buffers.items():
@@ -40,14 +40,14 @@ def places(state: TrainState) -> Iterator[tuple[Place, Tensor]]:
 
 
 def tensor_at(state: TrainState, place: Place) -> Tensor:
-    """The tensor of ``state`` at ``place``."""
+    """Return the tensor of ``state`` at ``place``."""
     field, name, key = place
     held = state.__dict__[field][name]
     return held if key is None else held[key]  # type: ignore[no-any-return]  # places hold tensors
 
 
 def refuse_overlap(state: TrainState) -> None:
-    """Raise CompileError where two tensors share memory: a graph that writes one would not see the other change."""
+    """Raise CompileError if two tensors share memory: a graph would miss the change of one."""
     spans = sorted(
         (t.data_ptr(), t.data_ptr() + t.numel() * t.element_size(), place[1])
         for place, t in places(state)
@@ -61,7 +61,7 @@ def refuse_overlap(state: TrainState) -> None:
 
 
 def constants_of(hyper: tuple[Mapping[str, Any], ...], *, cycled: bool) -> tuple[Any, ...]:
-    """The hyperparameters that a graph has built in: all but those that a schedule sets.
+    """Return the hyperparameters that a graph has built in: all that no schedule sets.
 
     Args:
         hyper: of each parameter group.
@@ -79,7 +79,7 @@ def constants_of(hyper: tuple[Mapping[str, Any], ...], *, cycled: bool) -> tuple
 
 
 def signature(state: TrainState) -> tuple[Any, ...]:
-    """What two states have in common that can run the same graph; compared with ``==``."""
+    """Describe a state so that equal descriptions can run the same graph."""
     scale = state.scale
     return (
         state._machine,

@@ -1,4 +1,4 @@
-"""Convolutions and products in bfloat16 or float16 on a processor that has no arithmetic in them."""
+"""Compute bfloat16 and float16 products in float32 on processors without such arithmetic."""
 
 from collections.abc import Callable
 from typing import Any
@@ -20,7 +20,7 @@ def _lacking(tensor: Tensor) -> bool:
 
 
 def in_float32() -> dict[Any, Callable[..., Any]]:
-    """Decompositions that multiply in float32 and round once, at the end.
+    """Make decompositions that multiply in float32 and round once, at the end.
 
     oneDNN's kernels for bfloat16 accumulate in float32 and round at the end too, so the numbers are the same up to
     the order of the sum. Where the processor has no instruction for it they emulate each product, which took ten

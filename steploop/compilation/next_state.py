@@ -1,4 +1,4 @@
-"""Makes the next state from the one that went into a compiled graph and from what the graph gave."""
+"""Make the next state from the previous one and a compiled graph's outputs."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -17,7 +17,7 @@ _EMPTY = {"_graph": None, "_grads": None, "_old_buffers": None}
 
 
 class Advance:
-    """The next state by one plan.
+    """Makes the next state by one plan.
 
     Args:
         plan: of the state.
@@ -33,7 +33,7 @@ class Advance:
         self._tensors = [(place, where[reference.index]) for place, reference in plan.tensors.items()]
 
     def __call__(self, state: TrainState, given: Sequence[Tensor]) -> TrainState:
-        """Count, keep the loss scale, and hand the tensors over."""
+        """Update counters and loss scale, and pass the tensors on."""
         plan = self._plan
         changes = self._constant.copy()
         for name, build in self._given:
@@ -61,7 +61,7 @@ class Advance:
         return state.replace(**changes)
 
     def _copies(self, state: TrainState, given: Sequence[Tensor]) -> dict[str, Any]:
-        """The fields that hold tensors, for a step that leaves the old state whole."""
+        """Copy the fields that hold tensors, for a step that keeps the old state."""
         fields: dict[str, Any] = {"_params": {}, "_buffers": {}, "_ema": None if state._ema is None else {}}
         slots = {name: dict(slot) for name, slot in state._slots.items()}
         for (field, name, key), index in self._tensors:
@@ -83,7 +83,7 @@ def _leaf_like(param: Tensor, tensor: Tensor) -> Tensor:
 
 
 def _count_on_device(state: TrainState, changes: dict[str, Any]) -> None:
-    """Turn what the graph counted into the state's fields; nothing is read."""
+    """Put the graph's counts into the state's fields, without reading them."""
     if isinstance(state.applied_steps, int):
         changes["_known"] = (state.applied_steps, state.attempted_steps)
     if state.scale is not None:
@@ -92,7 +92,7 @@ def _count_on_device(state: TrainState, changes: dict[str, Any]) -> None:
 
 
 def _moved(template: Any, where: Sequence[int]) -> Any:
-    """The template with every reference pointing into what the pruned graph gives."""
+    """Renumber a template's references for the outputs of the pruned graph."""
     if isinstance(template, Reference):
         return Reference(where[template.index])
     if isinstance(template, Mapping):

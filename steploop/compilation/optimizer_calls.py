@@ -1,4 +1,4 @@
-"""Rewrites, while a step is traced, the few calls of optimizers that take a Python number and no tensor in its place."""
+"""Rewrite optimizers' calls that need a Python number so that they take a tensor, while tracing."""
 
 import operator
 from collections.abc import Callable, Mapping
@@ -46,7 +46,7 @@ class TensorScalars(TorchFunctionMode):
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
-        """Answer or rewrite the calls above; every other call is made as it is."""
+        """Answer or rewrite the calls above; pass every other call on."""
         named = dict(kwargs or {})
         compare = _COMPARISONS.get(getattr(func, "__name__", "").strip("_"))
         if compare is not None and len(args) == 2:

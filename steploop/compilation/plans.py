@@ -1,4 +1,4 @@
-"""What a trace leaves behind: the graph, the order of its inputs, and how the next states are made around it."""
+"""The result of a trace: the graph, the order of its inputs, how to make the next states."""
 
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -19,7 +19,7 @@ COUNTERS = ("applied_steps", "nonfinite_steps", "scale", "growth_tracker")
 
 @attrs.frozen
 class HostValue:
-    """A number that the host writes into the graph's input of numbers before each call.
+    """A number that the host writes into an input of the graph before each call.
 
     Attributes:
         owner: the state it comes from.
@@ -32,7 +32,7 @@ class HostValue:
 
 @attrs.frozen(kw_only=True)
 class StatePlan:
-    """How the next state is made from the one that went in and from what the graph gave.
+    """How to make the next state from the previous one and the graph's outputs.
 
     Attributes:
         donated: whether the tensors are updated in place; if not, ``tensors`` has all of them.

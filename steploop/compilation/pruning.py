@@ -1,4 +1,4 @@
-"""Takes out of a captured graph what costs time at every call: inputs nobody reads, outputs given twice or as they came."""
+"""Remove from a graph what costs time at every call: unread inputs, repeated or unchanged outputs."""
 
 from typing import Any
 
@@ -11,7 +11,7 @@ __all__ = ["Wiring", "constants_to_inputs", "prune"]
 
 @attrs.frozen
 class Wiring:
-    """How a pruned graph is called in the place of the whole one.
+    """How to call a pruned graph in place of the whole one.
 
     Attributes:
         inputs: which of the inputs it takes.
@@ -24,7 +24,7 @@ class Wiring:
 
 
 def _source(node: fx.Node) -> fx.Node:
-    """The node that an alias stands for."""
+    """Return the node that an alias stands for."""
     while node.target in {torch.ops.aten.alias.default, torch.ops.aten.detach.default}:
         node = node.args[0]  # type: ignore[assignment]  # their only argument is a node
     return node
@@ -54,7 +54,7 @@ def prune(module: fx.GraphModule) -> Wiring:
 
 
 def constants_to_inputs(graph: fx.GraphModule) -> list[Tensor]:
-    """Make every tensor that the graph holds an input at the end: it may change between two calls."""
+    """Turn every tensor that the graph holds into an input: it may change between calls."""
     constants: list[Tensor] = []
     last = [node for node in graph.graph.nodes if node.op == "placeholder"][-1]
     by_name: dict[str, fx.Node] = {}

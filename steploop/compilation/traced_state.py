@@ -1,4 +1,4 @@
-"""TracedState: a state of fake tensors that notes which plain values a train step reads of it."""
+"""A state of fake tensors that records which plain values a train step reads."""
 
 from collections.abc import Callable
 from typing import Any
@@ -10,19 +10,19 @@ __all__ = ["Notes", "OwnedCount", "TracedState"]
 
 
 class Notes:
-    """The plain values that were read of the states of one trace: the graph holds for these only."""
+    """The plain values that a trace read; its graph is valid for these only."""
 
     def __init__(self) -> None:
         self.reads: dict[tuple[str, str], Any] = {}
 
     def note(self, owner: str, path: str, value: Any) -> Any:
-        """Note that ``path`` of the state ``owner`` was read, and had this value; gives the value."""
+        """Record that ``path`` of the state ``owner`` was read with this value; return it."""
         self.reads[owner, path] = value
         return value
 
 
 class OwnedCount(TracedCount):
-    """A counter that knows which state it belongs to and where reads of that state are noted."""
+    """A counter that knows its state and where reads of that state are recorded."""
 
     __slots__ = ("notes", "owner")
 
@@ -38,7 +38,7 @@ class OwnedCount(TracedCount):
 
 
 class _Watched:
-    """Stands for a small record (the plateau's, say) and notes which of its fields are read."""
+    """Wraps a small record, such as the plateau's, and records which fields are read."""
 
     def __init__(self, record: Any, note: Callable[[str, Any], Any]) -> None:
         self.record = record
@@ -49,7 +49,7 @@ class _Watched:
 
 
 def _noting(field: str) -> property:
-    """A property that notes what it reads; it wins over the instance's dictionary, where ``replace`` keeps values."""
+    """A property that records reads; it overrides the instance's dictionary."""
 
     def read(state: TrainState) -> Any:
         value = state.__dict__[field]
@@ -65,7 +65,7 @@ def _noting(field: str) -> property:
 
 
 class TracedState(TrainState):
-    """A state whose tensors are fake and whose counters are not known; what else is read of it is noted."""
+    """A state with fake tensors and unknown counters; every other read is recorded."""
 
     seed = _noting("seed")  # the base class has a field, which lives on in the dictionary
     epoch = _noting("epoch")

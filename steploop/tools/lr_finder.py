@@ -1,4 +1,4 @@
-"""The learning-rate range test: a few steps of a copy of the state, each with a higher rate; where does the loss fall?"""
+"""The learning-rate range test: raise the rate step by step, and see where the loss falls."""
 
 import itertools
 import math
@@ -22,7 +22,7 @@ _RATE = real(above=0.0, hint="Common tests run from 1e-6 to 10.")
 
 @attrs.frozen(kw_only=True)
 class RangeTest:
-    """How a range test is made.
+    """The settings of a range test.
 
     Step i of n has the rate  low * (high / low) ** (i / (n - 1)). The curve is smoothed by the mean over a window that
     is centred, and so has no lag: an average of past losses alone would put the fall at too high a rate. The test ends
@@ -51,18 +51,18 @@ class RangeTest:
     )
 
     def __attrs_post_init__(self) -> None:
-        """The rates have to rise."""
+        """Check that the rates rise."""
         if not self.low < self.high:
             raise refuse(self, "high", f"> low ({self.low!r})", self.high, "The rates rise from low to high.")
 
     def rate(self, step: int) -> float:
-        """The learning rate of a step, from 0."""
+        """Return the learning rate of a step, counted from 0."""
         return float(self.low * (self.high / self.low) ** (step / (self.steps - 1)))
 
 
 @attrs.frozen(kw_only=True)
 class RangeTestResult:
-    """What a range test found.
+    """The result of a range test.
 
     Attributes:
         rates: the learning rate of each step that was made.
@@ -80,7 +80,7 @@ class RangeTestResult:
 
 
 def centred_means(values: Sequence[float | None], window: int) -> tuple[float | None, ...]:
-    """The mean of each value and its neighbours within ``window``, fewer at the ends; None stays None."""
+    """Average each value with its neighbours within ``window``; None stays None."""
     half = window // 2
     found: list[float | None] = []
     for i, value in enumerate(values):
@@ -91,7 +91,7 @@ def centred_means(values: Sequence[float | None], window: int) -> tuple[float | 
 
 
 def suggest(rates: tuple[float, ...], smooth: tuple[float | None, ...]) -> tuple[float | None, str]:
-    """The rate at which the smoothed loss falls fastest per decade, before its minimum.
+    """Find the rate at which the smoothed loss falls fastest per decade, before its minimum.
 
     The slope is the central difference over log10 of the rate. The first tenth of the steps, where nearly nothing is
     learnt, does not count.
@@ -127,7 +127,7 @@ def range_test(
     which: str | None = None,
     tell: Callable[[int, float], None] = lambda *_: None,
 ) -> RangeTestResult:
-    """Make a range test on a copy of a recipe's state, with its own train step and batches.
+    """Run a range test on a copy of a recipe's state, with its own train step and batches.
 
     The state of the recipe is as it was afterwards, and its model computes with it.
 
@@ -135,7 +135,7 @@ def range_test(
         recipe: whose ``state``, ``train_step`` and ``batches`` are used; the batches begin again where they end.
         plan: rates and steps; None: `RangeTest` with its defaults.
         which: for a recipe that trains several states, the one whose rate is varied; the others keep theirs.
-        tell: told after each step: its number and its loss.
+        tell: called after each step with its number and its loss.
 
     Raises:
         ConfigError: ``which`` names no state or is missing, or the train step sets its own rate before it uses it.
@@ -205,7 +205,7 @@ def _at_rate(state: TrainState, rate: float) -> TrainState:
 
 
 def _endless(recipe: Recipe) -> Iterator[Any]:
-    """Epoch after epoch."""
+    """Yield batches, epoch after epoch."""
     for epoch in itertools.count():
         batches = recipe.batches.epoch(epoch)
         empty = True
@@ -223,7 +223,7 @@ def _endless(recipe: Recipe) -> Iterator[Any]:
 
 
 class _UsedRates:
-    """Looks at the rate that the optimizer itself computes with, by a hook for as long as the test lasts."""
+    """Reads the rate that the optimizer really uses, by a hook during the test."""
 
     def __init__(self, state: TrainState) -> None:
         self._optimizer = state._machine.optimizer
@@ -240,7 +240,7 @@ class _UsedRates:
         self._handle.remove()
 
     def check(self, rate: float) -> None:
-        """Raise ConfigError if the step was made with another rate; a skipped step was made with none."""
+        """Raise ConfigError if the last step used another rate; a skipped step used none."""
         if self._seen is not None and not math.isclose(self._seen, rate * self._factor, rel_tol=1e-6):
             raise ConfigError(
                 f"lr-find: the train step was given the learning rate {rate:g}, but the optimizer used {self._seen / self._factor:g}. "

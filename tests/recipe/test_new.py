@@ -35,8 +35,7 @@ def test_what_exists_is_never_overwritten(tmp_path, monkeypatch, capsys):
     (tmp_path / "mine.py").write_text("precious")
     assert call(["new", "mine"]) == 2
     assert (
-        "mine.py exists, and is left as it is. Choose another name, or move it away."
-        in capsys.readouterr().err
+        "mine.py exists and was not changed. Choose another name, or move it away." in capsys.readouterr().err
     )
     assert (tmp_path / "mine.py").read_text() == "precious"
 
@@ -55,7 +54,7 @@ def test_a_path_is_followed_and_a_recipe_of_ones_own_copied(tmp_path, capsys):
 def test_a_name_that_python_cannot_import_is_refused(name, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     assert call(["new", name]) == 2
-    assert "A recipe's name must be one that Python can import" in capsys.readouterr().err
+    assert "A recipe's name must be a Python identifier" in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []
 
 

@@ -225,7 +225,7 @@ def test_weights_of_a_file_are_taken_and_its_head_is_not(tmp_path):
     assert "weights.safetensors" in other.data
 
     save_file({"conv1.weight": values["conv1.weight"]}, tmp_path / "other.safetensors")
-    with pytest.raises(ConfigError, match=r"is no ResNet-18: \d+ names differ, for instance bn1"):
+    with pytest.raises(ConfigError, match=r"is not a ResNet-18: \d+ names differ, for instance bn1"):
         built("resnet_transfer", weights=str(tmp_path / "other.safetensors"))
     assert module.Config().weights == "auto"
 
@@ -247,7 +247,10 @@ def test_imagenet_weights_that_cannot_be_had_are_an_error_or_said(monkeypatch, t
     monkeypatch.setattr(module, "open_url", unreachable)
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
     config = module.Config(**{**SMALL["resnet_transfer"], "weights": "auto"})
-    assert "drawn at random (ImageNet's could not be had)" in module.build(config, CPU).data
+    assert (
+        "drawn at random (ImageNet's are not on disk and could not be downloaded)"
+        in module.build(config, CPU).data
+    )
     with pytest.raises(DataError, match=r"could not be downloaded: https://.* Use --set weights=none"):
         module.build(attrs.evolve(config, weights="imagenet"), CPU)
 

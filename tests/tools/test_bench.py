@@ -122,7 +122,7 @@ def test_the_handwritten_loop_averages_where_the_state_does(recipe):
 
 
 def test_a_recipe_of_several_states_has_no_handwritten_loop(recipe):
-    with pytest.raises(ConfigError, match=r"derived from a single state and Recipe\.objective"):
+    with pytest.raises(ConfigError, match=r"loop needs a single state and Recipe\.objective"):
         worker.Contender(job(recipe, "several=true"), HANDWRITTEN)
     ours = worker.Contender(job(recipe, "several=true"), EAGER)
     assert ours.steps(3) > 0
@@ -287,5 +287,5 @@ def test_a_worker_process_measures_for_real(recipe):
 
 
 def test_a_worker_process_that_fails_says_why(recipe):
-    with pytest.raises(measuring._ContenderFailed, match="derived from a single state"):
+    with pytest.raises(measuring._ContenderFailed, match="loop needs a single state"):
         measuring._Worker(job(recipe, "several=true"), HANDWRITTEN)

@@ -1,1 +1,1 @@
-"""What a training loop costs on this machine: a recipe's step in several forms, side by side."""
+"""Time a recipe's step in several forms on this machine."""

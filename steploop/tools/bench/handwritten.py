@@ -1,4 +1,4 @@
-"""The loop that a person would write for a recipe's parts, and the same through libraries that are installed."""
+"""Write the loop of a recipe by hand, and through other installed libraries."""
 
 import importlib.util
 from collections.abc import Callable
@@ -23,7 +23,7 @@ _ACCELERATE_PRECISION = {"fp32": "no", "bf16": "bf16", "fp16": "fp16"}
 
 
 class _Parts:
-    """What every loop here is made of: the state's live model and optimizer, and what else the recipe's state shows."""
+    """The state's live model and optimizer, a scheduler, and an average if the state has one."""
 
     def __init__(self, state: TrainState) -> None:
         self.model = _training(state)
@@ -35,7 +35,7 @@ class _Parts:
         )
 
     def afterwards(self) -> None:
-        """What follows the optimizer's step."""
+        """Do what follows the optimizer's step."""
         self.scheduler.step()
         self.optimizer.zero_grad()
         if self.average is not None:
@@ -43,14 +43,14 @@ class _Parts:
 
 
 def _training(state: TrainState) -> nn.Module:
-    """The state's own module, each part in the mode that it trains in."""
+    """Return the state's own module, in training mode."""
     model = state.model
     state._machine.module.set_training(training=True)
     return model
 
 
 def handwritten_step(state: TrainState, objective: Objective, model: nn.Module | None = None) -> Step:
-    """The idiom of torch with its defaults, written out.
+    """Make the usual PyTorch step, written out.
 
     Autocast around the objective, ``backward()``, ``clip_grad_norm_``, ``optimizer.step()``, a ``LambdaLR`` step and
     ``zero_grad()``; a ``GradScaler`` for fp16; ``AveragedModel`` where the recipe's state carries an average.
@@ -89,13 +89,13 @@ def handwritten_step(state: TrainState, objective: Objective, model: nn.Module |
 
 
 def compiled_model_step(state: TrainState, objective: Objective) -> Step:
-    """The same with ``torch.compile(model)``."""
+    """Make the usual step with ``torch.compile(model)``."""
     compiled: Any = torch.compile(_training(state))
     return handwritten_step(state, objective, compiled)
 
 
 def fabric_step(state: TrainState, objective: Objective) -> Step:
-    """The same through Lightning Fabric."""
+    """Make the step through Lightning Fabric."""
     import lightning
 
     parts = _Parts(state)
@@ -116,7 +116,7 @@ def fabric_step(state: TrainState, objective: Objective) -> Step:
 
 
 def accelerate_step(state: TrainState, objective: Objective) -> Step:
-    """The same through Accelerate."""
+    """Make the step through Accelerate."""
     from accelerate import Accelerator
 
     parts = _Parts(state)
@@ -148,15 +148,15 @@ PEERS: dict[str, tuple[str, str, Callable[[TrainState, Objective], Step]]] = {
 
 
 def installed_peers() -> list[str]:
-    """The peers that can be measured here."""
+    """List the other libraries that are installed here."""
     return [name for name, (_, module, _) in PEERS.items() if importlib.util.find_spec(module) is not None]
 
 
 def single(state: Any, objective: Objective | None) -> tuple[TrainState, Objective]:
-    """One state and its objective, or ConfigError: a hand-written loop cannot be derived from anything else."""
+    """Return the single state and its objective, which a hand-written loop needs, or raise."""
     if not isinstance(state, TrainState) or objective is None:
         raise ConfigError(
-            "bench: the hand-written loop is derived from a single state and Recipe.objective, and this recipe has not both. "
+            "bench: a hand-written loop needs a single state and Recipe.objective, and this recipe lacks one of them. "
             "Only its own step is measured."
         )
     return state, objective

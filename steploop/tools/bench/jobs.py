@@ -1,4 +1,4 @@
-"""What is measured: a recipe with its settings, as a worker process needs to be told."""
+"""Describe what is measured: a recipe and its settings, passed to a worker as JSON."""
 
 import json
 from pathlib import Path
@@ -52,11 +52,11 @@ class Job:
         return attrs.evolve(recipe, state=prepared(recipe, recipe.state)), device
 
     def to_json(self) -> str:
-        """One line of JSON."""
+        """Write the job as one line of JSON."""
         return json.dumps({**attrs.asdict(self), "recipe": str(self.recipe)})
 
     @classmethod
     def from_json(cls, text: str) -> "Job":
-        """The inverse of ``to_json``."""
+        """Read a job that ``to_json`` wrote."""
         fields: dict[str, Any] = json.loads(text)
         return cls(**{**fields, "recipe": Path(fields["recipe"]), "overrides": tuple(fields["overrides"])})

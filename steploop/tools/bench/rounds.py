@@ -1,4 +1,4 @@
-"""Contenders take turns in short rounds; what comes out is ratios, with their spread, and one sentence of advice."""
+"""Time the contenders in turns, in short rounds: ratios with their spread, and advice."""
 
 import json
 import statistics
@@ -22,7 +22,7 @@ _WAITS = 0.15  # a step that waits longer than this share for data has its probl
 
 @attrs.frozen(kw_only=True)
 class Measured:
-    """One contender.
+    """The figures of one contender.
 
     Attributes:
         name: of the form.
@@ -44,18 +44,18 @@ class Measured:
 
     @property
     def best_us(self) -> float:
-        """The fastest round: interference only ever adds time."""
+        """The time of the fastest round: interference only adds time."""
         return min(self.us)
 
     @property
     def ratio(self) -> float:
-        """The median ratio to the base."""
+        """The median ratio to the base's time."""
         return statistics.median(self.ratios)
 
 
 @attrs.frozen(kw_only=True)
 class Results:
-    """A benchmark: the contenders in their order, and what the recipe's own step waits for.
+    """The results of a benchmark.
 
     Attributes:
         rows: of every contender.
@@ -69,7 +69,7 @@ class Results:
 
 
 class _Worker:
-    """The other end of ``steploop.tools.bench.worker``."""
+    """A process that runs ``steploop.tools.bench.worker``."""
 
     def __init__(self, job: Job, name: str) -> None:
         self._process = subprocess.Popen(
@@ -79,7 +79,7 @@ class _Worker:
         self.samples: float = self._ask({"job": job.to_json(), "name": name})["samples"]
 
     def call(self, method: str, count: int) -> Any:
-        """The result of a method of the contender."""
+        """Call a method of the contender and return its result."""
         return self._ask({"call": method, "count": count})["value"]
 
     def _ask(self, request: dict[str, Any]) -> dict[str, Any]:
@@ -107,7 +107,7 @@ class _Worker:
 
 
 class _ContenderFailed(Exception):  # noqa: N818  (it never leaves this module)
-    """A contender cannot be measured; the text says why."""
+    """Says why a contender cannot be measured."""
 
 
 def measure(
@@ -124,7 +124,7 @@ def measure(
         job: the recipe.
         names: of the contenders.
         rounds: in each, every contender has one turn.
-        report: told what is going on.
+        report: called with each stage, as text.
         workers: makes what runs a contender.
     """
     alive: dict[str, Any] = {}
@@ -175,7 +175,7 @@ def measure(
 
 
 def advice(results: Results) -> str:
-    """One sentence: which form to use, and why."""
+    """Say in one sentence which form to use, and why."""
     rows = {row.name: row for row in results.rows if not row.error}
     eager, compiled = rows.get(EAGER), rows.get(COMPILED)
     if eager is None and compiled is None:
@@ -183,7 +183,7 @@ def advice(results: Results) -> str:
     if results.waiting is not None and results.waiting > _WAITS:
         return (
             f"Look at the data first: {results.waiting:.0%} of a step waits for a batch, which no form of the step "
-            "changes. Prepare the batches in workers (workers=...), or keep them in memory."
+            "changes. Prepare the batches in workers (Loader(num_workers=...)), or keep them in memory."
         )
     if compiled is None or eager is None:
         only = "eager" if compiled is None else "compiled"

@@ -1,4 +1,4 @@
-"""A process that runs one contender: ``python -m steploop.tools.bench.worker``; JSON lines in, JSON lines out.
+"""Run one contender in a process of its own; JSON lines in, JSON lines out.
 
 One process for each keeps the contenders apart: none sees another's patches, caches or memory.
 """
@@ -47,7 +47,7 @@ class Contender:
         self._next = itertools.cycle(self.batches)
 
     def steps(self, count: int) -> float:
-        """Take so many steps on batches in memory; seconds, the device's work included."""
+        """Take ``count`` steps on batches in memory; return the seconds, the device's work included."""
         begun = time.perf_counter()
         for _ in range(count):
             self._step(next(self._next))
@@ -55,7 +55,7 @@ class Contender:
         return time.perf_counter() - begun
 
     def peak_mib(self, count: int) -> float | None:
-        """The most memory that so many steps hold, in MiB: of the device, or of the process; None where nobody knows."""
+        """Return the peak memory of ``count`` steps in MiB; None if it cannot be read."""
         if self._device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self._device)
             self.steps(count)
@@ -66,7 +66,7 @@ class Contender:
         return _peak_mib()
 
     def waiting(self, count: int) -> float:
-        """Share of the time that steps on the recipe's own stream wait for a batch, 0..1."""
+        """Return the share of time, 0..1, that steps wait for the recipe's own batches."""
         stream = self._stream()
         self._step(next(stream))
         self._wait()
@@ -80,7 +80,7 @@ class Contender:
         return waited / (time.perf_counter() - begun)
 
     def samples(self) -> float:
-        """Samples in a batch, on average over those in memory."""
+        """Return the mean number of samples in a batch."""
         return sum(count_samples(batch) or 0 for batch in self.batches) / len(self.batches)
 
     def _stream(self) -> Iterator[Any]:
@@ -95,7 +95,7 @@ class Contender:
 
 
 def _form(recipe: Recipe, name: str) -> Step:
-    """The step of one contender, as a function of a batch alone."""
+    """Make the step of one contender, as a function of a batch."""
     if name == HANDWRITTEN:
         return handwritten_step(*single(recipe.state, recipe.objective))
     if name == COMPILED_MODEL:
@@ -123,7 +123,7 @@ _STATUS = Path("/proc/self/status")
 
 
 def _reset_peak() -> bool:
-    """Make the kernel forget the process's peak (Linux, proc(5), clear_refs)."""
+    """Reset the process's peak memory (Linux, proc(5), clear_refs)."""
     try:
         Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
     except OSError:

@@ -1,4 +1,4 @@
-"""``steploop bench``: what the loop costs on this machine, beside a hand-written one."""
+"""``steploop bench``: time a recipe's step against a hand-written loop."""
 
 import json
 import sys
@@ -39,7 +39,7 @@ def bench(
     no_tune: Annotated[bool, TUNE] = False,
     as_json: Annotated[bool, JSON] = False,
 ) -> None:
-    """Time RECIPE's step beside a hand-written loop, on this machine: eager, compiled, and what is installed."""
+    """Time RECIPE's step against a hand-written loop: eager, compiled, other libraries."""
     from steploop.recipe.recipe_files import find_recipe
     from steploop.tools.bench.handwritten import installed_peers
     from steploop.tools.bench.jobs import CASES, CONTENDERS, Job
@@ -69,7 +69,7 @@ def _say(text: str) -> None:
 
 
 def _conditions(job: "Job") -> str:
-    """What the numbers depend on, in one line."""
+    """Say in one line what the numbers depend on."""
     import os
     import platform
 
@@ -87,7 +87,7 @@ def _conditions(job: "Job") -> str:
 
 
 def _table(job: "Job", results: "Results") -> str:
-    """The table, the share of waiting, and the advice."""
+    """Format the table, the share of waiting, and the advice."""
     from steploop.tools.bench.rounds import advice
 
     head = ("", "us/step", "samples/s", "MiB", f"time / {results.base}", "spread", "first 3 steps")

@@ -1,4 +1,4 @@
-"""``steploop check``: puts every law that applies to a recipe, and says of each whether it holds."""
+"""``steploop check``: test a recipe against the laws, and show in a table what fails."""
 
 import json
 import os
@@ -38,7 +38,7 @@ def check(
     quick: Annotated[bool, QUICK] = False,
     as_json: Annotated[bool, JSON] = False,
 ) -> None:
-    """Build RECIPE small and put every law that applies to it; exit code 1 if one fails."""
+    """Test RECIPE, built small, against every law that applies; exit code 1 if one fails."""
     # cuBLAS is deterministic only if this is set before it starts
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     from steploop.recipe.config_values import split_assignments
@@ -75,7 +75,7 @@ def check(
 
 
 def _note(recipe: str, law: str) -> None:
-    """Show what is being tried, on one line of the screen that the next one overwrites."""
+    """Show the current law on one line of the screen, which the next one overwrites."""
     if sys.stderr.isatty():
         sys.stderr.write(f"\r\x1b[K{recipe}: {law}" if law else "\r\x1b[K")
         sys.stderr.flush()

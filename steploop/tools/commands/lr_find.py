@@ -1,4 +1,4 @@
-"""``steploop lr-find``: the learning-rate range test of a recipe, as a picture and a suggestion."""
+"""``steploop lr-find``: run a learning-rate range test, draw it, and suggest a rate."""
 
 import json
 import sys
@@ -36,7 +36,7 @@ def lr_find(
     device: Annotated[str, DEVICE] = "auto",
     out: Annotated[Path | None, OUT] = None,
 ) -> None:
-    """Raise the learning rate step by step on a copy of RECIPE's state, draw the loss over it, and suggest a rate."""
+    """Find a learning rate: raise it step by step on a copy of RECIPE's state, draw the loss."""
     from steploop.errors import MissingExtraError
     from steploop.recipe.config_values import configure, split_assignments
     from steploop.recipe.recipe_files import find_recipe, load_recipe_file

@@ -1,4 +1,4 @@
-"""``steploop new``: a recipe of one's own, begun as a copy of a shipped one."""
+"""``steploop new``: begin a recipe as a copy of a shipped one."""
 
 import re
 import sys
@@ -16,9 +16,7 @@ _MEASURED = re.compile(r"^Measured\b.*?(?=\n\n|\n?\"\"\")", re.DOTALL | re.MULTI
 
 
 def new(
-    name: Annotated[
-        str, typer.Argument(help="What to call it: NAME.py is written here, or where a path says.")
-    ],
+    name: Annotated[str, typer.Argument(help="The new file: NAME.py in this folder, or a path.")],
     source: Annotated[
         str,
         typer.Option(
@@ -26,14 +24,14 @@ def new(
         ),
     ] = "mnist",
 ) -> None:
-    """Begin a recipe of your own as a copy of RECIPE; a file that exists is never overwritten."""
+    """Begin your own recipe as a copy of a shipped one; never overwrites a file."""
     from steploop.recipe.recipe_files import find_recipe
 
     original = find_recipe(source)
     target = Path(name if name.endswith(".py") else f"{name}.py")
     if not target.stem.isidentifier():
         raise ConfigError(
-            f"A recipe's name must be one that Python can import, such as my_recipe, got {target.stem!r}. "
+            f"A recipe's name must be a Python identifier, such as my_recipe, but got {target.stem!r}. "
             "Use letters, digits and underscores."
         )
     text = adapted(original.read_text(encoding="utf-8"), original.stem, target)
@@ -42,17 +40,17 @@ def new(
             file.write(text)
     except FileExistsError as error:
         raise RunExistsError(
-            f"{target} exists, and is left as it is. Choose another name, or move it away."
+            f"{target} exists and was not changed. Choose another name, or move it away."
         ) from error
     except OSError as error:
         raise ConfigError(
-            f"{target} cannot be written: {error.strerror}. Choose a folder that exists and is yours."
+            f"{target} cannot be written: {error.strerror}. Choose a folder that exists and that you may write to."
         ) from error
     sys.stdout.write(f"{target}: a copy of {original.stem}. Change it, then: steploop run {target}\n")
 
 
 def adapted(text: str, recipe: str, target: Path) -> str:
-    """A recipe's source under another name: its header's commands name the new file, and claim no measurement."""
+    """Adapt a recipe's header to a new file: its name in the commands, no measured claim."""
     from steploop import __version__
 
     header, quotes, body = text.partition('"""\n\n')

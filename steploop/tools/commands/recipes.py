@@ -1,4 +1,4 @@
-"""``steploop recipes``: what there is to run, one line each."""
+"""``steploop recipes``: list the shipped recipes, one line each."""
 
 import sys
 
@@ -6,7 +6,7 @@ __all__ = ["recipes"]
 
 
 def recipes() -> None:
-    """List the shipped recipes."""
+    """List the shipped recipes, one line each."""
     from steploop.recipe.recipe_files import shipped_recipes, summary_of
 
     found = {name: summary_of(path) for name, path in shipped_recipes().items()}

@@ -1,4 +1,4 @@
-"""A perceptron so small that a step costs what the loop around it costs: 32-64-10, batch 32, SGD with momentum.
+"""A tiny perceptron, whose step costs little more than the loop: 32-64-10, batch 32, SGD.
 
 steploop bench overhead
 """
@@ -24,7 +24,7 @@ from steploop.recipe.recipe import Recipe
 
 @attrs.frozen(kw_only=True)
 class Config:
-    """Its settings."""
+    """The settings."""
 
     batch_size: int = 32
     hidden: int = 64
@@ -34,13 +34,13 @@ class Config:
 
 
 def objective(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
-    """Cross-entropy."""
+    """Compute the cross-entropy."""
     x, y = batch
     return F.cross_entropy(model(x), y)
 
 
 def build(config: Config, device: torch.device) -> Recipe:
-    """The recipe: labels come from a fixed random linear teacher."""
+    """Build the recipe; labels come from a fixed random linear teacher."""
     torch.set_num_threads(config.threads)
     torch.manual_seed(config.seed)
     x = torch.randn(64 * config.batch_size, 32)

@@ -1,4 +1,4 @@
-"""A CNN of three blocks (convolution, BatchNorm, ReLU, pooling) with 16, 32 and 64 channels, batch 64, AdamW.
+"""A CNN of three blocks with 16, 32 and 64 channels, batch 64, AdamW.
 
 steploop bench smallcnn
 steploop bench smallcnn --set channels_last=true --set precision=bf16
@@ -27,7 +27,7 @@ from steploop.recipe.recipe import Recipe
 
 @attrs.frozen(kw_only=True)
 class Config:
-    """Its settings."""
+    """The settings."""
 
     batch_size: int = 64
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
@@ -37,19 +37,19 @@ class Config:
 
 
 def objective(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
-    """Cross-entropy."""
+    """Compute the cross-entropy."""
     x, y = batch
     return F.cross_entropy(model(x), y)
 
 
 def block(channels_in: int, channels_out: int, pool: nn.Module) -> list[nn.Module]:
-    """Convolution, BatchNorm, ReLU, pooling."""
+    """Make a block: convolution, BatchNorm, ReLU, pooling."""
     convolution = nn.Conv2d(channels_in, channels_out, 3, padding=1, bias=False)
     return [convolution, nn.BatchNorm2d(channels_out), nn.ReLU(), pool]
 
 
 def build(config: Config, device: torch.device) -> Recipe:
-    """The recipe: labels come from a fixed random linear teacher."""
+    """Build the recipe; labels come from a fixed random linear teacher."""
     torch.manual_seed(config.seed)
     layout = torch.channels_last if config.channels_last else torch.contiguous_format
     x = torch.randn(16 * config.batch_size, 3, 32, 32)
