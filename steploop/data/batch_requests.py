@@ -19,6 +19,7 @@ from torch.utils.data import Dataset, Subset, default_collate, get_worker_info
 from steploop.core.seeds import fold_in
 from steploop.core.trees import map_tensors
 from steploop.data.order import AMBIENT, SAMPLE
+from steploop.data.worker_start import SentModules
 from steploop.errors import DataError
 
 __all__ = ["Failure", "Fetcher", "MapDataset", "Request", "Transform", "is_tensors", "listed"]
@@ -124,6 +125,15 @@ class Fetcher(Dataset[Any]):
         self._collate = collate or default_collate
         self._whole = is_tensors(data) and transform is None and collate is None
         self._generator = torch.Generator()
+
+    @property
+    def parts(self) -> dict[str, Any]:
+        """What the caller gave, by the name of the argument."""
+        return {"dataset": self._data, "transform": self._transform, "collate": self._collate}
+
+    def __getstate__(self) -> dict[str, Any]:
+        # first of all, for the classes of what follows may be defined in them
+        return {"_modules": SentModules(), **self.__dict__}
 
     def __getitem__(self, request: Request) -> Any:
         info = get_worker_info()

@@ -10,7 +10,6 @@ What is changed about it, and why:
 """
 
 import atexit
-import ctypes
 import multiprocessing as mp
 import multiprocessing.connection
 import os
@@ -30,6 +29,7 @@ from torch.utils.data import DataLoader, Sampler
 from steploop.core.seeds import fold_in
 from steploop.data.batch_requests import Fetcher, Request, listed
 from steploop.data.order import WORKERS
+from steploop.data.worker_start import start_hint, start_worker, starting, unsendable
 from steploop.errors import DataError
 
 __all__ = ["WorkerPool"]
@@ -37,19 +37,6 @@ __all__ = ["WorkerPool"]
 POLL_S = 0.5  # how long a wait lasts at most before Python code runs again
 GRACE_S = 1.0  # how long a worker may take to finish when it is no longer needed
 KILLED_S = 10.0  # how long a busy machine may take to end a process that was killed
-_PR_SET_PDEATHSIG = 1  # linux/prctl.h
-
-
-def _start_worker(_: int, *, die_with_parent: bool) -> None:
-    """Run first in every worker."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT, signal.SIGTERM})
-    if die_with_parent and sys.platform == "linux":
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-        parent = mp.parent_process()
-        if parent is not None and not parent.is_alive():  # it died before the line above
-            os._exit(1)
 
 
 def _as_is(batch: Any) -> Any:
@@ -64,16 +51,6 @@ class _Plan(Sampler[Request]):
 
     def __iter__(self) -> Iterator[Request]:
         return iter(self.requests)
-
-
-@contextmanager
-def _signals_held_back() -> Iterator[None]:
-    """Delay SIGINT and SIGTERM while workers are forked: one that arrives before they ignore it would kill them."""
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 class WorkerPool:
@@ -91,6 +68,7 @@ class WorkerPool:
         self, fetcher: Fetcher, *, num_workers: int, pin_memory: bool, prefetch: int, seed: int
     ) -> None:
         self._iterator: Any = None
+        self._fetcher = fetcher
         self._plan = _Plan()
         # PR_SET_PDEATHSIG fires when the forking *thread* ends, so only the main thread may ask for it
         main = threading.current_thread() is threading.main_thread()
@@ -102,7 +80,7 @@ class WorkerPool:
             collate_fn=_as_is,
             pin_memory=pin_memory,
             timeout=POLL_S,
-            worker_init_fn=partial(_start_worker, die_with_parent=main),
+            worker_init_fn=partial(start_worker, die_with_parent=main),
             generator=torch.Generator().manual_seed(
                 fold_in(seed, WORKERS)
             ),  # else it draws from the global one
@@ -146,13 +124,15 @@ class WorkerPool:
                 return
             self.close()
         try:
-            with _signals_held_back():
+            with starting():
                 self._iterator = iter(self._loader)
         except (RuntimeError, OSError) as error:
             raise DataError(
                 f"{self._loader.num_workers} worker processes could not be started: {error}; try fewer workers, or "
                 "num_workers=0, which makes the same batches in this process"
             ) from error
+        except Exception as error:  # whatever in the dataset refuses to be pickled
+            raise unsendable(self._fetcher.parts, error) from error
         # torch's handler for SIGCHLD stays, but from here on knows none of our workers
         _remove_worker_pids(id(self._iterator))
         self._iterator._worker_pids_set = False  # else torch takes them off a second time
@@ -235,10 +215,7 @@ class WorkerPool:
                 request = self._requests[first]
                 owed = f"; the first batch that it owed is {request.batch}, {listed(request.indices)}"
             self.close()
-            raise DataError(
-                f"data worker {worker} (pid {pid}) {how}{owed}; SIGKILL usually means that memory ran out, "
-                "SIGBUS that /dev/shm is full: use fewer workers or smaller batches"
-            ) from error
+            raise DataError(f"data worker {worker} (pid {pid}) {how}{owed}; {start_hint(code)}") from error
 
 
 def _kill(processes: list[Any]) -> None:

@@ -2,8 +2,6 @@
 
 import ast
 import hashlib
-import importlib.machinery
-import importlib.util
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -13,6 +11,7 @@ from typing import Any
 import attrs
 import torch
 
+from steploop.core.file_modules import load_file
 from steploop.errors import ConfigError, SteploopError
 from steploop.recipe.config_values import nearest
 from steploop.recipe.recipe import Recipe
@@ -89,13 +88,6 @@ def find_recipe(name: str) -> Path:
     )
 
 
-class _Loader(importlib.machinery.SourceFileLoader):
-    """Compiles the file as it is now, and leaves no ``__pycache__`` beside it."""
-
-    def get_code(self, fullname: str) -> Any:  # noqa: ARG002  (importlib's signature)
-        return self.source_to_code(self.get_data(self.path), self.path)
-
-
 def load_recipe_file(path: Path, *, beside: Path | None = None) -> RecipeFile:
     """Run a recipe file and check that it has a ``Config`` and a ``build``.
 
@@ -115,13 +107,8 @@ def load_recipe_file(path: Path, *, beside: Path | None = None) -> RecipeFile:
         sys.path.append(folder)
     # its own name, so that no recipe hides a module, and a worker process finds its classes by it
     name = f"steploop_recipe_{path.stem}"
-    spec = importlib.util.spec_from_file_location(name, path, loader=_Loader(name, str(path)))
-    if spec is None or spec.loader is None:
-        raise ConfigError(f"The recipe {path} is no Python file. Give one that ends in .py.")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module
     try:
-        spec.loader.exec_module(module)
+        module = load_file(name, path, source)
     except SteploopError:
         raise
     except Exception as error:
