@@ -6,23 +6,23 @@ Errors travel back as values: an exception that crosses a process loses its type
 
 import random
 import traceback
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any, Protocol
 
 import attrs
 import numpy as np
 import torch
-from torch import Tensor
 from torch.utils.data import Dataset, Subset, default_collate, get_worker_info
 
 from steploop.core.seeds import fold_in
 from steploop.core.trees import map_tensors
+from steploop.data.accepted import is_tensors
 from steploop.data.order import AMBIENT, SAMPLE
 from steploop.data.worker_start import SentModules
 from steploop.errors import DataError
 
-__all__ = ["Failure", "Fetcher", "MapDataset", "Request", "Transform", "is_tensors", "listed"]
+__all__ = ["Failure", "Fetcher", "MapDataset", "Request", "Transform", "listed"]
 
 Transform = Callable[[Any, torch.Generator], Any]
 """``(sample, generator) -> sample``; the generator (CPU) is seeded by (seed, epoch, sample index)."""
@@ -56,6 +56,7 @@ class Failure:
     cause: str
     stack: str
     error: Exception | None  # in this process only: it need not survive pickling
+    collating: bool = False
 
     def raise_error(self, num_samples: int, batch: int) -> None:
         """Raise what went wrong as a DataError.
@@ -65,7 +66,9 @@ class Failure:
         """
         where = "" if self.worker is None else f" in worker {self.worker}"
         hint = "look at that sample, or catch the error in the dataset"
-        if self.cause.startswith("IndexError"):
+        if self.collating:
+            hint = "samples of different shapes, or of types that torch's default_collate lacks, need collate=..."
+        elif self.cause.startswith("IndexError"):
             hint = f"the dataset's __len__ says {num_samples}: it must not say more than there are"
         message = f"making batch {batch} failed at {listed(self.indices)}{where}: {self.cause}; {hint}"
         error = DataError(message)
@@ -110,7 +113,7 @@ class Fetcher(Dataset[Any]):
     training process their states are put back afterwards.
 
     Args:
-        data: tensors with a common first axis (a tensor, or a tuple or mapping of them), or a map-style dataset.
+        data: tensors with a common first axis (a tensor, or a tree of them), or a map-style dataset.
         seed: the run's seed.
         transform: applied to each sample.
         collate: makes a batch of a list of samples; torch's ``default_collate`` unless given.
@@ -137,7 +140,7 @@ class Fetcher(Dataset[Any]):
 
     def __getitem__(self, request: Request) -> Any:
         info = get_worker_info()
-        at = request.indices
+        at, collating = request.indices, False
         try:
             if self._whole:
                 rows = torch.tensor(at)
@@ -155,7 +158,7 @@ class Fetcher(Dataset[Any]):
                         at = [index]
                         _seed_ambient_generators(fold_in(self._seed, AMBIENT, request.epoch, index))
                         samples.append(self._transformed(self._sample(index), request.epoch, index))
-                at = request.indices
+                at, collating = request.indices, True
                 return self._collate(samples)
         except Exception as error:  # noqa: BLE001  (a StopIteration from a dataset must not end the epoch either)
             return Failure(
@@ -164,6 +167,7 @@ class Fetcher(Dataset[Any]):
                 cause=f"{type(error).__name__}: {error}".removesuffix(": "),
                 stack=traceback.format_exc(),
                 error=error if info is None else None,
+                collating=collating,
             )
 
     def _many(self, indices: list[int]) -> Iterator[tuple[Any, int]]:
@@ -186,11 +190,3 @@ def _fetches_many(data: Any) -> bool:
     while isinstance(data, Subset):
         data = data.dataset
     return hasattr(data, "__getitems__")
-
-
-def is_tensors(data: Any) -> bool:
-    """Whether ``data`` is a tensor, or a tuple or mapping of nothing but tensors (a list is a list of samples)."""
-    parts = tuple(data.values()) if isinstance(data, Mapping) else data
-    return isinstance(data, Tensor) or (
-        isinstance(parts, tuple) and len(parts) > 0 and all(isinstance(t, Tensor) for t in parts)
-    )

@@ -1,11 +1,9 @@
-"""How many samples there are, and where: a dataset is looked at before its first batch is made."""
+"""How many samples a dataset has, and whether they lie on a device."""
 
 from typing import Any
 
-from torch.utils.data import IterableDataset
-
-from steploop.core.trees import map_tensors
-from steploop.data.batch_requests import is_tensors
+from steploop.core.trees import map_tensors, named_leaves
+from steploop.data.accepted import is_tensors
 from steploop.errors import DataError
 
 __all__ = ["count_dataset", "on_device"]
@@ -19,26 +17,26 @@ def on_device(data: Any) -> bool:
 
 
 def count_dataset(data: Any) -> int:
-    """The number of samples.
+    """Count the samples of tensors or of a map-style dataset.
 
     Raises:
-        DataError: it has no length, its tensors have no common first axis, or its samples cannot be had by index.
+        DataError: its tensors have no common first axis, or its length is not known.
     """
     if is_tensors(data):
-        sizes: list[tuple[int, ...]] = []
-        map_tensors(lambda t: sizes.append(tuple(t.shape)), data)
-        if any(not shape for shape in sizes) or len({shape[0] for shape in sizes}) != 1:
+        sizes: dict[str, tuple[int, ...]] = {
+            name or "the tensor": tuple(t.shape) for name, t in named_leaves(data)
+        }
+        if any(not shape for shape in sizes.values()) or len({shape[0] for shape in sizes.values()}) != 1:
             raise DataError(
-                f"the tensors must have a common first axis, the samples; their shapes are {sizes}"
+                "the tensors of a dataset must have a common first axis, the samples; their shapes are "
+                + ", ".join(f"{name}: {shape}" for name, shape in sizes.items())
             )
-        return sizes[0][0]
-    what = type(data).__name__
-    if isinstance(data, IterableDataset) or not (hasattr(data, "__len__") and hasattr(data, "__getitem__")):
-        raise DataError(
-            f"a Loader needs a dataset with __len__ and __getitem__ (map-style), so that it can go to any position; "
-            f"{what} has no samples by index: wrap it in a Stream, which says what can be resumed and what not"
-        )
+        return next(iter(sizes.values()))[0]
     try:
-        return len(data)
+        count: int = len(data)
     except Exception as error:
-        raise DataError(f"len() of the dataset ({what}) failed: {type(error).__name__}: {error}") from error
+        raise DataError(
+            f"len() of the dataset ({type(data).__name__}) failed: {type(error).__name__}: {error}. A Loader needs its "
+            "number of samples; without one, wrap it in a Stream"
+        ) from error
+    return count

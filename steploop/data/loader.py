@@ -5,13 +5,13 @@ from typing import Any
 
 import attrs
 import torch
-from torch.utils.data import TensorDataset
 
 from steploop.core.interruption import check_interruption
 from steploop.core.seeds import fold_in
 from steploop.core.trees import map_tensors
 from steploop.core.validators import boolean, integer, require_int, to_integer
-from steploop.data.batch_requests import Failure, Fetcher, Request, Transform, is_tensors
+from steploop.data.accepted import accepted, is_tensors
+from steploop.data.batch_requests import Failure, Fetcher, Request, Transform
 from steploop.data.dataset_size import count_dataset, on_device
 from steploop.data.epochs import EpochBatches, ahead_of_use
 from steploop.data.order import BATCH, batch_indices, batches_per_epoch, epoch_order
@@ -68,14 +68,28 @@ class Loader:
     position) and nothing else: not of the number of workers, of what was read before, or of torch's global
     random number generators, which a loader never touches.
 
-    Two kinds of data. Tensors that are in memory (``Loader((images, labels), ...)``) are cut into batches
-    directly; a batch has the structure of the data. Any map-style ``Dataset`` is read sample by sample, in this
+    Two kinds of data. Arrays in memory (``Loader((images, labels), ...)``) are cut into batches directly; a batch
+    has the structure and the dtypes of the data. Any dataset with samples by index is read sample by sample, in this
     process or in workers of a real ``torch.utils.data.DataLoader``, and collated. Random numbers that a dataset
     draws from the global generators of torch, Python and NumPy, as torchvision's transforms do, depend on (seed,
     epoch, sample index) too.
 
+    ======================================================  =====================================
+    dataset                                                 batch
+    ======================================================  =====================================
+    a tensor or NumPy array ``(N, ...)``                    a tensor ``(B, ...)``
+    a tuple, mapping, attrs class or dataclass of those     the same, of tensors ``(B, ...)``
+    a pandas DataFrame, an Arrow table                      a dict: column -> tensor ``(B,)``
+    a Hugging Face ``datasets.Dataset``                     a dict; numbers become tensors
+    a list of samples (tuples, dicts, numbers)              what ``collate`` makes of them
+    any dataset with ``__len__`` and ``__getitem__``        what ``collate`` makes of its samples
+    ======================================================  =====================================
+
+    Anything else is refused: a list of arrays or of lists (unless ``collate`` is given), for it may be samples or
+    columns; columns of text, dates or with gaps; paths, iterators and loaders.
+
     Args:
-        dataset: a tensor, or a tuple or mapping of tensors with a common first axis; or a map-style dataset.
+        dataset: the samples, as in the table.
         batch_size: samples in a batch, of one process.
         seed: the run's seed.
         shuffle: whether every epoch has an order of its own; else the order of the dataset.
@@ -97,7 +111,7 @@ class Loader:
     Raises:
         ConfigError: an argument is not legal.
         EmptyDataError: there is not a single batch.
-        DataError: the dataset has no length, or its samples cannot be had by index.
+        DataError: the dataset is none: says what to give instead.
     """
 
     dataset: Any = attrs.field(kw_only=False, repr=lambda data: type(data).__name__)
@@ -121,8 +135,7 @@ class Loader:
 
     def __attrs_post_init__(self) -> None:
         require_int("rank", self.rank, minimum=0, maximum=self.world_size - 1)
-        if type(self.dataset) is TensorDataset:
-            object.__setattr__(self, "dataset", self.dataset.tensors)
+        object.__setattr__(self, "dataset", accepted(self.dataset, collates=self.collate is not None))
         object.__setattr__(self, "num_samples", count_dataset(self.dataset))
         if self.num_samples == 0:
             raise EmptyDataError("the dataset has no samples: there is nothing to load")

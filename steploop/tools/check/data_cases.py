@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
-from steploop.data.batch_requests import is_tensors
+from steploop.data.accepted import is_tensors
 from steploop.data.loader import Loader
 from steploop.testing.order_laws import (
     check_batches_do_not_depend_on_workers,

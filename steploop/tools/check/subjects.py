@@ -13,7 +13,7 @@ import torch
 from torch.utils.data import Subset
 
 from steploop.core.trees import map_tensors
-from steploop.data.batch_requests import is_tensors
+from steploop.data.accepted import is_tensors
 from steploop.data.loader import Loader
 from steploop.errors import ConfigError, EmptyDataError
 from steploop.recipe.config_values import configure
