@@ -1,4 +1,4 @@
-"""Small images for a recipe, all in memory: CIFAR-10, a folder of one's own, or synthetic ones."""
+"""Small images for a recipe, all in memory: CIFAR-10, a folder of images, or synthetic ones."""
 
 import os
 from collections.abc import Sequence
@@ -64,12 +64,14 @@ def load_images(
     timeout_s: float = 4.0,
     progress: Progress | None = None,
 ) -> ImageData:
-    """The images that ``data`` names.
+    """Load the images that ``data`` names.
 
     Args:
         data: ``"cifar10"``: CIFAR-10, downloaded unless it is on disk. ``"folder"``: images sorted into
-            ``root/train/CLASS/`` and ``root/test/CLASS/`` (or ``val``). ``"synthetic"``: made up. ``"auto"``:
-            CIFAR-10 if it is on disk or can be had, else synthetic, and the note says so.
+            ``root/train/CLASS/`` and ``root/test/CLASS/`` (or ``val``), in directories within a class too; 8 or 16
+            bits, or floating point in 0..1, turned as their EXIF orientation says; the note counts what was left out.
+            ``"synthetic"``: made up. ``"auto"``: CIFAR-10 if it is on disk or can be downloaded, else synthetic, and
+            the note says so.
         root: the folder; for CIFAR-10 where it is or goes, ``data`` in the current directory unless given.
         size: for ``"folder"``, height and width to which the images are brought; needed where they differ.
             For ``"synthetic"`` the size in which they are made, 32 unless given. CIFAR-10 has its own.
@@ -77,12 +79,12 @@ def load_images(
         train_samples: how many synthetic images to train on.
         test_samples: how many synthetic images to evaluate on.
         timeout_s: seconds after which the server of CIFAR-10 counts as out of reach.
-        progress: told how far a download or a decoding is; a progress bar on a terminal unless given.
+        progress: called with how far a download or a decoding is; a progress bar on a terminal unless given.
 
     Raises:
         ConfigError: an argument is not legal, or does not go with ``data``.
         DataError: the images are not there, or cannot be read.
-        EmptyDataError: a set has no images.
+        EmptyDataError: a set or a class has no images.
     """
     if data not in get_args(ImageSource):
         raise ConfigError(f"data must be one of {', '.join(get_args(ImageSource))}, got {data!r}")
@@ -102,10 +104,7 @@ def load_images(
     except DataError as error:
         if data == "cifar10":
             raise
-        note = (
-            f"CIFAR-10 could not be had ({error}): these are SYNTHETIC images, whose accuracy says nothing about "
-            "real ones."
-        )
+        note = f"CIFAR-10 could not be loaded: {error}. Using SYNTHETIC images; ignore their accuracy."
         return _synthetic(seed, size or 32, train_samples, test_samples, note)
 
 
@@ -138,11 +137,8 @@ def _cifar10(root: Path, timeout_s: float, progress: Progress | None) -> ImageDa
 
 
 def _folder(root: Path, size: int | None, progress: Progress | None) -> ImageData:
-    train, test, classes, resized = load_folder(root, size=size, progress=progress)
-    note = f"The images under {root}" + (
-        f", of which {resized} were brought to one size." if resized else "."
-    )
-    return _checked("folder", train, test, classes, note)
+    found = load_folder(root, size=size, progress=progress)
+    return _checked("folder", found.train, found.test, found.classes, found.note)
 
 
 def _synthetic(seed: int, size: int, train_samples: int, test_samples: int, note: str) -> ImageData:
