@@ -20,13 +20,14 @@ from steploop.errors import DataError
 __all__ = ["SentModules", "start_hint", "start_worker", "starting", "unsendable"]
 
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
+_STOPPING = {signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1}  # they stop a run, not its workers
 
 
 def start_worker(_: int, *, die_with_parent: bool) -> None:
     """Run first in every worker."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT, signal.SIGTERM})
+    for signum in _STOPPING:
+        signal.signal(signum, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, _STOPPING)
     if die_with_parent and sys.platform == "linux":
         # under forkserver the parent is that server, which ends with the training process
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
@@ -37,14 +38,14 @@ def start_worker(_: int, *, die_with_parent: bool) -> None:
 
 @contextmanager
 def starting() -> Iterator[None]:
-    """Delay SIGINT and SIGTERM while workers are started: one that arrives before they ignore it would kill them.
+    """Delay signals while workers are started: one that arrives before they ignore it would kill them.
 
     A fork server inherits the delay and keeps it: a signal for the whole process group must not end it.
     """
     if _start_method() != "fork":
         # started inside, this helper process of multiprocessing would lift the delay
         resource_tracker.ensure_running()
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, _STOPPING)
     try:
         with warnings.catch_warnings():
             # our own error says what cannot be sent

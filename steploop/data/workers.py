@@ -2,7 +2,7 @@
 
 What is changed about it, and why:
 
-- Workers ignore SIGINT and SIGTERM, which reach the whole process group: the training process decides when to
+- Workers ignore the signals that stop a run, which reach the whole process group: the training process decides when to
   stop, and its workers must still serve the batches until then. They die with it (Linux: PR_SET_PDEATHSIG).
 - torch reports a dead worker from a signal handler, as an exception in whatever line the main thread happens to
   be, in the middle of a commit too. Here it is reported while waiting for a batch, and nowhere else.

@@ -6,6 +6,7 @@ from steploop.core.lazy import lazy_names
 
 if TYPE_CHECKING:
     from steploop.core.extras import import_extra as import_extra
+    from steploop.recipe.recipe import Logger as Logger
     from steploop.recipe.recipe import Recipe as Recipe
     from steploop.recipe.recipe_files import find_recipe as find_recipe
     from steploop.recipe.recipe_files import load_recipe_file as load_recipe_file
@@ -14,6 +15,7 @@ if TYPE_CHECKING:
 # Public name -> the module it is defined in.
 _HOMES = {
     "import_extra": ".core.extras",
+    "Logger": "recipe",
     "Recipe": "recipe",
     "find_recipe": "recipe_files",
     "load_recipe_file": "recipe_files",

@@ -10,8 +10,9 @@ from steploop.core.early_stopping import EarlyStopping, Mode
 from steploop.core.plateau import ReduceLROnPlateau
 from steploop.core.state.train_state import TrainState
 from steploop.core.steps.forward_pass import Objective
+from steploop.errors import ConfigError
 
-__all__ = ["Batches", "Recipe", "State", "TrainStep"]
+__all__ = ["Batches", "Logger", "Recipe", "State", "TrainStep"]
 
 # A run trains one state, or several by name (a generator and a discriminator, say).
 State = TrainState | Mapping[str, TrainState]
@@ -28,6 +29,47 @@ class Batches(Protocol):
     def __len__(self) -> int:
         """Batches in an epoch."""
         ...
+
+
+class Logger(Protocol):
+    """A function that takes named numbers at a step: ``lambda step, values: print(step, values)`` is one.
+
+    It may have methods besides, each of which is called where it exists:
+
+    - ``begin(directory)``, before anything else, with the run directory (a Path);
+    - ``rewrite(rows)``, at a resume, with all the ``(step, values)`` that stand of what was logged before;
+    - ``flush()``, before each checkpoint;
+    - ``close()``, at the end.
+
+    A logger that raises is reported once and left out; the run goes on.
+    """
+
+    def __call__(self, step: int, values: Mapping[str, float], /) -> None:
+        """Take the numbers of one step.
+
+        Args:
+            step: optimizer steps applied; in a later phase, with those of the phases before.
+            values: name -> number; all are finite. Names with a slash (``eval/accuracy``) group as in TensorBoard.
+        """
+
+
+def _as_loggers(value: Any) -> tuple[Any, ...]:
+    if callable(value):
+        raise ConfigError(
+            f"Recipe: loggers must be a sequence of loggers, but is one ({value!r}). Write loggers=[...]."
+        )
+    try:
+        found = tuple(value)
+    except TypeError:
+        found = (value,)
+    for one in found:
+        if not callable(one) or isinstance(one, type):
+            what = "is a class: give an instance" if isinstance(one, type) else "cannot be called"
+            raise ConfigError(
+                f"Recipe: a logger is called as logger(step, values), but {one!r} {what}. "
+                "A function will do: loggers=[lambda step, values: print(step, values)]."
+            )
+    return found
 
 
 @attrs.frozen(kw_only=True)
@@ -54,6 +96,7 @@ class Recipe:
         notes: further sentences to show when the run begins, such as which precision was chosen and why.
         then: what follows when this recipe has finished: ``state -> Recipe`` of the next phase (a fold of its own).
         finish: called at the very end with the state and the run directory, to draw or print a sample.
+        loggers: what gets the numbers of each log point and evaluation, besides metrics.jsonl; see `Logger`.
         compile: True, False or "auto": whether ``run`` compiles ``train_step`` unless told otherwise.
     """
 
@@ -74,4 +117,5 @@ class Recipe:
     notes: tuple[str, ...] = ()
     then: "Callable[[Any], Recipe] | None" = None
     finish: Callable[[Any, Path], None] | None = None
+    loggers: tuple[Logger, ...] = attrs.field(default=(), converter=_as_loggers)
     compile: bool | Literal["auto"] = False

@@ -1,43 +1,47 @@
 """A run from its beginning to its end: builds the recipe, owns the directory, folds phase after phase, says how it went."""
 
-import shutil
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from typing import Any
 
 from steploop.checkpoint import digest
-from steploop.errors import SteploopError
-from steploop.recipe.recipe import Recipe, State
+from steploop.core.interruption import Interrupted
+from steploop.errors import CheckpointWriteError, SteploopError
+from steploop.recipe.recipe import Logger, Recipe, State
 from steploop.runs.allocator import tune_allocator
 from steploop.runs.capsules.capsule_writer import CapsuleWriter
 from steploop.runs.compile_option import compiled
-from steploop.runs.directory import Status, clear_unfinished, read_status, refuse_taken
+from steploop.runs.directory import Status, clear_unfinished, forget, read_status, refuse_taken
 from steploop.runs.directory_lock import run_lock
 from steploop.runs.journal import RunJournal
 from steploop.runs.logs import read_json_lines
 from steploop.runs.logs.screens import Screen
 from steploop.runs.loop import Loop
-from steploop.runs.members import lead, place_of
+from steploop.runs.members import place_of
 from steploop.runs.monitoring import prepared
 from steploop.runs.outlets import Outlets, open_outlets
 from steploop.runs.plan import Ending
 from steploop.runs.requests import Request
 from steploop.runs.run_checkpoints import CheckpointKeeper
 from steploop.runs.signals import StopFlag, signals_as
+from steploop.runs.standard_streams import lasting_streams
 from steploop.runs.start_record import announce, record
 from steploop.runs.summary import Summary, summarize
 
 __all__ = ["carry_out"]
 
 
-def carry_out(request: Request, screen: Screen, stop: StopFlag | None = None) -> Summary:
+def carry_out(
+    request: Request, screen: Screen, stop: StopFlag | None = None, loggers: Sequence[Logger] = ()
+) -> Summary:
     """Run a recipe to its end, or until a signal.
 
     Args:
         request: what and how.
         screen: where progress is shown; it is closed at the end.
         stop: the flag that signals set.
+        loggers: besides those of the recipe.
 
     Raises:
         RunLockedError: another process trains in this directory.
@@ -46,14 +50,19 @@ def carry_out(request: Request, screen: Screen, stop: StopFlag | None = None) ->
         Interrupted: a signal came before there was anything to save.
     """
     stop = stop or StopFlag()
-    with signals_as(stop), run_lock(request.directory.path):
-        if not request.resume:
-            refuse_taken(request.directory)
-        clear_unfinished(request.directory)
-        try:
-            return _Run(request, screen, stop).run()
-        finally:
-            screen.close()
+    stop.at_once = False  # the directory is there: what comes now is seen where it can be taken away again
+    try:
+        with lasting_streams(), signals_as(stop), run_lock(request.directory.path):
+            if not request.resume:
+                refuse_taken(request.directory)
+            clear_unfinished(request.directory)
+            try:
+                return _Run(request, screen, stop, loggers).run()
+            finally:
+                screen.close()
+    except CheckpointWriteError:
+        forget(request.directory, keep_if_begun=True)  # not even the lock could be written
+        raise
 
 
 # what a resume takes over from the status before, until it knows better
@@ -63,10 +72,11 @@ _KEPT = ("step", "epoch", "metrics", "best", "checkpoint", "best_checkpoint", "e
 class _Run:
     """The parts of a run while it lasts."""
 
-    def __init__(self, request: Request, screen: Screen, stop: StopFlag) -> None:
+    def __init__(self, request: Request, screen: Screen, stop: StopFlag, loggers: Sequence[Logger]) -> None:
         self._request = request
         self._directory = request.directory
         self._screen = screen
+        self._loggers = loggers
         self._stop = stop
         self._begun_s = time.perf_counter()
         self._past = list(read_json_lines(self._directory.metrics)) if request.resume else []
@@ -86,14 +96,14 @@ class _Run:
                 recipe = self._request.recipe.build(self._request.config, self._request.device)
                 record(self._request, recipe, tuning)
                 announce(self._request, recipe, self._screen)
-            status = Status(
-                self._directory, monitor=recipe.monitor, **{k: before[k] for k in _KEPT if k in before}
-            )
+                status = Status(
+                    self._directory, monitor=recipe.monitor, **{k: before[k] for k in _KEPT if k in before}
+                )
+                outlets = open_outlets(self._request, status, self._screen.note)
         except BaseException:
             if not self._request.resume:
-                self._forget()
+                forget(self._directory)
             raise
-        outlets = open_outlets(self._request, status, self._screen.note)
         try:
             state, recipe, ending = self._phases(recipe, due, outlets)
             if recipe.finish is not None and ending != "interrupted":
@@ -120,9 +130,11 @@ class _Run:
 
     @contextmanager
     def _nothing_to_save(self) -> Iterator[None]:
-        """A signal raises at once inside."""
+        """A signal raises at once inside; one that came before, here."""
         self._stop.at_once = True
         try:
+            if self._stop.signum is not None:
+                raise Interrupted(self._stop.signum)
             yield
         finally:
             self._stop.at_once = False
@@ -142,15 +154,18 @@ class _Run:
     def _phase(self, recipe: Recipe, phase: int, due: str | None, outlets: Outlets) -> tuple[State, Ending]:
         """Fold one recipe."""
         screen, status = self._screen, outlets.status
+        outlets.loggers.add((*self._loggers, *recipe.loggers), self._directory.path)
         keeper = CheckpointKeeper(
             self._directory.checkpoints(phase),
-            on_saved=lambda path, best: status.update(
+            before_save=outlets.flush,
+            on_saved=lambda path, best: outlets.say(
                 checkpoint=path.name, **({"best_checkpoint": path.name} if best else {})
             ),
         )
         journal = RunJournal(
             outlets.lines,
             outlets.loggers,
+            outlets.logged,
             screen,
             steps_per_epoch=len(recipe.batches),
             epochs=recipe.epochs,
@@ -196,7 +211,7 @@ class _Run:
         self, state: State, phase: int, journal: RunJournal, outlets: Outlets, *, again: bool
     ) -> None:
         """Drop the lines of what will be done again, the last evaluation perhaps, and say where the run goes on."""
-        first, place = lead(state), place_of(state)
+        place = place_of(state)
         attempted = place["attempted"]
 
         def stands(line: Mapping[str, Any]) -> bool:
@@ -207,15 +222,12 @@ class _Run:
 
         outlets.keep(stands)
         journal.event({"event": "resumed", **place})
-        self._screen.note(f"going on at step {attempted}: epoch {first.epoch + 1}, batch {first.batch}")
-
-    def _forget(self) -> None:
-        """Leave no directory behind for a run that never began."""
-        if self._request.fresh:
-            shutil.rmtree(self._directory.path)
-            return
-        for path in (self._directory.config, self._directory.recipe, self._directory.status):
-            path.unlink(missing_ok=True)
+        where = (
+            f"batch {place['batch']} of epoch {place['epoch']}"
+            if place["batch"]
+            else f"epoch {place['epoch']} is done"
+        )
+        self._screen.note(f"going on after step {attempted} ({where})")
 
     def _failed(self, status: Status, error: BaseException) -> None:
         code = error.exit_code if isinstance(error, SteploopError) else 1

@@ -1,8 +1,10 @@
 """The run directory: made for one run, refused to a second one, and what it says about itself in JSON files."""
 
+import errno
 import json
 import os
 import re
+import shutil
 import socket
 from collections.abc import Mapping
 from contextlib import suppress
@@ -28,6 +30,7 @@ __all__ = [
     "RunDirectory",
     "Status",
     "clear_unfinished",
+    "forget",
     "json_bytes",
     "make_directory",
     "not_written",
@@ -46,9 +49,15 @@ _BESIDE = re.compile(r"\.(config\.json|recipe\.py|status\.json|metrics\.(jsonl|c
 
 @attrs.frozen
 class RunDirectory:
-    """The names in a run directory."""
+    """The names in a run directory.
+
+    Attributes:
+        path: the directory.
+        made: the directories that were made for this run, outermost first; they go if it never begins.
+    """
 
     path: Path
+    made: tuple[Path, ...] = ()
 
     @property
     def config(self) -> Path:
@@ -151,14 +160,13 @@ def make_directory(out: Path | None, name: str) -> RunDirectory:
     """
     try:
         if out is not None:
-            out.mkdir(parents=True, exist_ok=True)
-            if not (
-                out / "run.lock"
-            ).exists():  # else its owner, if it has one, is what the user wants to hear of
+            made = _make(out)
+            # else its owner, if it has one, is what the user wants to hear of
+            if not (out / "run.lock").exists():
                 refuse_taken(RunDirectory(out))
-            return RunDirectory(out)
+            return RunDirectory(out, made)
         runs = Path("runs")
-        runs.mkdir(exist_ok=True)
+        made = _make(runs)
         numbers = [
             int(p.name.rpartition("-")[2])
             for p in runs.glob(f"{name}-*")
@@ -167,13 +175,45 @@ def make_directory(out: Path | None, name: str) -> RunDirectory:
         number = max(numbers, default=0) + 1
         while True:
             with suppress(FileExistsError):  # another run took it in between
-                (runs / f"{name}-{number}").mkdir()
-                return RunDirectory(runs / f"{name}-{number}")
+                (own := runs / f"{name}-{number}").mkdir()
+                return RunDirectory(own, (*made, own))
             number += 1
     except RunExistsError:
         raise
     except OSError as error:
         raise not_written(out or Path("runs"), error) from error
+
+
+def _make(path: Path) -> tuple[Path, ...]:
+    """Make a directory and its parents; return those that were missing, outermost first."""
+    made: list[Path] = []
+    for one in (*reversed(path.parents), path):
+        with suppress(FileExistsError):
+            one.mkdir()
+            made.append(one)
+    if not path.is_dir():
+        raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(path))
+    return tuple(made)
+
+
+def forget(directory: RunDirectory, *, keep_if_begun: bool = False) -> None:
+    """Take away what was made for a run that never began; never raises.
+
+    Args:
+        directory: of the run.
+        keep_if_begun: do nothing if the run has recorded what it is.
+    """
+    if keep_if_begun and directory.config.exists():
+        return
+    if directory.path in directory.made:
+        shutil.rmtree(directory.path, ignore_errors=True)
+        for path in reversed(directory.made):
+            with suppress(OSError):
+                path.rmdir()
+        return
+    for path in (directory.config, directory.recipe, directory.status, directory.metrics):
+        with suppress(OSError):
+            path.unlink(missing_ok=True)
 
 
 def refuse_taken(directory: RunDirectory) -> None:

@@ -84,7 +84,10 @@ def run_lock(directory: Path) -> Iterator[Owner]:
         owner = Owner(os.getpid(), socket.gethostname(), datetime.now(UTC).isoformat(timespec="seconds"))
         _held[key] = owner
         try:
-            _write_owner(directory, owner)
+            try:
+                _write_owner(directory, owner)
+            except OSError as error:
+                raise _unlockable(directory, error) from error
             yield owner
         finally:
             if owner.pid == os.getpid():  # and not a fork that leaves by the same door
@@ -150,7 +153,8 @@ def _read_owner(directory: Path) -> Owner:
 
 def _unlockable(directory: Path, error: OSError) -> CheckpointWriteError:
     raised = CheckpointWriteError(
-        f"The run directory {directory} cannot be locked: {error.strerror}. Choose one that this user may write to."
+        f"The run directory {directory} cannot be locked: {error.strerror}. Choose one on a disk with free space "
+        "that this user may write to."
     )
     raised.errno = error.errno
     return raised

@@ -5,11 +5,10 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
-from steploop.errors import CheckpointWriteError
 from steploop.runs.logs import JsonLines, Loggers
 from steploop.runs.logs.screens import Screen
 
-__all__ = ["RunJournal", "logged"]
+__all__ = ["LoggedSteps", "RunJournal"]
 
 _PLACE = {"step", "attempted", "epoch", "batch", "epochs", "phase"}
 
@@ -23,21 +22,35 @@ def _numbers(values: Mapping[str, Any], prefix: str) -> dict[str, float]:
     }
 
 
-def logged(lines: Iterable[Mapping[str, Any]]) -> Iterator[tuple[int, dict[str, float]]]:
-    """The step and the numbers that the loggers are told of each log point and evaluation among ``lines``."""
-    for line in lines:
-        if line["kind"] == "train":
-            yield line["step"], _numbers(line, "train/")
-        elif line["kind"] == "eval":
-            yield line["step"], _numbers(line["metrics"], "eval/")
+class LoggedSteps:
+    """The step and the numbers that loggers get of each log point and evaluation.
+
+    A later phase of a recipe counts its steps from 0 again. For the loggers they go on behind the last step that was
+    logged of the phase before: the curves of two phases do not overlay.
+    """
+
+    def __init__(self) -> None:
+        self._phase = self._before = self._newest = 0
+
+    def read(self, lines: Iterable[Mapping[str, Any]]) -> Iterator[tuple[int, dict[str, float]]]:
+        """Give (step, values) of each line that has numbers; the lines come in the order of the run."""
+        for line in lines:
+            if (kind := line["kind"]) not in {"train", "eval"}:
+                continue
+            if (phase := line.get("phase", 0)) > self._phase:
+                self._phase, self._before, self._newest = phase, self._before + self._newest, 0
+            self._newest = line["step"]
+            values = _numbers(line, "train/") if kind == "train" else _numbers(line["metrics"], "eval/")
+            yield self._before + self._newest, values
 
 
 class RunJournal:
-    """Tells everybody.
+    """Passes each line on to the file, the loggers and the screen.
 
     Args:
-        lines: the file; None writes none.
-        loggers: the user's.
+        lines: the file.
+        loggers: those that were asked for.
+        logged: which numbers they get; one for all phases.
         screen: shows it.
         steps_per_epoch: batches in an epoch.
         epochs: how many there will be.
@@ -47,8 +60,9 @@ class RunJournal:
 
     def __init__(
         self,
-        lines: JsonLines | None,
+        lines: JsonLines,
         loggers: Loggers,
+        logged: LoggedSteps,
         screen: Screen,
         *,
         steps_per_epoch: int,
@@ -58,6 +72,7 @@ class RunJournal:
     ) -> None:
         self._lines = lines
         self._loggers = loggers
+        self._logged = logged
         self._screen = screen
         self._steps_per_epoch = steps_per_epoch
         self._epochs = epochs
@@ -68,7 +83,7 @@ class RunJournal:
     def train(self, line: Mapping[str, Any]) -> None:
         """A log point."""
         self._write("train", line)
-        batches = line["epoch"] * self._steps_per_epoch + line["batch"]
+        batches = (line["epoch"] - 1) * self._steps_per_epoch + line["batch"]
         total = max(self._epochs * self._steps_per_epoch, 1)
         self._screen.train(
             {**line, "epochs": self._epochs}, done=batches / total, left_s=self._left(batches, total)
@@ -94,12 +109,6 @@ class RunJournal:
 
     def _write(self, kind: str, line: Mapping[str, Any]) -> None:
         line = {"kind": kind, **self._phase, **line}
-        for step, numbers in logged([line]):
+        for step, numbers in self._logged.read([line]):
             self._loggers(step, numbers)
-        if self._lines is None:
-            return
-        try:
-            self._lines(line)
-        except CheckpointWriteError as error:  # the log of a run is not worth the run
-            self._screen.note(f"{error} The run goes on without it.")
-            self._lines = None
+        self._lines(line)

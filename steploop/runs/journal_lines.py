@@ -4,12 +4,20 @@ import heapq
 
 from steploop.runs.record_values import Line
 
-__all__ = ["Journal", "attempted_of"]
+__all__ = ["Journal", "attempted_of", "from_one"]
 
 
 def attempted_of(line: Line) -> int:
     """The attempted steps at which a line stands; an event may know only the applied steps."""
     return int(line.get("attempted", line.get("step", 0)))
+
+
+def from_one(line: Line, config: Line) -> Line:
+    """The line with its epoch counted from 1; 0.1.0 counted whole epochs, and said nothing of it in config.json."""
+    epoch = line.get("epoch")
+    if "epochs_from" in config or not isinstance(epoch, int):
+        return line
+    return {**line, "epoch": epoch + bool(line.get("batch"))}
 
 
 class Journal:

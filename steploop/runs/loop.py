@@ -120,7 +120,7 @@ class Loop:
                     close()
             if self._position == 0 and self._ending is None:
                 raise EmptyDataError(
-                    f"Epoch {epoch} has not a single batch, although len(batches) is {self._steps_per_epoch}."
+                    f"Epoch {epoch + 1} has not a single batch, although len(batches) is {self._steps_per_epoch}."
                 )
         if self._is_over():
             return state

@@ -6,7 +6,16 @@ from typing import Any
 from steploop.core.state.train_state import TrainState
 from steploop.recipe.recipe import State
 
-__all__ = ["at_position", "attempted_steps", "lead", "members", "next_epoch", "place_of", "with_lead"]
+__all__ = [
+    "at_position",
+    "attempted_steps",
+    "epoch_of",
+    "lead",
+    "members",
+    "next_epoch",
+    "place_of",
+    "with_lead",
+]
 
 
 def members(state: State) -> dict[str, TrainState]:
@@ -41,11 +50,21 @@ def attempted_steps(state: State) -> int:
 
 
 def place_of(state: State) -> dict[str, int]:
-    """Where a run stands, for a line of its log; ``epoch`` counts whole ones, and ``batch`` those of the one begun."""
+    """Where a run stands, for a line of its log.
+
+    Epochs, batches and steps are counted from 1, as in all that a run shows and records: after the first step of all,
+    each of them is 1. The cursor of a TrainState counts from 0.
+    """
     first = lead(state)
     return {
-        "step": first.step, "attempted": attempted_steps(state), "epoch": first.epoch, "batch": first.batch,
+        "step": first.step, "attempted": attempted_steps(state), "epoch": epoch_of(state), "batch": first.batch,
     }  # fmt: skip
+
+
+def epoch_of(state: State) -> int:
+    """The epoch that the newest step belongs to, counted from 1; 0 before the first step."""
+    first = lead(state)
+    return first.epoch + (first.batch > 0)
 
 
 def at_position(state: State, batch: int) -> State:

@@ -1,13 +1,15 @@
 """Where a run is recorded: metrics.jsonl, the loggers that were asked for, and status.json."""
 
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from typing import Any
 
 import attrs
 
+from steploop.errors import CheckpointWriteError
 from steploop.recipe.config_values import to_json
 from steploop.runs.directory import Status
-from steploop.runs.journal import logged
+from steploop.runs.journal import LoggedSteps
 from steploop.runs.logs import CsvTable, JsonLines, Logger, Loggers, TensorBoard
 from steploop.runs.requests import Request
 from steploop.runs.summary import plain_metrics
@@ -22,13 +24,24 @@ class Outlets:
     lines: JsonLines
     loggers: Loggers
     status: Status
+    logged: LoggedSteps = attrs.field(factory=LoggedSteps)
 
     def tell(self, line: Mapping[str, Any], monitor: str | None) -> None:
         """Put an evaluation into status.json."""
         place = {"step": line["step"], "epoch": line["epoch"]}
         value = line["metrics"].get(monitor)
         best = {"best": {"metric": monitor, "value": value, **place}} if line["best"] else {}
-        self.status.update(**place, metrics=plain_metrics(line["metrics"]), **best)
+        self.say(**place, metrics=plain_metrics(line["metrics"]), **best)
+
+    def say(self, **values: Any) -> None:
+        """Change entries of status.json; if it cannot be written now, the next time writes them too."""
+        with suppress(CheckpointWriteError):
+            self.status.update(**values, lost=self.lines.missing)
+
+    def flush(self) -> None:
+        """Write what is held back, before a checkpoint."""
+        self.lines.flush()
+        self.loggers.flush()
 
     def keep(self, stands: Callable[[Mapping[str, Any]], bool]) -> None:
         """Drop what was recorded of steps that will be taken again.
@@ -36,23 +49,25 @@ class Outlets:
         Args:
             stands: which lines of metrics.jsonl stay.
         """
-        self.loggers.rewrite(logged(self.lines.keep(stands)))
+        self.loggers.rewrite(self.logged.read(self.lines.keep(stands)))
 
     def close(self) -> None:
-        """Write out what is held back."""
+        """Write out what is held back; what cannot be is counted in status.json."""
         self.loggers.close()
         self.lines.close()
+        if self.lines.missing is not None:
+            self.say()
 
 
 def open_outlets(request: Request, status: Status, note: Callable[[str], None]) -> Outlets:
-    """The files and loggers that a run asks for.
+    """Open the files and loggers that a run asks for.
 
     Args:
         request: what was asked for, and where.
         status: of the run.
         note: told if a logger fails.
     """
-    lines = JsonLines(request.directory.metrics)
+    lines = JsonLines(request.directory.metrics, note)
     return Outlets(lines, Loggers(_loggers(request), note), status)
 
 

@@ -13,7 +13,7 @@ import attrs
 
 from steploop.errors import ConfigError, DataError
 from steploop.runs.directory_reader import read_file
-from steploop.runs.journal_lines import Journal, attempted_of
+from steploop.runs.journal_lines import Journal, attempted_of, from_one
 from steploop.runs.metrics_file import read_lines
 from steploop.runs.record_values import Line, Status, is_number
 from steploop.runs.standing import read_standing
@@ -224,7 +224,7 @@ def read_run(path: Path) -> RunRecord:
             if line is None:
                 damaged += 1
             else:
-                journal.add(line)
+                journal.add(from_one(line, standing.config))
     except DataError as error:
         problems.append(str(error))
     source = None

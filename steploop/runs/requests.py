@@ -36,7 +36,6 @@ class Request:
         compile: whether the step is compiled; None: as the recipe says.
         tune: set the allocator's thresholds.
         require_exact: refuse to go on where the bits may come out differently.
-        fresh: whether the directory was made for this run, and goes with it if it never begins.
         command: the words of the command line, for the record.
     """
 
@@ -53,7 +52,6 @@ class Request:
     compile: bool | Literal["auto"] | None = None
     tune: bool = True
     require_exact: bool = False
-    fresh: bool = False
     command: Sequence[str] = ()
 
 

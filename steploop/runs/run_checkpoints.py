@@ -18,15 +18,22 @@ class CheckpointKeeper:
     Args:
         directory: of the checkpoints; made if it is missing, and cleared of what crashed runs left in it.
         on_saved: told of each once it is on the disk: the checkpoint's directory, and whether it is the best.
+        before_save: called before each: what was logged up to there is to be written before it.
 
     Raises:
         CheckpointWriteError: no checkpoint can be written there.
     """
 
-    def __init__(self, directory: Path, on_saved: Callable[[Path, bool], None] = lambda *_: None) -> None:
+    def __init__(
+        self,
+        directory: Path,
+        on_saved: Callable[[Path, bool], None] = lambda *_: None,
+        before_save: Callable[[], None] = lambda: None,
+    ) -> None:
         self._store = CheckpointStore(directory, background=True)
         self._store.prepare()
         self._on_saved = on_saved
+        self._before_save = before_save
         self._saved: tuple[object, ...] | None = None
         self._begun: tuple[Path, bool] | None = None  # what is being written, and nobody was told of
 
@@ -39,6 +46,7 @@ class CheckpointKeeper:
         """
         place = _place(state)
         if place != self._saved:
+            self._before_save()
             before, self._begun = self._begun, None
             self._store.save(state, best=best)  # the one before is on the disk when this returns
             self._tell(before)

@@ -1,4 +1,4 @@
-"""Signals as a flag: Ctrl-C, SIGTERM and SIGUSR1 are noted, and looked at where nothing is half done."""
+"""Signals as a flag: Ctrl-C, SIGTERM, SIGHUP and SIGUSR1 are noted, and looked at where nothing is half done."""
 
 import os
 import signal
@@ -6,7 +6,7 @@ import socket
 import sys
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext, suppress
 from types import FrameType
 from typing import Any
 
@@ -14,32 +14,45 @@ import attrs
 
 from steploop.core.interruption import Interrupted, watched_by
 
-__all__ = ["INTERRUPTED", "PREEMPTED", "StopFlag", "exit_code_of", "signals_as"]
+__all__ = [
+    "INTERRUPTED",
+    "PREEMPTED",
+    "StopFlag",
+    "catch_signals",
+    "exit_code_of",
+    "exit_soon_with",
+    "process_flag",
+    "signals_as",
+]
 
 INTERRUPTED = 130  # what a shell reports for Ctrl-C
 PREEMPTED = 75  # EX_TEMPFAIL: come again
-_WATCHED = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+# SIGHUP: the terminal was closed, or the connection to it was lost
+_WATCHED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
 _SHOW_CURSOR = "\x1b[?25h"
 
 
 def exit_code_of(signum: int) -> int:
-    """130 for Ctrl-C, 75 for the signals with which a scheduler takes a machine away."""
+    """130 for Ctrl-C; 75 for a signal with which a scheduler takes a machine away, or a terminal goes."""
     return INTERRUPTED if signum == signal.SIGINT else PREEMPTED
 
 
 @attrs.define
 class StopFlag:
-    """Whether the run was told to stop.
+    """Whether the run was asked to stop.
 
     Attributes:
         signum: the first signal that came, or None.
         interruptible: whether a check may raise: while an evaluation runs or data are waited for.
         at_once: whether the handler itself raises: before the first step, when there is nothing to save.
+        second_raises: whether a second Ctrl-C raises KeyboardInterrupt, as a notebook needs it, which would lose all
+            its values with the process; else it ends the process.
     """
 
     signum: int | None = None
     interruptible: bool = False
     at_once: bool = False
+    second_raises: bool = False
 
     def check(self) -> None:
         """Raise Interrupted if a signal has come and this is a moment for it."""
@@ -47,11 +60,15 @@ class StopFlag:
             raise Interrupted(self.signum)
 
     def handle(self, signum: int, _: FrameType | None = None) -> None:
-        """What a signal does: it sets the flag; the first one counts."""
+        """Note a signal; the first one counts."""
+        first = self.signum is None
         if self.signum is None:
             self.signum = signum
         if self.at_once:
+            self.at_once = False  # what is cleaned up now must not be interrupted by the next one
             raise Interrupted(signum)
+        if self.second_raises and not first and signum == signal.SIGINT:
+            raise KeyboardInterrupt
 
     @contextmanager
     def interruption_allowed(self) -> Iterator[None]:
@@ -69,14 +86,42 @@ def _stop_at_second(reader: socket.socket) -> None:
     while data := reader.recv(64):
         seen += data.count(signal.SIGINT)
         if seen > 1:
-            if sys.stdout.isatty():
-                os.write(sys.stdout.fileno(), _SHOW_CURSOR.encode())
+            with suppress(OSError, ValueError, AttributeError):  # the terminal may be gone
+                if sys.stdout.isatty():
+                    os.write(sys.stdout.fileno(), _SHOW_CURSOR.encode())
             os._exit(INTERRUPTED)
+
+
+def _listened_to() -> list[signal.Signals]:
+    """The signals that stop a run: SIGHUP is none where it was ignored at the start, as under nohup."""
+    return [s for s in _WATCHED if s != signal.SIGHUP or signal.getsignal(s) != signal.SIG_IGN]
+
+
+_of_the_process: list[StopFlag] = []
+
+
+def catch_signals() -> None:
+    """Catch signals from now on, for a process that is about to load torch: Interrupted is raised at once."""
+    flag = StopFlag(at_once=True)
+    _of_the_process[:] = [flag]
+    for signum in _listened_to():
+        signal.signal(signum, flag.handle)
+
+
+def process_flag() -> StopFlag:
+    """The flag that signals set since ``catch_signals``, with what has come already; a new one without that."""
+    return _of_the_process[0] if _of_the_process else StopFlag()
+
+
+def exit_soon_with(code: int) -> None:
+    """Let a signal that comes while Python shuts down end the process with ``code``, which is decided by now."""
+    for signum in _listened_to():
+        signal.signal(signum, lambda *_: os._exit(code))
 
 
 @contextmanager
 def signals_as(flag: StopFlag) -> Iterator[None]:
-    """Inside, Ctrl-C, SIGTERM and SIGUSR1 set ``flag``, and a second Ctrl-C ends the process at once.
+    """Inside, signals set ``flag``, and a second Ctrl-C ends the process at once.
 
     Python allows handlers in the main thread only; in any other one, this only lets ``flag`` be checked.
     """
@@ -84,19 +129,28 @@ def signals_as(flag: StopFlag) -> Iterator[None]:
         if threading.current_thread() is not threading.main_thread():
             yield
             return
-        reader, writer = socket.socketpair()
-        writer.setblocking(False)  # noqa: FBT003  (its only parameter)
-        # the kernel's signal is written here at once, also while the main thread is inside a long call of torch
-        old_fd = signal.set_wakeup_fd(writer.fileno(), warn_on_full_buffer=False)
-        thread = threading.Thread(target=_stop_at_second, args=(reader,), daemon=True, name="second Ctrl-C")
-        thread.start()
-        before: dict[int, Any] = {s: signal.signal(s, flag.handle) for s in _WATCHED}
-        try:
-            yield
-        finally:
-            for signum, handler in before.items():
-                signal.signal(signum, handler)
-            signal.set_wakeup_fd(old_fd)
-            writer.close()  # the thread reads the end and returns
-            thread.join()
-            reader.close()
+        with nullcontext() if flag.second_raises else _second_ends():
+            before: dict[int, Any] = {s: signal.signal(s, flag.handle) for s in _listened_to()}
+            try:
+                yield
+            finally:
+                for signum, handler in before.items():
+                    signal.signal(signum, handler)
+
+
+@contextmanager
+def _second_ends() -> Iterator[None]:
+    """Inside, a second Ctrl-C ends the process."""
+    reader, writer = socket.socketpair()
+    writer.setblocking(False)  # noqa: FBT003  (its only parameter)
+    # the kernel's signal is written here at once, also while the main thread is inside a long call of torch
+    old_fd = signal.set_wakeup_fd(writer.fileno(), warn_on_full_buffer=False)
+    thread = threading.Thread(target=_stop_at_second, args=(reader,), daemon=True, name="second Ctrl-C")
+    thread.start()
+    try:
+        yield
+    finally:
+        signal.set_wakeup_fd(old_fd)
+        writer.close()  # the thread reads the end and returns
+        thread.join()
+        reader.close()

@@ -51,4 +51,6 @@ class SkipReporter:
         if self._samples_of is None:
             return error
         samples = listed(self._samples_of(epoch, number))
-        return NonFiniteError(f"{error} The last of them was batch {number} of epoch {epoch}: {samples}.")
+        return NonFiniteError(
+            f"{error} The last of them was batch {number + 1} of epoch {epoch + 1}: {samples}."
+        )

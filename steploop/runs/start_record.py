@@ -28,6 +28,7 @@ def record(request: Request, recipe: Recipe, tuning: Mapping[str, int]) -> None:
         "steploop": __version__,
         "recipe": {"path": str(path), "name": request.recipe.name, "sha256": request.recipe.sha256},
         "config": to_json(request.config),
+        "epochs_from": 1,  # in the lines of metrics.jsonl; 0.1.0 counted from 0
         "device": str(request.device),
         "precision": lead(recipe.state).precision,
         "data": recipe.data,

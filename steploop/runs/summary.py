@@ -6,8 +6,10 @@ from typing import Any
 
 import attrs
 
+from steploop.core.early_stopping import Best
 from steploop.recipe.recipe import Recipe, State
-from steploop.runs.members import attempted_steps, lead
+from steploop.runs.logs.progress_text import counted, duration, format_values
+from steploop.runs.members import attempted_steps, epoch_of, lead
 from steploop.runs.plan import Ending
 from steploop.runs.requests import Request
 from steploop.runs.signals import StopFlag, exit_code_of
@@ -18,9 +20,21 @@ __all__ = ["Summary", "plain_metrics", "summarize"]
 
 @attrs.frozen(kw_only=True)
 class Summary:
-    """How a run ended: the last line on stdout."""
+    """How a run ended: the last line on stdout.
+
+    Attributes:
+        state: finished or interrupted.
+        ending: why it ended: finished, early_stop, limit or interrupted.
+        exit_code: of the command line.
+        run: the run directory.
+        epoch: the epoch of the last step, counted from 1; 0 before the first step.
+        metrics: of the last evaluation; None for a number that is not finite.
+        best: "metric", "value", "step" and "epoch" of the best evaluation; None where nothing is monitored.
+        seconds: of training and evaluation, those before a resume included.
+    """
 
     state: str
+    ending: Ending
     exit_code: int
     run: str
     recipe: str
@@ -34,6 +48,26 @@ class Summary:
     metrics: Mapping[str, float | None]
     best: Mapping[str, Any] | None
     seconds: float
+
+    def __str__(self) -> str:
+        """One sentence for a person."""
+        how = {"early_stop": "Stopped early", "limit": "Stopped at the limit of steps"}
+        said = how.get(self.ending, self.state.capitalize())
+        text = f"{said} after {counted(self.epoch, 'epoch')}, {counted(self.steps_attempted, 'step')}"
+        if self.steps_skipped:
+            text += f" ({self.steps_skipped} skipped)"
+        text += f" in {duration(self.seconds)}"
+        if self.metrics:
+            text += f": {format_values(self.metrics)}"
+        if self.best is not None:
+            best = self.best
+            text += f". Best {format_values({best['metric']: best['value']})} at step {best['step']} (epoch {best['epoch']})"
+        return text + "."
+
+
+def best_entry(metric: str | None, best: Best) -> dict[str, Any]:
+    """The best evaluation as a summary and status.json have it; the state counts its epochs from 0."""
+    return {"metric": metric, "value": best.value, "step": best.step, "epoch": best.epoch + 1}
 
 
 def plain_metrics(metrics: Mapping[str, float | None]) -> dict[str, float | None]:
@@ -67,17 +101,18 @@ def summarize(
     interrupted = ending == "interrupted" and stop.signum is not None
     return Summary(
         state="interrupted" if ending == "interrupted" else "finished",
+        ending=ending,
         exit_code=exit_code_of(stop.signum) if interrupted and stop.signum is not None else 0,
         run=readable(request.directory.path),
         recipe=request.recipe.name,
         data=recipe.data,
         device=str(request.device),
         precision=first.precision,
-        epoch=first.epoch,
+        epoch=epoch_of(state),
         steps_attempted=attempted_steps(state),
         steps_applied=first.step,
         steps_skipped=first.attempted_steps - first.step,
         metrics=plain_metrics(metrics),
-        best=None if first.best is None else {"metric": recipe.monitor, **attrs.asdict(first.best)},
+        best=None if first.best is None else best_entry(recipe.monitor, first.best),
         seconds=round(time.perf_counter() - since_s, 3),
     )

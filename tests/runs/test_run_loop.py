@@ -164,7 +164,7 @@ def test_a_recipe_without_batches_is_refused_before_the_first_step():
         def __len__(self):
             return 3
 
-    with pytest.raises(EmptyDataError, match=r"Epoch 0 has not a single batch, although len\(batches\) is 3"):
+    with pytest.raises(EmptyDataError, match=r"Epoch 1 has not a single batch, although len\(batches\) is 3"):
         fold(a_recipe(batches=Lying()))
 
 

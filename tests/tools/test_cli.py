@@ -146,8 +146,8 @@ def test_a_run_that_is_not_finite_ends_with_code_5_and_keeps_finite_parameters(t
     err = capsys.readouterr().err
     assert "3 steps in a row had gradients that were not finite" in err
     order = epoch_order(28, seed=0, epoch=1).tolist()
-    # attempted step 8 is batch 1 of the second epoch; the third in a row ends the run, and is no event but its error
-    assert f"The last of them was batch 3 of epoch 1: samples {order[12:16]}." in err
+    # attempted step 8 is batch 2 of the second epoch; the third in a row ends the run, and is no event but its error
+    assert f"The last of them was batch 4 of epoch 2: samples {order[12:16]}." in err
     assert len(err.splitlines()) == 1
     skipped = [line for line in lines(out) if line.get("event") == "skipped" and line["attempted"] > 8]
     assert [line["samples"] for line in skipped] == [order[4:8], order[8:12]]
@@ -286,7 +286,7 @@ def test_progress_fits_the_terminal(width):
     assert len(shown) <= width
     assert "\n" not in shown
     if width >= 80:
-        assert "epoch 9/90 step 12345 " in shown
+        assert "epoch 8/90 step 12345 " in shown
         assert all(
             part in shown for part in ("loss 2.346", "lr 1.3e-04", "grad 123.5", "123k/s", "3:25:45 left")
         )
@@ -304,17 +304,18 @@ def test_without_a_terminal_a_line_comes_every_few_seconds(monkeypatch, capsys):
     for step in range(5):
         screen.train(a_line(step=step), done=0.1, left_s=None)
     assert capsys.readouterr().out.splitlines() == [
-        f"epoch 9/90 step {step}  loss 2.346  lr 1.3e-04  grad 123.5  123k/s" for step in (0, 3)
+        f"epoch 8/90 step {step}  loss 2.346  lr 1.3e-04  grad 123.5  123k/s" for step in (0, 3)
     ]
 
 
 def test_numbers_of_several_states_stand_side_by_side():
-    from steploop.runs.logs.screens import format_step
+    from steploop.runs.logs.progress_text import format_step
 
     line = a_line(**{"g.loss": 1.0, "d.loss": 0.5, "g.learning_rate": 0.1, "d.learning_rate": 0.2})
     for name in ("loss", "learning_rate", "grad_norm"):
         del line[name]
-    assert format_step(line)[1].startswith("loss 1/0.5  lr 0.1/0.2")
+    parts = format_step(line)[1]
+    assert (parts["loss"], parts["lr"]) == ("loss 1/0.5", "lr 0.1/0.2")
 
 
 def test_a_traceback_of_the_users_own_code_is_not_hidden(tmp_path):
@@ -375,7 +376,7 @@ def test_compile_auto_measures_both_forms_and_records_the_figures(tmp_path, caps
 def test_compile_stands_alone_or_takes_a_mode(words, mode, tmp_path, monkeypatch):
     seen = []
 
-    def carry_out(request, screen):
+    def carry_out(request, screen, stop):
         seen.append(request)
         raise SystemExit(0)
 

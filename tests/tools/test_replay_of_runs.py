@@ -35,11 +35,11 @@ def test_a_run_that_explodes_is_replayed(tmp_path, capsys, where, named):
     assert (summary["steps_attempted"], summary["steps_skipped"]) == (20, 1)
     record = read_run(run)
     (event,) = record.events
-    assert (event["attempted"], event["epoch"], event["capsule"]) == (14, 1, "capsules/step-000000000013")
+    assert (event["attempted"], event["epoch"], event["capsule"]) == (14, 2, "capsules/step-000000000013")
     assert record.skipped_steps() == (14,)
     assert call(["replay", str(run / event["capsule"])]) == 0
     text = capsys.readouterr().out
-    assert text.startswith("Attempted step 13 (epoch 1, batch 3), recorded on cpu with torch ")
+    assert text.startswith("Attempted step 14 (epoch 2, batch 4), recorded on cpu with torch ")
     assert f"\n{named} (" in text
     assert "What went in:\n  input 0 (8, 6) float32" in text
     assert call(["replay", str(run / event["capsule"]), "--json"]) == 0

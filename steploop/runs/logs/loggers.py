@@ -1,27 +1,12 @@
-"""The Logger interface, and several loggers as one: a logger that fails is reported once and left out, the run goes on."""
+"""Several loggers as one: a logger that fails is reported once and left out, the run goes on."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Protocol
+from pathlib import Path
+from typing import Any
+
+from steploop.recipe.recipe import Logger
 
 __all__ = ["Logger", "Loggers"]
-
-
-class Logger(Protocol):
-    """Whatever takes named numbers at a step: a function with a ``close()``.
-
-    It may have a ``rewrite(rows)`` besides, which is called at a resume with all the (step, values) that stand.
-    """
-
-    def __call__(self, step: int, values: Mapping[str, float]) -> None:
-        """Take the numbers of one step.
-
-        Args:
-            step: optimizer steps applied.
-            values: name -> number; all are finite. Names with a slash (``eval/accuracy``) group as in TensorBoard.
-        """
-
-    def close(self) -> None:
-        """Write out what is held back; nothing is logged afterwards."""
 
 
 class Loggers:
@@ -34,6 +19,7 @@ class Loggers:
 
     def __init__(self, loggers: Sequence[Logger], report: Callable[[str], None]) -> None:
         self._loggers = list(loggers)
+        self._given = list(loggers)
         self._report = report
 
     def __call__(self, step: int, values: Mapping[str, float]) -> None:
@@ -44,22 +30,39 @@ class Loggers:
             except Exception as error:  # noqa: BLE001  (a full disk or a lost server must not cost the training)
                 self._fail(logger, error)
 
+    def begin(self, directory: Path) -> None:
+        """Tell those that want to know where the run's files are."""
+        self._ask("begin", directory)
+
+    def add(self, loggers: Iterable[Logger], directory: Path) -> None:
+        """Add those that are not among them yet: a later phase of a recipe may bring some of its own."""
+        known = {id(logger) for logger in self._given}
+        new = [logger for logger in loggers if id(logger) not in known]
+        self._given += new
+        entered = Loggers(new, self._report)
+        entered.begin(directory)
+        self._loggers += entered._loggers
+
     def rewrite(self, rows: Iterable[tuple[int, Mapping[str, float]]]) -> None:
         """Tell those that can what stands of all that was logged before: a resume takes some steps again."""
         kept = list(rows)
-        for logger in tuple(self._loggers):
-            try:
-                if (rewrite := getattr(logger, "rewrite", None)) is not None:
-                    rewrite(kept)
-            except Exception as error:  # noqa: BLE001  (likewise)
-                self._fail(logger, error)
+        self._ask("rewrite", kept)
+
+    def flush(self) -> None:
+        """Let those that hold something back write it: a checkpoint follows."""
+        self._ask("flush")
 
     def close(self) -> None:
         """Close all of them."""
+        self._ask("close")
+
+    def _ask(self, method: str, *arguments: Any) -> None:
+        """Call a method of each logger that has it."""
         for logger in tuple(self._loggers):
             try:
-                logger.close()
-            except Exception as error:  # noqa: BLE001  (likewise)
+                if (found := getattr(logger, method, None)) is not None:
+                    found(*arguments)
+            except Exception as error:  # noqa: BLE001  (as above)
                 self._fail(logger, error)
 
     def _fail(self, logger: Logger, error: Exception) -> None:

@@ -103,7 +103,7 @@ def _describe_state(name: str, values: Mapping[str, Any]) -> Iterator[str]:
     if name:
         yield f"[{name}]"
     skipped = values["attempted_steps"] - values["applied_steps"]
-    yield f"step         {values['applied_steps']} ({skipped} skipped), epoch {values['epoch']}, batch {values['batch']}"
+    yield f"step         {values['applied_steps']} ({skipped} skipped), epoch {values['epoch'] + (values['batch'] > 0)}, batch {values['batch']}"
     yield f"seed         {values['seed']}, precision {values['precision']}"
     yield f"optimizer    {values['optimizer']}"
     for number, group in enumerate(values["hyper"]):

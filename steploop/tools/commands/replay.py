@@ -40,7 +40,7 @@ def replay(
         import attrs
 
         entry = {
-            "attempted": found.capsule.about["attempted"],
+            "attempted": found.capsule.about["attempted"] + 1,  # as in metrics.jsonl: the first step is 1
             "reproduced": found.reproduced,
             "overflow": found.overflow,
             "anomaly": found.anomaly,
@@ -64,7 +64,7 @@ def _without_nan(value: Any) -> Any:
 def _lines(found: "Replay") -> list[str]:
     about, finding = found.capsule.about, found.finding
     lines = [
-        f"Attempted step {about['attempted']} (epoch {about['epoch']}, batch {about['batch']}), recorded on {about['device']} with torch {about['torch']}."
+        f"Attempted step {about['attempted'] + 1} (epoch {about['epoch'] + 1}, batch {about['batch'] + 1}), recorded on {about['device']} with torch {about['torch']}."
     ]
     for name, (then, now) in found.losses.items():
         lines.append(f"{name + ': ' if name else ''}loss {then} then, {now} now.")

@@ -1,18 +1,17 @@
 """``steploop run`` and ``steploop resume``: options to a request, and the run's summary as the last line of stdout."""
 
-import json
 import sys
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 from typer.core import TyperCommand
 
 from steploop.errors import ConfigError
-
-if TYPE_CHECKING:
-    from steploop.runs.summary import Summary
+from steploop.runs.safe_text import safe_text
+from steploop.runs.standard_streams import lasting_streams
+from steploop.tools.commands.endings import finish
 
 __all__ = ["RunCommand", "resume", "run"]
 
@@ -112,7 +111,6 @@ def run(
 ) -> None:
     """Train RECIPE; what it did goes to a run directory, its last metrics to stdout as one JSON line."""
     from steploop.recipe.config_values import split_assignments
-    from steploop.runs.requests import make_request, resume_request
     from steploop.runs.text_names import readable
 
     values: dict[str, Any] = dict(split_assignments([readable(text) for text in overrides or []]))
@@ -126,25 +124,40 @@ def run(
         "tensorboard": tensorboard, "csv": csv, "mlflow": mlflow, "wandb": wandb, "layer_norms": layer_norms,
         "compile": _COMPILE[compile], "tune": not no_tune, "require_exact": require_exact,
     }  # fmt: skip
-    if resume_from is not None:
-        if out is not None:
+    with lasting_streams():
+        if not quiet:
+            _say_what_takes_long(resume_from or recipe)
+        from steploop.runs.requests import make_request, resume_request
+
+        if resume_from is not None:
+            if out is not None:
+                raise ConfigError(
+                    "--out and --resume are both given. A resumed run goes on in its own directory: leave --out out."
+                )
+            from steploop.runs.trust import require_trust
+
+            require_trust(resume_from, trust=trust, command="resume")
+            request = resume_request(resume_from, recipe, values, **options)
+        elif recipe is None:
             raise ConfigError(
-                "--out and --resume are both given. A resumed run goes on in its own directory: leave --out out."
+                "Which recipe? Give a file or a name, as in steploop run cifar_amp, or --resume DIR."
             )
-        from steploop.runs.trust import require_trust
+        else:
+            request = make_request(recipe, values, out=out, **options)
+        from steploop.runs.conduct import carry_out
+        from steploop.runs.logs.screens import choose_screen
+        from steploop.runs.signals import process_flag
 
-        require_trust(resume_from, trust=trust, command="resume")
-        request = resume_request(resume_from, recipe, values, **options)
-    elif recipe is None:
-        raise ConfigError(
-            "Which recipe? Give a file or a name, as in steploop run cifar_amp, or --resume DIR."
-        )
-    else:
-        request = make_request(recipe, values, out=out, **options)
-    from steploop.runs.conduct import carry_out
-    from steploop.runs.logs.screens import choose_screen
+        code = finish(carry_out(request, choose_screen(quiet=quiet), process_flag()))
+    if code:
+        raise SystemExit(code)
 
-    finish(carry_out(request, choose_screen(quiet=quiet)))
+
+def _say_what_takes_long(what: str | Path | None) -> None:
+    """Tell the user at once that the command was understood: torch takes seconds to load."""
+    if what is not None and "torch" not in sys.modules:
+        sys.stdout.write(f"starting {safe_text(what)}: loading torch ...\n")
+        sys.stdout.flush()
 
 
 def resume(
@@ -163,19 +176,3 @@ def resume(
         overrides=overrides, resume_from=directory, device=device, epochs=epochs, limit_steps=limit_steps,
         quiet=quiet, require_exact=require_exact, trust=trust,
     )  # fmt: skip
-
-
-def finish(summary: "Summary") -> None:
-    """Write the summary as the last line of stdout, say how to go on if that is due, and exit with its code."""
-    import attrs
-
-    line = attrs.asdict(summary)
-    if summary.state == "interrupted":
-        line["resume"] = f"steploop resume {summary.run}"
-        sys.stderr.write(
-            f"Interrupted after step {summary.steps_attempted}, which is saved. Go on with: {line['resume']}\n"
-        )
-    sys.stdout.write(json.dumps(line, allow_nan=False) + "\n")
-    sys.stdout.flush()
-    if summary.exit_code:
-        raise SystemExit(summary.exit_code)

@@ -79,7 +79,7 @@ def events(runs: Sequence[RunRecord], names: Sequence[str]) -> str:
             )
             at = event.get("attempted", event.get("step", ""))
             place = (
-                f"epoch {event['epoch'] + 1}, batch {event['batch']}"
+                f"epoch {event['epoch']}, batch {event['batch']}"
                 if {"epoch", "batch"} <= event.keys()
                 else ""
             )

@@ -65,10 +65,7 @@ def result_of(run: RunRecord) -> Result | None:
 def epoch_of(line: Line) -> int | None:
     """The epoch that a line belongs to, counted from 1: the one that its last batch was of."""
     epoch = line.get("epoch")
-    if not isinstance(epoch, int):
-        return None
-    # a run counts finished epochs and batches of the next; at the very end that one has not begun
-    return epoch + 1 if line.get("batch") else max(epoch, 1)
+    return max(epoch, 1) if isinstance(epoch, int) else None
 
 
 def outcome(run: RunRecord) -> str:
