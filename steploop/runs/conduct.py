@@ -96,10 +96,10 @@ class _Run:
                 recipe = self._request.recipe.build(self._request.config, self._request.device)
                 record(self._request, recipe, tuning)
                 announce(self._request, recipe, self._screen)
-                status = Status(
-                    self._directory, monitor=recipe.monitor, **{k: before[k] for k in _KEPT if k in before}
-                )
-                outlets = open_outlets(self._request, status, self._screen.note)
+            status = Status(
+                self._directory, monitor=recipe.monitor, **{k: before[k] for k in _KEPT if k in before}
+            )
+            outlets = open_outlets(self._request, status, self._screen.note)
         except BaseException:
             if not self._request.resume:
                 forget(self._directory)
