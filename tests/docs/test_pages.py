@@ -5,6 +5,7 @@ import importlib.util
 import io
 import random
 import re
+import warnings
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,8 @@ from steploop.tools.commands.docs import read_pages
 PAGES = Path(steploop.__file__).parent / "docs"
 # a Python block, and the text block of its output if one follows at once
 BLOCK = re.compile(r"^```python\n(.*?)^```$(?:\n+^```text\n(.*?)^```$)?", re.MULTILINE | re.DOTALL)
+# the first line of a block that the other blocks of its page begin with
+SHARED = "# Every example on this page begins with this."
 # the first line of a block that needs packages beyond those of the test extra
 NEEDS = re.compile(r"# needs: (.+)")
 
@@ -23,24 +26,36 @@ NEEDS = re.compile(r"# needs: (.+)")
 def blocks():
     for name in read_pages():
         text = (PAGES / f"{name}.md").read_text(encoding="utf-8")
+        shared = ""
         for match in BLOCK.finditer(text):
-            line = text.count("\n", 0, match.start()) + 2
-            yield pytest.param(name, line, *match.groups(), id=f"{name}-{line}")
+            program = placed(match[1], text.count("\n", 0, match.start()) + 1)
+            if program.lstrip().startswith(SHARED):
+                shared = program
+            line = program.count("\n") - match[1].count("\n") + 1
+            yield pytest.param(name, shared, program, match[2], id=f"{name}-{line}")
 
 
-@pytest.mark.parametrize(("page", "line", "program", "shown"), list(blocks()))
-def test_a_block_runs(page, line, program, shown, tmp_path, monkeypatch):
-    """A block stands by itself: it runs in an empty folder, in a namespace of its own."""
-    if needs := NEEDS.match(program):
+def placed(program, line):
+    """The program below so many empty lines, so that an error names the line of the page."""
+    return "\n" * line + program
+
+
+@pytest.mark.parametrize(("page", "shared", "program", "shown"), list(blocks()))
+def test_a_block_runs(page, shared, program, shown, tmp_path, monkeypatch):
+    """In an empty folder, in a namespace that holds nothing but what its page shares."""
+    if needs := NEEDS.match(program.lstrip()):
+        warnings.simplefilter("ignore", FutureWarning)  # what other libraries plan is not the page's error
+        warnings.simplefilter("ignore", DeprecationWarning)
         missing = [name for name in needs[1].split(", ") if importlib.util.find_spec(name) is None]
         if missing:
             pytest.skip(f"needs {', '.join(missing)}")
     monkeypatch.chdir(tmp_path)
     printed, namespace = io.StringIO(), {"__name__": "page"}
-    python = random.getstate()
+    python, name = random.getstate(), str(PAGES / f"{page}.md")
     with torch.random.fork_rng(), contextlib.redirect_stdout(printed):
         torch.manual_seed(0)
-        exec(compile("\n" * (line - 1) + program, str(PAGES / f"{page}.md"), "exec"), namespace)
+        for part in dict.fromkeys([shared, program]):
+            exec(compile(part, name, "exec"), namespace)
     random.setstate(python)
     if shown is not None:
         assert printed.getvalue() == shown
