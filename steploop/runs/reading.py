@@ -16,7 +16,7 @@ from steploop.runs.directory_reader import read_file
 from steploop.runs.journal_lines import Journal, attempted_of, from_one
 from steploop.runs.metrics_file import read_lines
 from steploop.runs.record_values import Line, Status, is_number
-from steploop.runs.standing import read_standing
+from steploop.runs.standing import is_run, read_standing
 
 __all__ = ["Curve", "Line", "RunRecord", "find_runs", "is_run", "read_run"]
 
@@ -176,11 +176,6 @@ def _curves(lines: Iterator[tuple[int, Line]]) -> dict[str, Curve]:
     return {name: Curve(tuple(steps), tuple(values)) for name, (steps, values) in points.items()}
 
 
-def is_run(path: Path) -> bool:
-    """Whether a directory looks like that of a run, be it a damaged one."""
-    return os.path.lexists(path / "config.json") or os.path.lexists(path / "metrics.jsonl")
-
-
 def find_runs(root: Path) -> list[Path]:
     """Run directories at or below ``root``, sorted. Links are not followed, and runs inside of a run are not looked for.
 
@@ -212,7 +207,7 @@ def read_run(path: Path) -> RunRecord:
     Raises:
         ConfigError: there is no run at ``path``.
     """
-    if not path.is_dir() or not is_run(path):
+    if not is_run(path):
         raise ConfigError(
             f"{path} is not a run directory: expected config.json or metrics.jsonl in it. `steploop runs DIR` lists those below DIR."
         )

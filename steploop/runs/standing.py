@@ -1,15 +1,16 @@
 """How a run stands: what it says of itself, whether it is running, and whether to resume it."""
 
+import os
 from pathlib import Path
 
 import attrs
 
-from steploop.errors import DataError
+from steploop.errors import ConfigError, DataError
 from steploop.runs.directory_lock import Owner, run_owner
 from steploop.runs.directory_reader import checkpoint_folders, read_record
 from steploop.runs.record_values import Line, Status, checked_config, checked_status
 
-__all__ = ["Standing", "read_standing"]
+__all__ = ["Standing", "is_run", "read_standing"]
 
 
 @attrs.frozen(kw_only=True)
@@ -36,8 +37,22 @@ class Standing:
     problems: tuple[str, ...]
 
 
+def is_run(path: Path) -> bool:
+    """Whether a directory looks like that of a run, be it a damaged one."""
+    return path.is_dir() and any(os.path.lexists(path / name) for name in ("config.json", "metrics.jsonl"))
+
+
 def read_standing(path: Path) -> Standing:
-    """Read how the run in a directory stands, as far as it can be read. Whether it runs is asked of its lock."""
+    """Read how the run in a directory stands, as far as it can be read. Whether it runs is asked of its lock.
+
+    Raises:
+        ConfigError: there is no run in it.
+    """
+    if not is_run(path):
+        what = "holds no run (there is no config.json)" if path.is_dir() else "is no directory"
+        raise ConfigError(
+            f"{path} {what}. Give the directory that steploop run wrote, such as runs/cifar_amp-1."
+        )
     problems: list[str] = []
     try:
         written = read_record(path, "config.json")

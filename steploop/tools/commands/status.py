@@ -44,11 +44,13 @@ def describe(run: Path) -> dict[str, Any]:
         "state" (finished, interrupted, failed, died, running, unknown), "pid", "host", "exit_code", "step" (the last
         that is known to be taken, or None), "checkpoint" (the newest one's path or None), "error", "resume": whether
         resuming it would train on, and "problems": a sentence for each record that could not be read.
+
+    Raises:
+        ConfigError: there is no run in the directory.
     """
-    from steploop.runs.directory import open_directory
     from steploop.runs.standing import read_standing
 
-    standing = read_standing(open_directory(run).path)
+    standing = read_standing(run)
     said, owner, newest = standing.status, standing.owner, standing.checkpoint
     saved = None if newest is None else int(newest.name.removeprefix("step-"))
     # a run that was killed wrote no status since its last evaluation; its last checkpoint may be younger
