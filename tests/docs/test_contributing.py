@@ -15,7 +15,7 @@ from steploop.core.steps.clip import unscale_and_clip
 from steploop.runs.requests import Request
 from steploop.testing import clipping_laws
 from steploop.testing.strategies import curves
-from steploop.tools.cli import app
+from steploop.tools.application import app
 from steploop.tools.report.schedule_previews import preview_schedules
 
 PACKAGE = Path(steploop.__file__).parent

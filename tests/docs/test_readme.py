@@ -9,7 +9,7 @@ import pytest
 import typer
 
 from steploop.recipe import shipped_recipes
-from steploop.tools.cli import app
+from steploop.tools.application import app
 from steploop.tools.commands.docs import read_pages
 
 ROOT = Path(__file__).parents[2]
