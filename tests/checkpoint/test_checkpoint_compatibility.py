@@ -1,4 +1,4 @@
-"""A state is loaded only into one it fits, by name, shape and dtype (FAULTS C9, C10), or as ``migrate`` says."""
+"""A state is loaded only into one it fits, by name, shape and dtype, or as ``migrate`` says."""
 
 import pytest
 import torch
@@ -40,7 +40,7 @@ def net(params=None, *, optimizer=ADAM, steps=0, buffers=None, frozen=(), **opti
 
 ONE, TWO = {"a": torch.zeros(2, 3)}, {"a": torch.zeros(2, 3), "b": torch.zeros(3)}
 
-# what is saved, what it is loaded into, what the message says (C9; torch itself accepts the marked ones silently)
+# what is saved, what it is loaded into, what the message says (torch itself accepts the marked ones silently)
 DIFFERENT = {
     "a parameter more": (net(TWO), net(ONE), "parameter b: in the checkpoint only, float32 (3,)"),
     "a parameter less": (net(ONE), net(TWO), "parameter b: not in the checkpoint, float32 (3,)"),
@@ -66,7 +66,6 @@ DIFFERENT = {
 
 @pytest.mark.parametrize("kind", DIFFERENT)
 def test_a_state_that_does_not_fit_is_refused_and_nothing_is_loaded(tmp_path, kind):
-    """C9, C10."""
     saved, like, said = DIFFERENT[kind]
     checkpoint.save(saved, tmp_path / "a")
     before = checkpoint.digest(like)
@@ -78,7 +77,6 @@ def test_a_state_that_does_not_fit_is_refused_and_nothing_is_loaded(tmp_path, ki
 
 
 def test_another_optimizer_with_the_same_name_is_told_by_its_hyperparameters(tmp_path):
-    """C10."""
 
     class Adam(torch.optim.SGD):
         pass
@@ -91,7 +89,6 @@ def test_another_optimizer_with_the_same_name_is_told_by_its_hyperparameters(tmp
 
 
 def test_ten_differences_are_listed_and_the_rest_counted(tmp_path):
-    """C9."""
     checkpoint.save(net({f"p{i}": torch.zeros(1) for i in range(20)}), tmp_path / "a")
     with pytest.raises(CheckpointIncompatibleError) as e:
         checkpoint.load(tmp_path / "a", like=net(ONE))
@@ -109,7 +106,6 @@ def test_a_different_state_in_a_mapping_is_named(tmp_path):
 
 
 def test_a_renamed_parameter_takes_its_moments_along(tmp_path):
-    """C10."""
     saved = net({"a": torch.ones(2), "b": torch.ones(3)}, steps=1, ema=True)
     checkpoint.save(saved, tmp_path / "a")
     like = net({"c": torch.zeros(2), "b": torch.zeros(3)}, ema=True)
@@ -135,7 +131,7 @@ def test_a_replaced_head_keeps_what_this_state_has(tmp_path):
 
 
 def test_an_empty_map_allows_another_optimizer_grouping_freezing_and_order(tmp_path):
-    """C10: what differs besides names is taken from ``like``; moments go with parameters of the same optimizer class."""
+    """What differs besides names is taken from ``like``; moments go with parameters of the same optimizer class."""
     saved = net({"a": torch.ones(2), "b": torch.ones(3)}, steps=1)
     checkpoint.save(saved, tmp_path / "a")
     other = Optimizer(torch.optim.SGD, lr=0.5)
@@ -182,7 +178,6 @@ def test_precision_follows_this_state_and_the_loss_scale_is_kept_between_fp16_st
 
 
 def test_what_the_map_does_not_name_is_refused(tmp_path):
-    """C10."""
     checkpoint.save(net(TWO), tmp_path / "a")
     with pytest.raises(
         CheckpointIncompatibleError,

@@ -1,4 +1,4 @@
-"""What a run goes on with after a load: its rates (FAULTS B4), the environment it was written in (B7), odd tensors (F4, F6).
+"""What a run goes on with after a load: its rates, the environment it was written in, odd tensors.
 
 What these would catch: a schedule that counts from the resume on, a momentum or a second group that is left behind, a key
 of the environment that nobody compares, a layout that is stored and not restored.
@@ -84,7 +84,7 @@ def step_of(rate):
 @pytest.mark.usefixtures("_quick_disk")
 @pytest.mark.parametrize("name", SCHEDULES)
 def test_every_schedule_goes_on_with_the_same_rates_after_a_stop_at_any_step(name, tmp_path):
-    """B4. Float-equal, for every step, every group, and the momentum where it moves."""
+    """Float-equal, for every step, every group, and the momentum where it moves."""
     step, seen = step_of(SCHEDULES[name]), []
 
     def watched(state, batch):
@@ -107,7 +107,6 @@ def test_every_schedule_goes_on_with_the_same_rates_after_a_stop_at_any_step(nam
 
 @pytest.mark.parametrize("key", _EXACT)
 def test_every_key_of_the_environment_is_compared_and_named(key, tmp_path):
-    """B7."""
     checkpoint.save(make_linear(), tmp_path / "a")
     body = json.loads((tmp_path / "a" / "environment.json").read_text())
     body[key] = "another"
@@ -121,7 +120,6 @@ def test_every_key_of_the_environment_is_compared_and_named(key, tmp_path):
 
 
 def test_the_environment_has_all_that_the_last_bits_depend_on():
-    """B7."""
     assert {
         "torch",
         "python",
@@ -143,7 +141,7 @@ def holding(buffers):
 
 
 def test_a_state_with_every_kind_of_tensor_comes_back_to_the_bit(tmp_path):
-    """F4. Every dtype with any bits in it, every layout, as buffers of a module."""
+    """Every dtype with any bits in it, every layout, as buffers of a module."""
     odd = {f"{dtype}".replace("torch.", "of_"): random_bits(dtype, (2, 3)) for dtype in DTYPES}
     odd |= {"scalar": random_bits(torch.float32, ()), "none": torch.ones(0), "rows": torch.ones(0, 5)}
     layouts = {kind.replace(",", "").replace(" ", "_"): t.detach() for kind, t in (ZOO | LOOSE).items()}
@@ -160,7 +158,7 @@ def test_a_state_with_every_kind_of_tensor_comes_back_to_the_bit(tmp_path):
 
 @pytest.mark.parametrize("kind", [kind for kind in unsupported() if kind not in {"meta", "subclass"}])
 def test_a_state_with_a_tensor_that_no_file_holds_is_refused_with_nothing_written(kind, tmp_path):
-    """F4. The typed error comes before any file exists; the device's own are refused by TrainState.create."""
+    """The typed error comes before any file exists; the device's own are refused by TrainState.create."""
     tensor, said = unsupported()[kind]
     with pytest.raises(CheckpointUnsupportedError, match=f"'odd' is {said}, which a checkpoint cannot hold"):
         checkpoint.save(holding({"odd": tensor}), tmp_path / "a")
@@ -168,7 +166,7 @@ def test_a_state_with_a_tensor_that_no_file_holds_is_refused_with_nothing_writte
 
 
 def test_parameters_added_after_the_start_are_none_of_the_state(tmp_path):
-    """F6. It trains and saves what it was made with; a new state takes them all."""
+    """It trains and saves what it was made with; a new state takes them all."""
     model = nn.Sequential(nn.Linear(3, 3))
     state = TrainState.create(model, Optimizer(torch.optim.SGD, lr=0.1))
     model.append(nn.Linear(3, 2))

@@ -1,4 +1,4 @@
-"""Saving and loading a state gives the state (FAULTS B3, B5, B7, C11, E5, F3, F6, F7, F9, F10), and a golden one still loads."""
+"""Saving and loading a state gives the state, and a golden one still loads."""
 
 import json
 import warnings
@@ -48,7 +48,6 @@ def full_state(seed=0):
 
 
 def test_a_loaded_state_is_the_saved_one_and_goes_on_as_it(tmp_path):
-    """B1."""
     batches = make_batches(6)
     saved = advanced(make_state(0), 3, batches)
     checkpoint.save(saved, tmp_path / "half")
@@ -60,7 +59,7 @@ def test_a_loaded_state_is_the_saved_one_and_goes_on_as_it(tmp_path):
 
 @pytest.mark.parametrize("stops", [(0,), (1, 3, 4), (5,), (6,)], ids=str)
 def test_stopping_several_times_in_an_epoch_changes_no_bit(tmp_path, stops):
-    """B3. The first batch, the last, one past it, and three stops in one epoch."""
+    """The first batch, the last, one past it, and three stops in one epoch."""
     batches = make_batches(6)
     whole = reduce(train_step, batches, make_state(0))
     state = make_state(0)
@@ -73,13 +72,13 @@ def test_stopping_several_times_in_an_epoch_changes_no_bit(tmp_path, stops):
 
 
 def test_every_field_of_a_state_is_saved_or_in_flight():
-    """B5. A field that someone adds and forgets here fails this test."""
+    """A field that someone adds and forgets here fails this test."""
     known = {*collecting.SCALARS, *collecting.RECORDS, *collecting.TENSORS, *collecting.IN_FLIGHT}
     assert {field.name for field in attrs.fields(TrainState)} == known
 
 
 def test_every_leaf_survives_and_counts_in_the_digest(tmp_path):
-    """B5. Changing any one leaf changes the digest, and comes back."""
+    """Changing any one leaf changes the digest, and comes back."""
     state = full_state()
     fields = ("_params", "_buffers", "_slots", "_ema", "hyper", *collecting.SCALARS, *collecting.RECORDS)
     leaves = [name for name, _ in named_leaves({key: getattr(state, key) for key in fields})]
@@ -133,7 +132,6 @@ def with_changed_leaf(state, path):
 
 
 def test_saving_leaves_the_state_and_the_random_numbers_as_they_were(tmp_path):
-    """F7."""
     state = full_state()
     before, random_state = checkpoint.digest(state), torch.get_rng_state()
     threads = torch.get_num_threads()
@@ -145,7 +143,7 @@ def test_saving_leaves_the_state_and_the_random_numbers_as_they_were(tmp_path):
 
 
 def test_equal_states_give_equal_bytes(tmp_path):
-    """F10. Whatever depends on time and place stands in environment.json, which is not part of the digest."""
+    """Whatever depends on time and place stands in environment.json, which is not part of the digest."""
     one, two = full_state(), full_state()
     assert (
         checkpoint.save(one, tmp_path / "a") == checkpoint.save(two, tmp_path / "b") == checkpoint.digest(one)
@@ -213,7 +211,6 @@ def tied_state(seed):
 
 
 def test_tied_weights_are_stored_once_and_are_one_parameter_after_loading(tmp_path):
-    """F3."""
     batch = torch.arange(5), torch.arange(5)
     state = train_step(tied_state(0), batch)
     checkpoint.save(state, tmp_path / "a")
@@ -231,7 +228,7 @@ def test_tied_weights_are_stored_once_and_are_one_parameter_after_loading(tmp_pa
 
 
 class Odd(nn.Module):
-    """F6: a frozen parameter, one that no loss uses, a buffer that is not persistent, a double and a complex one."""
+    """A frozen parameter, one that no loss uses, a buffer that is not persistent, a double and a complex one."""
 
     def __init__(self, scale=1.0):
         super().__init__()
@@ -250,7 +247,6 @@ def odd_state(scale):
 
 
 def test_frozen_unused_and_transient_values_come_back(tmp_path):
-    """F6."""
     batch = torch.ones(4, 2), torch.zeros(4, dtype=torch.int64)
     state = train_step(odd_state(2.0), batch)
     checkpoint.save(state, tmp_path / "a")
@@ -307,7 +303,7 @@ def optimizer_step_of(name):
     ("name", "options"), VARIANTS, ids=lambda v: v if isinstance(v, str) else ",".join(map(str, v))
 )
 def test_every_torch_optimizer_goes_on_after_loading_as_it_would_have(tmp_path, name, options):
-    """F9. Three steps, save, load, three steps are six steps, bit for bit; and saving leaves the state as it was (F7)."""
+    """Three steps, save, load, three steps are six steps, bit for bit; and saving leaves the state as it was."""
     generator = torch.Generator().manual_seed(0)
     batches = [
         torch.randint(0, 5, (3,), generator=generator)
@@ -345,7 +341,6 @@ def rewritten(path, change):
 @pytest.mark.parametrize("value", [2**53, -1, True, 1.0, "1", None, [1]], ids=repr)
 @pytest.mark.parametrize("key", ["applied_steps", "attempted_steps", "nonfinite_steps", "epoch", "batch"])
 def test_a_counter_that_is_no_count_is_refused(tmp_path, key, value):
-    """E5, C7."""
     checkpoint.save(make_linear(), tmp_path / "a")
     rewritten(tmp_path / "a", lambda values: values.update({key: value}))
     with pytest.raises(
@@ -355,7 +350,6 @@ def test_a_counter_that_is_no_count_is_refused(tmp_path, key, value):
 
 
 def test_the_largest_counts_come_back(tmp_path):
-    """E5."""
     state = make_linear(seed=0).replace(applied_steps=2**53 - 1, seed=2**63 - 1)
     checkpoint.save(state, tmp_path / "a")
     loaded = checkpoint.load(tmp_path / "a", like=make_linear())
@@ -363,7 +357,7 @@ def test_the_largest_counts_come_back(tmp_path):
 
 
 def test_a_count_that_float32_cannot_raise_is_warned_of(tmp_path):
-    """E5. torch's Adam counts in float32, which sticks at 2**24."""
+    """Adam of torch counts in float32, which sticks at 2**24."""
     batch = torch.ones(2, 3), torch.zeros(2, dtype=torch.int64)
     state = train_step(make_linear(optimizer=Optimizer(torch.optim.Adam, lr=0.1)), batch)
     checkpoint.digest(state)
@@ -387,7 +381,6 @@ def test_a_count_that_float32_cannot_raise_is_warned_of(tmp_path):
     ids=str,
 )  # fmt: skip
 def test_a_state_that_no_steploop_writes_is_refused(tmp_path, field, value):
-    """C7."""
     checkpoint.save(make_linear(), tmp_path / "a")
     rewritten(tmp_path / "a", lambda values: values.update({field: value}))
     with pytest.raises(CheckpointDamagedError, match=r"manifest|slots|steploop never writes"):
@@ -415,7 +408,7 @@ def test_a_spent_state_cannot_be_saved_but_can_be_loaded_into(tmp_path):
 
 
 def test_no_generator_state_is_saved(tmp_path):
-    """C11. Randomness is a function of (seed, attempted_steps): there is no generator state to be damaged."""
+    """Randomness is a function of (seed, attempted_steps): there is no generator state to be damaged."""
     checkpoint.save(full_state(), tmp_path / "a")
     names = {
         *load_file(tmp_path / "a" / "model.safetensors"),
@@ -428,7 +421,6 @@ def test_no_generator_state_is_saved(tmp_path):
 
 
 def test_another_environment_is_named_or_refused(tmp_path):
-    """B7."""
     checkpoint.save(make_linear(), tmp_path / "a")
     checkpoint.load(tmp_path / "a", like=make_linear(), require_exact=True)
     body = json.loads((tmp_path / "a" / "environment.json").read_text())
@@ -447,7 +439,6 @@ def test_another_environment_is_named_or_refused(tmp_path):
 
 
 def test_another_number_of_threads_is_another_environment(tmp_path):
-    """B7."""
     checkpoint.save(make_linear(), tmp_path / "a")
     threads = torch.get_num_threads()
     torch.set_num_threads(threads + 1)
@@ -475,7 +466,7 @@ def golden_like(name):
 
 @pytest.mark.parametrize("name", ["single", "pair"])
 def test_the_golden_checkpoints_of_version_1_load(name):
-    """C12. Every later version has to load them; their bytes never change."""
+    """Every later version has to load them; their bytes never change."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", InexactResumeWarning)  # they were written on another machine
         state = checkpoint.load(GOLDEN / f"version-1-{name}", like=golden_like(name))

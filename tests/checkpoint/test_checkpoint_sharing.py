@@ -1,4 +1,4 @@
-"""Weights that share memory (FAULTS F3): one Parameter in several places is tied for good, and anything else is refused.
+"""Weights that share memory: one Parameter in several places is tied for good, and anything else is refused.
 
 What these would catch: a check that compares objects, or starts of memory only, or the outermost bytes only; one that
 comes after the model was moved or copied, when the tie is gone already.
@@ -73,7 +73,7 @@ def ties():
 @pytest.mark.parametrize("kind", ties())
 @pytest.mark.parametrize("options", [{}, {"device": "cpu"}, {"ema": True}], ids=str)
 def test_a_tie_that_a_copy_would_undo_is_refused_at_the_start(kind, options):
-    """F3. Before it is moved anywhere; both are named, and what to do instead."""
+    """Before it is moved anywhere; both are named, and what to do instead."""
     params, buffers, names = ties()[kind]
     model = Holding(params, buffers)
     with pytest.raises(ConfigError) as caught:
@@ -109,7 +109,6 @@ FINE = {
 
 @pytest.mark.parametrize("kind", FINE)
 def test_what_shares_a_storage_and_no_number_trains_and_is_saved(kind, tmp_path):
-    """F3."""
     state = step(TrainState.create(FINE[kind](), SGD), torch.ones(2))
     checkpoint.save(state, tmp_path / "a")
     loaded = checkpoint.load(tmp_path / "a", like=TrainState.create(FINE[kind](), SGD))
@@ -119,7 +118,7 @@ def test_what_shares_a_storage_and_no_number_trains_and_is_saved(kind, tmp_path)
 
 @pytest.mark.parametrize("make", [nn.LSTM, nn.GRU, nn.RNN])
 def test_recurrent_layers_whose_weights_are_flattened_are_no_tie(make, tmp_path):
-    """F3. ``flatten_parameters`` puts all of them into one storage, where it does anything."""
+    """``flatten_parameters`` puts all of them into one storage, where it does anything."""
 
     def recurrent():
         torch.manual_seed(0)
@@ -138,7 +137,6 @@ def test_recurrent_layers_whose_weights_are_flattened_are_no_tie(make, tmp_path)
 
 
 def test_a_tied_weight_stays_tied_in_clones_and_has_one_slot():
-    """F3."""
     state = TrainState.create(FINE["one Parameter in two places"](), SGD).clone()
     state = step(state, torch.ones(2))
     assert list(state.params) == list(state.slots) == ["a"]
@@ -160,7 +158,7 @@ class Shadowed(nn.Module):
 
 
 def test_a_tie_that_a_step_made_is_refused_at_save(tmp_path):
-    """F3. They would move together before the save and apart after it."""
+    """They would move together before the save and apart after it."""
     state = step(TrainState.create(Shadowed(), SGD), torch.ones(3))
     with pytest.raises(CheckpointUnsupportedError, match="'weight' and 'shadow' lie in the same memory"):
         checkpoint.save(state, tmp_path / "a")
@@ -204,7 +202,7 @@ def test_tensors_without_an_address_share_nothing(make):
     )
 )
 def test_two_tensors_share_memory_where_writing_to_one_changes_the_other(places):
-    """F3, as a law: for any strided views of a storage, overlapping in themselves too."""
+    """As a law: for any strided views of a storage, overlapping in themselves too."""
     storage = torch.zeros(80)
     views = {
         f"v{i}": storage.as_strided((n, m), (s, t), start) for i, (start, n, s, m, t) in enumerate(places)

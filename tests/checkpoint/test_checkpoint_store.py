@@ -1,4 +1,4 @@
-"""A store of checkpoints: the newest that verifies (C13), retention (A8), and saving in the background (B9)."""
+"""A store of checkpoints: the newest that verifies, retention, and saving in the background."""
 
 import contextlib
 import os
@@ -50,7 +50,7 @@ def flip(path):
 
 
 def test_the_newest_is_the_highest_step_as_a_number(tmp_path):
-    """F13, A8: neither names nor clocks decide. 9900 comes before 10000, and an old run's files are not 'newer'."""
+    """Neither names nor clocks decide. 9900 comes before 10000, and an old run's files are not 'newer'."""
     store = filled(tmp_path / "c", [10_000, 9_900], keep=2)
     os.utime(store.path(9_900), (2**31, 2**31))
     assert store.steps() == [9_900, 10_000]
@@ -70,7 +70,6 @@ def test_an_empty_store_gives_none_and_a_missing_step_an_error(tmp_path):
     "name", ["model.safetensors", "optimizer.safetensors", "state.json", "environment.json"]
 )
 def test_a_damaged_newest_is_put_aside_with_a_warning_and_the_older_one_taken(tmp_path, name):
-    """C13."""
     store = filled(tmp_path, [1, 2])
     flip(store.path(2) / name)
     with pytest.warns(
@@ -86,7 +85,6 @@ def test_a_damaged_newest_is_put_aside_with_a_warning_and_the_older_one_taken(tm
 
 
 def test_a_damaged_step_that_was_asked_for_is_an_error_and_stays_where_it_is(tmp_path):
-    """C13."""
     store = filled(tmp_path, [1, 2])
     flip(store.path(2) / "model.safetensors")
     with pytest.raises(CheckpointDamagedError, match="its bytes have changed") as e:
@@ -96,7 +94,7 @@ def test_a_damaged_step_that_was_asked_for_is_an_error_and_stays_where_it_is(tmp
 
 
 def test_damaged_checkpoints_alone_do_not_mean_beginning_anew(tmp_path):
-    """C13. Never silently from scratch."""
+    """Never silently from scratch."""
     store = filled(tmp_path, [1, 2])
     for step in (1, 2):
         flip(store.path(step) / "state.json")
@@ -116,7 +114,7 @@ def test_names_that_are_not_steps_are_left_alone(tmp_path):
 
 @given(st.lists(st.integers(0, 30) | st.sampled_from([9_900, 10_000]), min_size=1, max_size=8), st.data())
 def test_retention_keeps_the_newest_and_the_best(steps, data):
-    """A8, as a model: of what was saved, the ``keep`` highest steps and the best one are there."""
+    """As a model: of what was saved, the ``keep`` highest steps and the best one are there."""
     fs, keep = MemoryFs(), data.draw(st.integers(2, 4), label="keep")
     store, model, best = filled("/c", [], keep=keep, fs=fs), set(), None
     for step in steps:
@@ -131,7 +129,6 @@ def test_retention_keeps_the_newest_and_the_best(steps, data):
 
 
 def test_the_best_can_be_said_by_the_caller(tmp_path):
-    """A8."""
     store = filled(tmp_path, [], keep=2)
     for step in range(1, 6):
         store.save(at(step), best=step == 2)
@@ -139,7 +136,7 @@ def test_the_best_can_be_said_by_the_caller(tmp_path):
 
 
 def test_an_older_one_is_deleted_only_once_the_new_one_is_there(tmp_path):
-    """A8. Saving fails: nothing that was good is gone."""
+    """Saving fails: nothing that was good is gone."""
     filled(tmp_path, [1, 2], keep=2)
     fs = FaultyFs(1, sticky=True, within=lambda operation: operation == "sync")
     with pytest.raises(CheckpointWriteError):
@@ -148,7 +145,6 @@ def test_an_older_one_is_deleted_only_once_the_new_one_is_there(tmp_path):
 
 
 def test_a_kill_while_deleting_leaves_no_half_of_a_checkpoint(tmp_path):
-    """A8."""
     store = filled(tmp_path, [1, 2, 3], keep=3)
     operations = FaultyFs(0)
     discard(operations, store.path(1))
@@ -164,7 +160,6 @@ def test_a_kill_while_deleting_leaves_no_half_of_a_checkpoint(tmp_path):
 
 @pytest.mark.parametrize("keep", [0, 1, 2.0, None])
 def test_a_single_checkpoint_is_too_few(keep):
-    """A8."""
     with pytest.raises(
         ConfigError, match=r"keep must be an int >= 2, but is .* a single checkpoint that is damaged"
     ):
@@ -205,7 +200,7 @@ class GatedFs:
 
 
 def test_a_background_save_holds_the_values_of_the_moment_it_was_asked_for(tmp_path):
-    """B9. Training goes on in place while the file is written."""
+    """Training goes on in place while the file is written."""
     batches, fs = make_batches(6), GatedFs()
     state = make_state(0)
     with BackgroundSaver(fs=fs) as saver:
@@ -242,7 +237,6 @@ def test_the_snapshot_keeps_layouts_and_reuses_its_memory(tmp_path):
 
 
 def test_the_next_save_waits_for_the_last(tmp_path):
-    """B9."""
     fs = GatedFs()
     saver = BackgroundSaver(fs=fs)
     saver.save(at(1), tmp_path / "1")
@@ -257,7 +251,7 @@ def test_the_next_save_waits_for_the_last(tmp_path):
 
 
 def test_a_failure_in_the_background_reaches_the_loop_as_an_error(tmp_path):
-    """A4. By the next save, by wait, or at the end of the block; once; and the save that it interrupts is not begun."""
+    """By the next save, by wait, or at the end of the block; once; and the save that it interrupts is not begun."""
     saver = BackgroundSaver()
     saver.save(at(1), tmp_path / "missing" / "a")
     with pytest.raises(CheckpointWriteError, match="No such file or directory"):
@@ -288,7 +282,6 @@ def test_what_cannot_be_saved_is_refused_by_the_call_itself(tmp_path):
 
 
 def test_a_store_in_the_background_prunes_after_each_commit(tmp_path):
-    """A8."""
     store = filled(tmp_path, [], keep=2, background=True)
     for step in range(1, 6):
         store.save(at(step), best=step == 1)

@@ -1,4 +1,4 @@
-"""Damaged and hostile checkpoints (FAULTS C1 to C6, C8, F14): typed errors, nothing run, nothing half loaded."""
+"""Damaged and hostile checkpoints: typed errors, nothing run, nothing half loaded."""
 
 import json
 import os
@@ -104,7 +104,7 @@ def mutant(  # noqa: C901  (one branch for each kind of damage)
 
 
 def test_ten_thousand_mutants_give_typed_errors_and_never_a_wrong_state():
-    """C1. None crashes, hangs or takes memory; none loads as anything but the state that was saved."""
+    """None crashes, hangs or takes memory; none loads as anything but the state that was saved."""
     files, others, like = saved_files(make_linear(0)), saved_files(make_linear(1)), make_linear(2)
     expected, before = checkpoint.digest(make_linear(0)), checkpoint.digest(like)
     assert attempt(files, like) == expected
@@ -127,7 +127,7 @@ def test_ten_thousand_mutants_give_typed_errors_and_never_a_wrong_state():
 
 @pytest.mark.thorough
 def test_every_single_bit_flip_is_found():
-    """C2. Exhaustive over a small checkpoint."""
+    """Exhaustive over a small checkpoint."""
     files, like = saved_files(make_linear(0)), make_linear(2)
     for name, data in files.items():
         for bit in range(8 * len(data)):
@@ -137,7 +137,7 @@ def test_every_single_bit_flip_is_found():
 
 
 def test_a_sample_of_single_bit_flips_is_found():
-    """C2, for every push: one bit in 61."""
+    """For every push: one bit in 61."""
     files, like = saved_files(make_linear(0)), make_linear(2)
     for name, data in files.items():
         for bit in range(random.Random(name).randrange(61), 8 * len(data), 61):
@@ -182,7 +182,7 @@ def odd_shapes(path):
 @pytest.mark.parametrize("resealed", [False, True], ids=["as it was", "resealed"])
 @pytest.mark.parametrize("spoil", [spoilt_header, endless_header, many_tensors, odd_shapes])
 def test_a_hostile_header_is_neither_read_nor_parsed(spoil, resealed, tmp_path, monkeypatch):
-    """C3. It is compared with what the manifest's table of tensors gives, by its size first; whoever reseals gains nothing."""
+    """It is compared with what the manifest's table of tensors gives, by its size first; whoever reseals gains nothing."""
     checkpoint.save(make_linear(0), tmp_path / "a")
     path = tmp_path / "a" / "model.safetensors"
     spoil(path)
@@ -223,7 +223,7 @@ for path in sorted(Path(sys.argv[1]).iterdir()):
 
 
 def test_mutants_on_disk_stay_within_their_limits_of_memory_and_time(tmp_path):
-    """C1. 200 of them under 64 MiB of memory above the interpreter's own."""
+    """200 of them under 64 MiB of memory above the interpreter's own."""
     files, others, rng = saved_files(make_linear(0)), saved_files(make_linear(1)), random.Random(1)
     for number in range(200):
         directory = tmp_path / f"{number:03d}"
@@ -305,7 +305,6 @@ def fake_files(directory):
 @pytest.mark.parametrize("name", FILES)
 @pytest.mark.parametrize("kind", ["pickle", "torch", "zip", "python", "yaml"])
 def test_files_of_other_formats_are_refused_and_nothing_in_them_is_run(tmp_path, name, kind):
-    """C4."""
     checkpoint.save(make_linear(0), tmp_path / "a")
     checkpoint.load(tmp_path / "a", like=make_linear(1))
     (tmp_path / "a" / name).write_bytes(fake_files(tmp_path)[kind])
@@ -316,7 +315,6 @@ def test_files_of_other_formats_are_refused_and_nothing_in_them_is_run(tmp_path,
 
 
 def test_loading_a_good_checkpoint_imports_and_runs_nothing(tmp_path):
-    """C4."""
     state, like = train_step(make_state(0), make_batches(1)[0]), make_state(1)
     checkpoint.save(state, tmp_path / "a")
     checkpoint.load(tmp_path / "a", like=like)
@@ -329,7 +327,7 @@ def test_loading_a_good_checkpoint_imports_and_runs_nothing(tmp_path):
 )
 @pytest.mark.parametrize("field", ["optimizer", "precision", "early_stopping", "hyper", "slots", "scale"])
 def test_names_of_code_in_a_checkpoint_are_text(tmp_path, field, said):
-    """C5. Compared with what the caller has, never looked up, though the digest is right."""
+    """Compared with what the caller has, never looked up, though the digest is right."""
     checkpoint.save(make_linear(0), tmp_path / "a")
     body = json.loads((tmp_path / "a" / "state.json").read_text())
     values = body["state"]["states"][""]
@@ -351,7 +349,7 @@ def test_names_of_code_in_a_checkpoint_are_text(tmp_path, field, said):
 
 
 def test_the_package_has_no_way_to_run_what_it_reads():
-    """C4, by the source: no pickle, marshal, torch.load, eval, exec, yaml or import by a string."""
+    """By the source: no pickle, marshal, torch.load, eval, exec, yaml or import by a string."""
     import ast
 
     import steploop.checkpoint
@@ -417,7 +415,7 @@ def put_nothing(path):
 @pytest.mark.parametrize("name", FILES)
 @pytest.mark.parametrize("put", [put_link, put_fifo, put_directory, put_socket, put_device, put_nothing])
 def test_what_is_no_regular_file_is_refused_at_once(tmp_path, put, name):
-    """C6, A10. A link may lead anywhere, and opening a pipe would wait for ever."""
+    """A link may lead anywhere, and opening a pipe would wait for ever."""
     checkpoint.save(make_linear(0), tmp_path / "a")
     put(tmp_path / "a" / name)
     start = time.monotonic()
@@ -440,7 +438,6 @@ def test_a_checkpoint_with_another_file_in_it_is_refused(tmp_path):
 
 
 def test_a_checkpoint_loads_through_a_link_and_from_a_copy(tmp_path):
-    """F13, A10."""
     digest = checkpoint.save(make_linear(0), tmp_path / "a")
     (tmp_path / "link").symlink_to(tmp_path / "a")
     shutil.copytree(tmp_path / "a", tmp_path / "copy é ✓")
@@ -449,7 +446,6 @@ def test_a_checkpoint_loads_through_a_link_and_from_a_copy(tmp_path):
 
 
 def test_a_loaded_state_does_not_depend_on_its_files(tmp_path):
-    """C8."""
     state = train_step(make_state(0), make_batches(1)[0])
     digest = checkpoint.save(state, tmp_path / "a")
     loaded = checkpoint.load(tmp_path / "a", like=make_state(1))
@@ -461,7 +457,6 @@ def test_a_loaded_state_does_not_depend_on_its_files(tmp_path):
 
 
 def test_three_hundred_saves_and_loads_leave_no_descriptor_and_no_thread(tmp_path, monkeypatch):
-    """F14."""
     import threading
 
     monkeypatch.setattr(os, "fsync", lambda fd: None)  # the disk is not what is tested

@@ -1,4 +1,4 @@
-"""SIGKILL at random moments (FAULTS A1), at each system call (A2), and a disk that is full (A4)."""
+"""SIGKILL at random moments, at each system call, and a disk that is full."""
 
 import collections
 import errno
@@ -34,7 +34,7 @@ def run(*arguments, **options):
 
 
 def test_two_hundred_kills_lose_nothing_that_was_saved(tmp_path):
-    """A1. The newest checkpoint loads without a hand's turn, equals the uninterrupted run, and the step never goes back."""
+    """The newest checkpoint loads without a hand's turn, equals the uninterrupted run, and the step never goes back."""
     done = run(HERE / "kill_server.py", tmp_path, 200, timeout=300)
     assert done.returncode == 0, done.stderr
     seen = json.loads(done.stdout)
@@ -89,7 +89,7 @@ def saved_under(strace, target, collected):
 @pytest.mark.parametrize("replacing", [False, True], ids=["new", "replacing"])
 @pytest.mark.parametrize("fault", ["signal=KILL", "error=EIO", "error=ENOSPC"])
 def test_a_fault_at_each_system_call_leaves_the_old_or_the_new(tmp_path, fault, replacing):
-    """A2. Never neither, never a half; an error has the system's number; what is left over is swept at the next start."""
+    """Never neither, never a half; an error has the system's number; what is left over is swept at the next start."""
     folder, collected = tmp_path / "c", collect(make_linear(1))
     target, old, new = folder / "a", make_linear(0), checkpoint.digest(make_linear(1))
 
@@ -156,7 +156,7 @@ except CheckpointWriteError as error:
 
 
 def test_a_full_disk_is_an_error_and_the_older_steps_stay(tmp_path):
-    """A4. Three tries with growing waits, nothing half written is left, no good step is deleted to make room."""
+    """Three tries with growing waits, nothing half written is left, no good step is deleted to make room."""
     program = tmp_path / "full.py"
     program.write_text(FULL)
     disk = tmp_path / "disk"
@@ -195,7 +195,7 @@ except CheckpointWriteError as error:
 
 
 def test_a_limit_on_the_size_of_files_is_an_error_too(tmp_path):
-    """A4. Python ignores SIGXFSZ, and so it stays: the write fails with EFBIG."""
+    """Python ignores SIGXFSZ, and so it stays: the write fails with EFBIG."""
     checkpoint.save(make_linear(0), tmp_path / "a")
     done = run("-c", LIMITED, HERE, tmp_path)
     assert done.stdout.strip() == f"{errno.EFBIG} ['a']", done.stderr

@@ -1,4 +1,4 @@
-"""The commit protocol under power loss (FAULTS A3), faults (A5), litter (A7), and what is probed beforehand (A9)."""
+"""The commit protocol under power loss, faults, litter, and what is probed beforehand."""
 
 import errno
 import os
@@ -58,7 +58,7 @@ def violations(start, journal, target, old, new, cases):
 @pytest.mark.parametrize("cases", [2_000, pytest.param(100_000, marks=pytest.mark.thorough)])
 @pytest.mark.parametrize("replacing", [False, True], ids=["new", "replacing"])
 def test_a_power_loss_leaves_the_old_or_the_new_checkpoint(replacing, cases, monkeypatch):
-    """A3. At any moment one of them is there whole; once save() has returned, the new one."""
+    """At any moment one of them is there whole; once save() has returned, the new one."""
     target, old = ("/old", OLD) if replacing else ("/step-000000000002", None)
     monkeypatch.setattr("steploop.checkpoint.saving.environment_bytes", lambda device: b"{}")
     journal, made = save_journal({"/old": OLD}, target, overwrite=replacing)
@@ -67,7 +67,7 @@ def test_a_power_loss_leaves_the_old_or_the_new_checkpoint(replacing, cases, mon
 
 @pytest.mark.parametrize("replacing", [False, True], ids=["new", "replacing"])
 def test_every_flush_of_a_save_is_needed(replacing, monkeypatch):
-    """A3's mutants: with any one flush left out, the same model of a power loss finds a loss."""
+    """With any one flush left out, the same model of a power loss finds a loss."""
     target, old = ("/old", OLD) if replacing else ("/step-000000000002", None)
     monkeypatch.setattr("steploop.checkpoint.saving.environment_bytes", lambda device: b"{}")
     journal, made = save_journal({"/old": OLD}, target, overwrite=replacing)
@@ -105,7 +105,7 @@ def count_operations(tmp_path):
 
 @pytest.mark.parametrize("number", [errno.EIO, errno.ENOSPC])
 def test_one_failing_operation_is_tried_again_from_nothing_or_reported(tmp_path, number):
-    """A5. Each operation of a save fails once: the save succeeds on another try, or raises with the errno."""
+    """Each operation of a save fails once: the save succeeds on another try, or raises with the errno."""
     state, operations = make_linear(), count_operations(tmp_path)
     expected = checkpoint.digest(state)
     for nth in range(1, operations + 1):
@@ -121,7 +121,7 @@ def test_one_failing_operation_is_tried_again_from_nothing_or_reported(tmp_path,
 
 
 def test_an_operation_that_keeps_failing_leaves_what_was_there(tmp_path):
-    """A5. From the n-th operation on nothing works, cleaning up included: the old checkpoint is there, or the new one."""
+    """From the n-th operation on nothing works, cleaning up included: the old checkpoint is there, or the new one."""
     before, after = make_linear(0), make_linear(1)
     digests = {checkpoint.digest(before), checkpoint.digest(after)}
     for nth in range(1, count_operations(tmp_path) + 3):
@@ -137,7 +137,7 @@ def test_an_operation_that_keeps_failing_leaves_what_was_there(tmp_path):
 
 
 def test_a_failed_flush_is_not_repeated_on_the_same_file(tmp_path):
-    """A5. After a failed fsync the pages may be gone though the next one succeeds: everything is written again."""
+    """After a failed fsync the pages may be gone though the next one succeeds: everything is written again."""
     fs = FaultyFs(1, within=lambda operation: operation == "sync")
     created = []
     original = fs.__getattr__
@@ -153,7 +153,7 @@ def test_a_failed_flush_is_not_repeated_on_the_same_file(tmp_path):
 
 
 def test_a_failed_last_flush_is_told_and_the_checkpoint_is_whole(tmp_path):
-    """A5. The directory is visible but not certainly durable: the error says so, the next start accepts it."""
+    """The directory is visible but not certainly durable: the error says so, the next start accepts it."""
     fs = FaultyFs(2, within=lambda operation: operation == "sync_directory")
     with pytest.raises(
         CheckpointWriteError, match="visible and whole, but it is not certain that it would outlive"
@@ -163,7 +163,7 @@ def test_a_failed_last_flush_is_told_and_the_checkpoint_is_whole(tmp_path):
 
 
 def test_hopeless_errors_are_not_tried_again(tmp_path):
-    """A4. A missing directory does not appear by waiting."""
+    """A missing directory does not appear by waiting."""
     with pytest.raises(
         CheckpointWriteError, match=r"could not be written \(try 1 of 3\): No such file or directory"
     ) as e:
@@ -192,7 +192,7 @@ def test_a_name_that_marks_unfinished_checkpoints_is_refused(tmp_path):
 
 
 def test_any_other_exception_leaves_nothing_behind(tmp_path):
-    """D6. A dying data worker makes torch raise RuntimeError at any line of the main thread, this one too."""
+    """A dying data worker makes torch raise RuntimeError at any line of the main thread, this one too."""
 
     def write(directory):
         (directory / "half").write_bytes(b"x")
@@ -223,7 +223,6 @@ def test_a_save_after_such_a_cut_keeps_the_old_one_until_the_new_one_is_there(tm
 
 
 def test_litter_of_dead_processes_is_swept_and_that_of_living_ones_is_not(tmp_path):
-    """A7."""
     dead = subprocess.Popen([sys.executable, "-c", ""])
     dead.wait()
     parent = os.getppid()
@@ -242,7 +241,6 @@ def test_litter_of_dead_processes_is_swept_and_that_of_living_ones_is_not(tmp_pa
 
 
 def test_sweeping_removes_a_link_and_not_what_it_leads_to(tmp_path):
-    """A7."""
     (tmp_path / "precious").mkdir()
     (tmp_path / "precious" / "file").write_bytes(b"x")
     (tmp_path / "run" / f".tmp-1-{2**31 - 2}").mkdir(parents=True)
@@ -253,7 +251,7 @@ def test_sweeping_removes_a_link_and_not_what_it_leads_to(tmp_path):
 
 
 def test_deleting_hides_a_checkpoint_before_it_takes_it_apart():
-    """A8. A kill on the way leaves no half of it under its name."""
+    """A kill on the way leaves no half of it under its name."""
     fs = MemoryFs({"/step": {"a": b"1", "b": b"2"}})
     discard(fs, Path("/step"))
     assert fs.tree() == {}
@@ -277,7 +275,7 @@ for act, path in ((probe, sys.argv[1]), (make_directories, sys.argv[1] + "/new")
 
 
 def test_a_directory_that_cannot_be_written_is_found_by_the_probe(tmp_path):
-    """A9. Read-only, by a process that is not root."""
+    """Read-only, by a process that is not root."""
     closed = tmp_path / "closed"
     closed.mkdir()
     tmp_path.chmod(0o755)
@@ -297,7 +295,6 @@ def test_a_directory_that_cannot_be_written_is_found_by_the_probe(tmp_path):
 
 
 def test_the_probe_finds_what_is_missing_no_directory_or_full(tmp_path):
-    """A9."""
     (tmp_path / "file").write_bytes(b"")
     for path, number in ((tmp_path / "missing", errno.ENOENT), (tmp_path / "file", errno.ENOTDIR)):
         with pytest.raises(CheckpointWriteError, match="cannot be written to") as e:
@@ -327,7 +324,6 @@ def test_made_directories_are_durable():
 
 
 def test_modes_follow_the_umask_and_everything_stays_on_one_file_system(tmp_path):
-    """A10."""
     (tmp_path / "real").mkdir()
     (tmp_path / "link").symlink_to(tmp_path / "real")
     before = os.umask(0o027)
@@ -343,7 +339,7 @@ def test_modes_follow_the_umask_and_everything_stays_on_one_file_system(tmp_path
 
 
 def test_short_writes_and_reads_change_nothing(tmp_path, monkeypatch):
-    """A6. The system may take or give less than it was asked for."""
+    """The system may take or give less than it was asked for."""
     checkpoint.save(make_linear(), tmp_path / "whole")
     write, preadv = os.write, os.preadv
     monkeypatch.setattr(os, "write", lambda fd, data: write(fd, data[:7]))

@@ -1,4 +1,4 @@
-"""Tensors and names in safetensors files: the zoo (F4), names (F5), equal bytes (F10), and what is refused (C3)."""
+"""Tensors and names in safetensors files: the zoo, names, equal bytes, and what is refused."""
 
 import json
 import tracemalloc
@@ -73,7 +73,6 @@ def random_bits(dtype, shape):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", [(), (0,), (0, 5), (1,), (3, 5), (2, 3, 4, 5)], ids=str)
 def test_every_dtype_and_shape_comes_back_to_the_bit(tmp_path, dtype, shape):
-    """F4."""
     tensor = random_bits(dtype, shape)
     back = round_trip(tmp_path / "f", {"x": tensor})["x"]
     assert (back.dtype, back.shape, back.stride()) == (tensor.dtype, tensor.shape, tensor.stride())
@@ -108,7 +107,6 @@ LOOSE = {
 
 @pytest.mark.parametrize("kind", ZOO)
 def test_dense_layouts_come_back_with_their_strides(tmp_path, kind):
-    """F4."""
     tensor = ZOO[kind].detach()
     back = round_trip(tmp_path / "f", {"x": tensor})["x"]
     assert torch.equal(back, tensor)
@@ -120,7 +118,6 @@ def test_dense_layouts_come_back_with_their_strides(tmp_path, kind):
 
 @pytest.mark.parametrize("kind", LOOSE)
 def test_views_with_gaps_overlaps_or_lazy_signs_come_back_as_their_clone(tmp_path, kind):
-    """F4."""
     tensor = LOOSE[kind].detach()
     back = round_trip(tmp_path / "f", {"x": tensor})["x"]
     clone = tensor.clone().resolve_conj().resolve_neg()
@@ -149,7 +146,6 @@ def unsupported():
 
 @pytest.mark.parametrize("kind", unsupported())
 def test_what_no_file_can_hold_is_refused_by_name(kind):
-    """F4."""
     tensor, said = unsupported()[kind]
     with pytest.raises(CheckpointUnsupportedError) as e:
         spec_of("encoder.weight", tensor)
@@ -158,7 +154,6 @@ def test_what_no_file_can_hold_is_refused_by_name(kind):
 
 @pytest.mark.parametrize("name", ["__metadata__", "\ud800", 3, None], ids=repr)
 def test_names_that_safetensors_cannot_hold_are_refused(name):
-    """F5."""
     with pytest.raises(
         CheckpointUnsupportedError, match="safetensors needs names that are text in UTF-8 other than"
     ):
@@ -167,7 +162,7 @@ def test_names_that_safetensors_cannot_hold_are_refused(name):
 
 @given(st.lists(st.text(st.characters(exclude_categories=["Cs"]), max_size=40), unique=True, max_size=6))
 def test_every_name_comes_back_here_and_in_safetensors(names):
-    """F5: unicode, dots, the empty name, NUL, newlines, quotes."""
+    """Unicode, dots, the empty name, NUL, newlines, quotes."""
     tensors = {name: torch.full((i,), float(i)) for i, name in enumerate(names) if name != "__metadata__"}
     specs = {name: spec_of(name, t) for name, t in tensors.items()}
     fs = MemoryFs({"/d": {}})
@@ -186,7 +181,6 @@ def test_every_name_comes_back_here_and_in_safetensors(names):
     ids=["empty", "dot", "10k", "u", "odd", "path"],
 )
 def test_safetensors_itself_reads_what_is_written(tmp_path, name):
-    """F5."""
     write(tmp_path / "f", {name: torch.arange(3.0), "other": torch.ones(2, 2, dtype=torch.bfloat16)})
     back = load_file(tmp_path / "f")
     assert torch.equal(back[name], torch.arange(3.0))
@@ -215,7 +209,6 @@ def test_complex128_is_stored_as_pairs_of_float64(tmp_path):
 
 
 def test_the_same_tensors_give_the_same_bytes_in_any_order(tmp_path):
-    """F10."""
     tensors = {
         "b": torch.ones(2),
         "a": torch.zeros(3, dtype=torch.float64),
@@ -298,7 +291,7 @@ def test_a_file_cut_short_while_it_is_read_is_told(tmp_path):
 
 
 def test_values_stay_as_they_were_when_the_file_changes_later(tmp_path):
-    """C8. A mapped file would change under the program, or kill it with SIGBUS."""
+    """A mapped file would change under the program, or kill it with SIGBUS."""
     record, specs = write(tmp_path / "f", {"x": torch.arange(60_000.0)})
     back = read(tmp_path / "f", record, specs)
     with (tmp_path / "f").open("r+b") as file:
@@ -308,7 +301,7 @@ def test_values_stay_as_they_were_when_the_file_changes_later(tmp_path):
 
 
 def test_a_header_that_is_not_the_tables_is_refused(tmp_path):
-    """C3. The header is compared, never parsed: 100 MB of it or 1.77 million empty tensors cost nothing."""
+    """The header is compared, never parsed: 100 MB of it or 1.77 million empty tensors cost nothing."""
     record, specs = write(tmp_path / "f", {"x": torch.arange(6.0)})
     data = bytearray((tmp_path / "f").read_bytes())
     data[20] ^= 1
@@ -320,7 +313,6 @@ def test_a_header_that_is_not_the_tables_is_refused(tmp_path):
 
 
 def test_too_many_tensors_or_names_too_long_are_refused_at_save():
-    """C3."""
     spec = TensorSpec("float32", (0,))
     with pytest.raises(
         CheckpointUnsupportedError,
@@ -358,7 +350,6 @@ BAD_ENTRIES = {
 
 @pytest.mark.parametrize("kind", BAD_ENTRIES)
 def test_a_hostile_table_entry_is_refused_before_anything_is_allocated(kind):
-    """C3."""
     with pytest.raises(CheckpointDamagedError, match="The table of tensors is damaged: 'x': "):
         spec_from_json("x", BAD_ENTRIES[kind])
 

@@ -1,4 +1,4 @@
-"""Plain values as strict JSON (FAULTS C7), sealed files, and the checks of a manifest (C3, C6, C12)."""
+"""Plain values as strict JSON, sealed files, and the checks of a manifest."""
 
 import json
 import math
@@ -57,7 +57,7 @@ def same(a, b):
 
 @given(VALUES)
 def test_every_plain_value_comes_back_exactly(value):
-    """F9: tuple and list, True and 1, 1 and 1.0, nan, inf, -0.0, keys that are no text, and the order of keys."""
+    """Tuple and list, True and 1, 1 and 1.0, nan, inf, -0.0, keys that are no text, and the order of keys."""
     text = write_json({"value": encode(value, "value", {})})
     back = decode(read_json(text, "file", limit=len(text))["value"], "value", {})
     assert same(back, value)
@@ -121,12 +121,11 @@ def test_texts_and_depths_that_could_not_be_read_back_are_refused_at_save():
     ids=str,
 )
 def test_what_no_steploop_writes_is_refused(value):
-    """C7."""
     with pytest.raises(CheckpointDamagedError, match="which steploop never writes"):
         decode([value], "slots", {})
 
 
-# Python's own reader takes every one of these but the last few (C7).
+# Python's own reader takes every one of these but the last few.
 NOT_JSON = {
     "nan": (b'{"x": NaN}', "NaN is not a number"),
     "infinity": (b'{"x": -Infinity}', "-Infinity is not a number"),
@@ -153,7 +152,6 @@ NOT_JSON = {
 
 @pytest.mark.parametrize("kind", NOT_JSON)
 def test_only_json_is_read_and_only_once_for_each_key(kind):
-    """C7."""
     text, said = NOT_JSON[kind]
     start = time.process_time()
     with pytest.raises(CheckpointDamagedError, match=r"^file is not the JSON that steploop writes: .*") as e:
@@ -184,7 +182,6 @@ def test_a_manifest_comes_back_with_its_digest():
 
 @given(st.data())
 def test_no_byte_of_a_sealed_file_is_free(data):
-    """C2."""
     text, _ = seal({"a": [1, 2.5, "é"], "b": {"c": None}})
     at = data.draw(st.integers(0, len(text) - 1))
     changed = bytearray(text)
@@ -229,7 +226,7 @@ HOSTILE = {
 
 @pytest.mark.parametrize("kind", HOSTILE)
 def test_a_hostile_manifest_with_a_digest_that_is_right_is_refused(kind):
-    """C3, C6. Whoever rewrites the digest too gets no further than to a typed error."""
+    """Whoever rewrites the digest too gets no further than to a typed error."""
     changes, said = HOSTILE[kind]
     body = body_of(manifest().seal()[0]) | changes
     with pytest.raises(CheckpointDamagedError) as e:
@@ -239,7 +236,6 @@ def test_a_hostile_manifest_with_a_digest_that_is_right_is_refused(kind):
 
 @pytest.mark.parametrize("version", [0, 2, 99, "1", True, 1.0, None], ids=repr)
 def test_another_format_version_is_refused_with_both_versions(version):
-    """C12."""
     body = body_of(manifest().seal()[0]) | {"version": version}
     with pytest.raises(
         CheckpointVersionError, match=f"has the format version {version}, and this steploop reads version 1"
@@ -249,14 +245,12 @@ def test_another_format_version_is_refused_with_both_versions(version):
 
 
 def test_a_manifest_without_a_version_is_refused():
-    """C12."""
     body = {k: v for k, v in body_of(manifest().seal()[0]).items() if k != "version"}
     with pytest.raises(CheckpointError, match="has the format version None"):
         parse_manifest(seal(body)[0])
 
 
 def test_a_long_manifest_is_refused_unread():
-    """C3, C7."""
     with pytest.raises(CheckpointDamagedError, match=f"at most {MAX_MANIFEST_BYTES} are read"):
         parse_manifest(b" " * (MAX_MANIFEST_BYTES + 1))
 

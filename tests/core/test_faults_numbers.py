@@ -1,4 +1,4 @@
-"""Numbers that are not: steps, parameters, metrics and loss scales (FAULTS E1 to E4), and steps that do not fit (E6).
+"""Numbers that are not: steps, parameters, metrics and loss scales, and steps that do not fit.
 
 What these would catch: a save that looks at gradients and not at parameters, or at buffers too; a best model of nan; a
 loss scale that collapses to 0; an allocation that fails and leaves a half of a step behind.
@@ -112,7 +112,7 @@ def taken(state, batch, objective):
 def test_a_step_that_is_not_finite_is_counted_and_no_checkpoint_holds_its_numbers(
     value, at, precision, tmp_path
 ):
-    """E1. The first step, one within an epoch, the last of an epoch, the last of all."""
+    """The first step, one within an epoch, the last of an epoch, the last of all."""
     recipe = changed(tmp_path, lambda made, _: spoiled_batch(value)(made, at))
     summary = train(tmp_path / "run", {"precision": precision}, recipe=recipe, checkpoint_every=1)
     assert (summary.state, summary.steps_attempted) == ("finished", 14)
@@ -132,7 +132,7 @@ def test_a_step_that_is_not_finite_is_counted_and_no_checkpoint_holds_its_number
 def test_a_parameter_that_is_not_finite_ends_the_run_with_code_5_and_is_never_saved(
     spoil, at, tmp_path, capsys
 ):
-    """E1. Its gradients were: it is found when the state is saved, and the checkpoints before it stay."""
+    """Its gradients were: it is found when the state is saved, and the checkpoints before it stay."""
     out, recipe = tmp_path / "run", changed(tmp_path, lambda made, _: spoil(made, at))
     assert call(["run", recipe, "--out", str(out), "--set", "precision=fp32", *QUICK]) == 5
     err = capsys.readouterr().err
@@ -148,7 +148,7 @@ def test_a_parameter_that_is_not_finite_ends_the_run_with_code_5_and_is_never_sa
 
 
 def test_the_run_goes_on_from_before_once_the_cause_is_gone(tmp_path):
-    """E1. The step after the one that overflowed is kept for a replay, with the parameters that it began with."""
+    """The step after the one that overflowed is kept for a replay, with the parameters that it began with."""
     at = [5]
     recipe = changed(tmp_path, lambda made, _: overflowing(made, at[0]))
     with pytest.raises(NonFiniteError):
@@ -180,7 +180,7 @@ def masked():
 
 
 def test_only_trained_parameters_have_to_be_finite(tmp_path):
-    """E1. Buffers and frozen parameters may hold what the model needs."""
+    """Buffers and frozen parameters may hold what the model needs."""
     checkpoint.save(masked(), tmp_path / "a")
     assert torch.equal(load_file(tmp_path / "a" / "model.safetensors")["mask"], torch.full((3,), -INF))
     loaded = checkpoint.load(tmp_path / "a", like=masked())
@@ -190,7 +190,7 @@ def test_only_trained_parameters_have_to_be_finite(tmp_path):
 @pytest.mark.parametrize("value", [NAN, INF, -INF])
 @pytest.mark.parametrize("name", ["weight", "complex"])
 def test_a_save_refuses_a_parameter_that_is_not_finite_with_nothing_written(name, value, tmp_path):
-    """E1. In the background too, where the error reaches the next save; and one may insist."""
+    """In the background too, where the error reaches the next save; and one may insist."""
     state = masked()
     with torch.no_grad():
         state.params[name][1] = value
@@ -216,7 +216,7 @@ def test_a_save_refuses_a_parameter_that_is_not_finite_with_nothing_written(name
     "dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.complex128]
 )
 def test_large_parameters_are_finite_though_their_sum_is_not(dtype, tmp_path):
-    """E1. What is quick to compute is only a reason to look closer."""
+    """What is quick to compute is only a reason to look closer."""
     largest = torch.finfo(dtype).max
     model = nn.ParameterDict({"w": nn.Parameter(torch.full((4,), largest, dtype=dtype))})
     state = TrainState.create(model, Optimizer(torch.optim.SGD, lr=0.1))
@@ -231,7 +231,7 @@ def test_large_parameters_are_finite_though_their_sum_is_not(dtype, tmp_path):
 
 
 def test_a_best_of_nan_is_none_and_patience_runs_out(tmp_path):
-    """E2, through the run: all of its evaluations give nan."""
+    """Through the run: all of its evaluations give nan."""
     recipe = changed(
         tmp_path, lambda made, _: attrs.evolve(made, evaluate=lambda _: {"loss": NAN, "accuracy": None})
     )
@@ -247,7 +247,7 @@ def explosive(model, batch):
 
 
 def test_a_loss_scale_stays_at_its_floor_and_the_next_finite_step_is_one():
-    """E3. Without a floor it is 0 after 166 overflows, and the next finite step writes nan."""
+    """Without a floor it is 0 after 166 overflows, and the next finite step writes nan."""
     torch.manual_seed(0)
     state = TrainState.create(nn.Linear(3, 1), Optimizer(torch.optim.SGD, lr=0.1), precision="fp16")
     batch = torch.ones(2, 3)
@@ -260,7 +260,6 @@ def test_a_loss_scale_stays_at_its_floor_and_the_next_finite_step_is_one():
 
 
 def test_a_scale_at_its_floor_ends_the_run_as_any_step_that_is_not_finite(tmp_path, capsys):
-    """E3, E1."""
     words = ["--set", "explode_at=2", "--out", str(tmp_path / "run"), *QUICK]
     low = lambda made, _: attrs.evolve(made, state=made.state.replace(scale=LossScale(scale=1.0)))  # noqa: E731
     assert call(["run", changed(tmp_path, low), *words]) == 5
@@ -272,7 +271,7 @@ def test_a_scale_at_its_floor_ends_the_run_as_any_step_that_is_not_finite(tmp_pa
 @pytest.mark.parametrize("bound", [{"max_norm": 1.0}, {"max_value": 0.1}, {"adaptive": 0.01}], ids=str)
 @pytest.mark.parametrize("value", [NAN, INF, -INF])
 def test_a_norm_that_is_not_finite_rescales_nothing_and_nothing_is_stepped_on(bound, value):
-    """E4. Of [inf, 1, 1] torch makes [nan, 0, 0], which a step would take for small gradients and a nan."""
+    """Of [inf, 1, 1] torch makes [nan, 0, 0], which a step would take for small gradients and a nan."""
     begun = make_linear(0)
     state = forward_loss(
         begun, torch.ones(3), lambda model, x: (model.weight * x).sum() + value * model.bias[0]
@@ -321,7 +320,7 @@ class Greedy(torch.autograd.Function):
 @pytest.mark.parametrize("fail", [from_torch, from_python, from_cuda])
 @pytest.mark.parametrize("where", ["forward", "backward", "accumulate", "evaluate"])
 def test_out_of_memory_is_one_error_and_the_next_step_is_as_if_nothing_had_been(where, fail):
-    """E6. The state is whole, and so is what the model holds."""
+    """The state is whole, and so is what the model holds."""
 
     def greedy(model, batch):
         if where == "backward":
@@ -371,7 +370,7 @@ MOMENTUM = Optimizer(torch.optim.SGD, lr=0.1, momentum=0.9)
 
 @pytest.mark.parametrize("nth", [0, 1, 3])
 def test_the_first_update_that_does_not_fit_leaves_the_state_as_it_was(nth):
-    """E6. It makes the slots, which is where memory runs out; those that it had made are gone again."""
+    """It makes the slots, which is where memory runs out; those that it had made are gone again."""
     batch, fine = torch.ones(3, 3), lambda model, x: model(x).square().mean()
     state = make_linear(0, optimizer=ADAM)
     before = checkpoint.digest(state)
@@ -395,7 +394,7 @@ def test_the_first_update_that_does_not_fit_leaves_the_state_as_it_was(nth):
     ids=["SGD", "AdamW", "AdamW, foreach"],
 )
 def test_an_update_that_was_cut_off_half_way_spends_the_state(optimizer, operation, steps):
-    """E6. Nobody trains on it by mistake; without donation the state before it is whole."""
+    """Nobody trains on it by mistake; without donation the state before it is whole."""
     batch, fine = torch.ones(3, 3), lambda model, x: model(x).square().mean()
     state = make_linear(0, optimizer=optimizer)
     for _ in range(steps):
@@ -435,7 +434,6 @@ def test_any_other_error_of_an_optimizer_spends_the_state_too():
 
 
 def test_a_run_that_runs_out_of_memory_says_so_in_one_sentence(tmp_path, capsys):
-    """E6."""
 
     def change(recipe, _):
         def train_step(state, batch):

@@ -1,4 +1,4 @@
-"""Data that are not there, too few, or that break a promise (FAULTS F1, F2, F11), through a run; and loaders that come and go (F14).
+"""Data that are not there, too few, or that break a promise, through a run; and loaders that come and go.
 
 What these would catch: a run of no steps that ends as if it had trained, a best metric of nothing, half of a step taken on
 a batch that does not fit, a worker or a descriptor that stays with every epoch.
@@ -50,7 +50,7 @@ class NoBatches:
     ids=["no samples", "none is whole", "no batches"],
 )
 def test_nothing_to_train_on_is_said_before_the_first_step(change, said, tmp_path, capsys):
-    """F1. One sentence and a code that is no success; nothing that looks like a trained run is left."""
+    """One sentence and a code that is no success; nothing that looks like a trained run is left."""
     out = tmp_path / "run"
     assert call(["run", changed(tmp_path, change), "--out", str(out), *QUICK]) == 1
     err = capsys.readouterr().err
@@ -61,7 +61,7 @@ def test_nothing_to_train_on_is_said_before_the_first_step(change, said, tmp_pat
 
 
 def test_nothing_to_evaluate_on_gives_no_metric_and_no_best(tmp_path, capsys):
-    """F1. torch's cross entropy of nothing is nan."""
+    """The cross entropy of nothing is nan in torch."""
 
     def change(recipe, _):
         nothing = lambda state: evaluate(state, [], lambda model, batch: None, {"accuracy": None})  # noqa: E731
@@ -83,7 +83,7 @@ def test_nothing_to_evaluate_on_gives_no_metric_and_no_best(tmp_path, capsys):
 def test_a_batch_too_small_for_batch_norm_names_layer_batch_and_remedy_and_no_half_step_is_taken(
     batch_size, tmp_path, capsys
 ):
-    """F2. A batch of one, and a last one of one: 28 samples in batches of nine."""
+    """A batch of one, and a last one of one: 28 samples in batches of nine."""
 
     def change(recipe, config):
         def train_step(state, batch):
@@ -137,7 +137,6 @@ def streaming(kind):
 
 
 def test_a_run_over_an_endless_stream_is_resumed_exactly_where_the_stream_can(tmp_path):
-    """F11."""
     recipe = changed(tmp_path, streaming("restorable"))
     train(tmp_path / "whole", recipe=recipe)
     train(tmp_path / "run", recipe=recipe, stop_at=10)
@@ -146,7 +145,7 @@ def test_a_run_over_an_endless_stream_is_resumed_exactly_where_the_stream_can(tm
 
 
 def test_a_resume_within_an_epoch_is_refused_where_the_stream_cannot(tmp_path, capsys):
-    """F11. At the beginning of an epoch it is none."""
+    """At the beginning of an epoch it is none."""
     recipe, out = changed(tmp_path, streaming("not restorable")), tmp_path / "run"
     train(out, recipe=recipe, stop_at=10)
     assert call(["resume", str(out), "--quiet"]) == 1
@@ -165,7 +164,7 @@ def test_a_resume_within_an_epoch_is_refused_where_the_stream_cannot(tmp_path, c
     ],
 )
 def test_a_stream_that_breaks_its_promise_ends_the_run_with_a_sentence(kind, said, last, tmp_path, capsys):
-    """F11. What was saved until then is there."""
+    """What was saved until then is there."""
     words = ["--out", str(tmp_path / "run"), *QUICK, "--checkpoint-every", "1", "--set", "precision=fp32"]
     assert call(["run", changed(tmp_path, streaming(kind)), *words]) == 1
     err = capsys.readouterr().err
@@ -192,7 +191,7 @@ class Counted(torch.utils.data.Dataset):
 
 
 def test_epochs_with_workers_leave_no_process_descriptor_thread_or_shared_memory():
-    """F14. Whole epochs and ones that are broken off; persistent workers and others."""
+    """Whole epochs and ones that are broken off; persistent workers and others."""
 
     def held():
         return (
@@ -223,7 +222,7 @@ def test_epochs_with_workers_leave_no_process_descriptor_thread_or_shared_memory
 
 
 def test_runs_leave_no_descriptor_and_no_thread(tmp_path):
-    """F14. With lines, checkpoints in the background, and an end by a signal."""
+    """With lines, checkpoints in the background, and an end by a signal."""
 
     def held():
         return len(list(Path("/proc/self/fd").iterdir())), threading.active_count()

@@ -1,4 +1,4 @@
-"""What befalls a run: kills (FAULTS A1), disks (A4, A5, A9), litter (A7), the best one (A8), and workers that die (D6).
+"""What befalls a run: kills, disks, litter, the best one, and workers that die.
 
 What these would catch: a save that the run waits for in the wrong place, an error of the saving thread that becomes a log
 line, a store that prunes before it has saved, a sweep that takes what belongs to somebody who lives.
@@ -63,7 +63,7 @@ def golden(tmp_path_factory):
 
 
 def test_a_run_that_is_killed_again_and_again_loses_nothing_that_was_saved(golden, tmp_path):
-    """A1, through ``steploop run`` and ``resume``: at each start the newest checkpoint is whole and no older than before."""
+    """Through ``steploop run`` and ``resume``: at each start the newest checkpoint is whole and no older than before."""
     whole, digests = golden
     out, rng, kills, newest = tmp_path / "run", random.Random(0), 0, 0
     words = [*QUICK, "--checkpoint-every", "1", "--set", "step_s=0.01"]
@@ -105,7 +105,7 @@ def test_a_run_that_is_killed_again_and_again_loses_nothing_that_was_saved(golde
 def test_a_start_that_is_killed_needs_nobody_to_clear_up_after_it(
     flush, golden, tmp_path, monkeypatch, capsys
 ):
-    """A1. Before its record is written, between the record and the recipe's copy, before the first checkpoint, in it."""
+    """Before its record is written, between the record and the recipe's copy, before the first checkpoint, in it."""
     whole, _ = golden
     out, fsync, left = tmp_path / "run", os.fsync, [flush]
     words = ["run", POINTS, "--out", str(out), *QUICK, "--log-every", "1", "--checkpoint-every", "3"]
@@ -133,7 +133,7 @@ def test_a_start_that_is_killed_needs_nobody_to_clear_up_after_it(
 def test_a_status_or_a_log_that_a_power_loss_spoilt_keeps_nobody_from_going_on(
     content, golden, tmp_path, capsys
 ):
-    """A3, for the files beside the checkpoints: no step depends on them."""
+    """For the files beside the checkpoints: no step depends on them."""
     whole, _ = golden
     out = tmp_path / "run"
     train(out, stop_at=9)
@@ -191,7 +191,7 @@ def failing(monkeypatch, operation, number, *, after=0):
 def test_a_disk_that_fails_ends_the_run_with_code_4_and_costs_no_checkpoint(
     operation, number, after, waited, golden, tmp_path, monkeypatch, capsys
 ):
-    """A4, A5. Three tries where waiting may help; what was saved stays, nothing half written does; then the run goes on."""
+    """Three tries where waiting may help; what was saved stays, nothing half written does; then the run goes on."""
     whole, digests = golden
     out = tmp_path / "run"
     with monkeypatch.context() as patch:
@@ -226,7 +226,7 @@ def test_a_disk_that_fails_ends_the_run_with_code_4_and_costs_no_checkpoint(
 def test_a_directory_that_takes_no_checkpoint_is_found_before_the_first_step(
     operation, number, tmp_path, monkeypatch, capsys
 ):
-    """A9. Not at the end of the first epoch."""
+    """Not at the end of the first epoch."""
     failing(monkeypatch, operation, number)
     assert call(["run", POINTS, "--out", str(tmp_path / "run"), *QUICK, "--log-every", "1"]) == 4
     assert os.strerror(number) in capsys.readouterr().err
@@ -234,7 +234,7 @@ def test_a_directory_that_takes_no_checkpoint_is_found_before_the_first_step(
 
 
 def test_a_place_where_nobody_may_write_is_found_before_the_first_step(capsys):
-    """A9. Not even root may."""
+    """Not even root may."""
     assert call(["run", POINTS, "--out", "/proc/run", *QUICK]) == 4
     assert "/proc/run cannot be written" in capsys.readouterr().err
 
@@ -243,7 +243,6 @@ def test_a_place_where_nobody_may_write_is_found_before_the_first_step(capsys):
 
 
 def test_a_start_clears_what_dead_processes_left_and_nothing_else(golden, tmp_path):
-    """A7."""
     whole, _ = golden
     train(tmp_path / "run", stop_at=3)
     checkpoints = tmp_path / "run" / "checkpoints"
@@ -265,7 +264,7 @@ def test_a_start_clears_what_dead_processes_left_and_nothing_else(golden, tmp_pa
 
 
 def test_the_newest_three_and_the_best_are_kept(tmp_path):
-    """A8. The best one is that of the second evaluation, which four later ones do not displace."""
+    """The best one is that of the second evaluation, which four later ones do not displace."""
     values = iter([3.0, 1.0, 2.0, 2.0, 2.0, 2.0])
     recipe = changed(tmp_path, lambda made, _: attrs.evolve(made, evaluate=lambda _: {"loss": next(values)}))
     train(tmp_path / "run", {"epochs": "6", "precision": "fp32"}, recipe=recipe)
@@ -298,7 +297,7 @@ class Dying(Points):
 
 @pytest.mark.parametrize("how", ["exits", "is killed", "raises"])
 def test_a_worker_that_fails_during_a_save_is_named_and_the_save_commits(how, golden, tmp_path, monkeypatch):
-    """D6. The error says worker and samples; the checkpoint that was being written is whole, and a resume is exact."""
+    """The error says worker and samples; the checkpoint that was being written is whole, and a resume is exact."""
     whole, digests = golden
     order = epoch_order(28, seed=0, epoch=0).tolist()
     batch, victim = order[8:12], order[9]  # batch 2, which is worker 0's

@@ -124,7 +124,6 @@ def test_several_states_are_trained_and_logged_by_name():
 
 
 def test_several_states_are_stopped_and_resumed(tmp_path):
-    """B1."""
     recipe = tmp_path / "pair.py"
     recipe.write_text(
         "import sys\nimport attrs\nimport test_run_loop as t\n"
@@ -148,7 +147,6 @@ def test_metrics_of_training_batches_are_logged_where_asked():
 
 
 def test_a_recipe_without_batches_is_refused_before_the_first_step():
-    """F1."""
 
     class Empty:
         def __len__(self):
@@ -194,7 +192,6 @@ def measured(*values, **fields):
     ],
 )  # fmt: skip
 def test_a_metric_that_is_not_a_number_is_never_the_best(values, best):
-    """E2."""
     state, _, told = fold(measured(*values))
     assert (None if state.best is None else state.best.value) == best
     flags = [line["best"] for line in told.evaluations]
@@ -204,13 +201,11 @@ def test_a_metric_that_is_not_a_number_is_never_the_best(values, best):
 
 
 def test_of_equal_values_the_first_is_the_best_and_max_is_the_other_way_round():
-    """E2."""
     state, _, _ = fold(measured(1.0, 1.0, 0.5, mode="max"))
     assert (state.best.value, state.best.step, state.best.epoch) == (1.0, 6, 0)
 
 
 def test_patience_runs_out_on_values_that_are_not_numbers():
-    """E2."""
     recipe = measured(*[math.nan] * 9, early_stopping=EarlyStopping(patience=2))
     state, ending, told = fold(recipe)
     assert (ending, state.epoch, state.early_stopping.bad_checks) == ("early_stop", 2, 2)
@@ -259,7 +254,6 @@ def test_nobody_asks_whether_to_stop_outside_of_a_run():
 
 
 def test_a_device_that_counts_for_itself_is_asked_at_each_line(monkeypatch):
-    """E1."""
 
     def counting(state, batch):
         return attrs.evolve(step_of(state, batch), nonfinite_steps=torch.tensor(100))

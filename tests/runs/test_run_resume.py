@@ -1,4 +1,4 @@
-"""A run that is stopped anywhere and resumed gives, bit for bit, what it would have given uninterrupted (FAULTS B1 to B4).
+"""A run that is stopped anywhere and resumed gives, bit for bit, what it would have given uninterrupted.
 
 What these would catch: any field that a checkpoint lacks (patience, scale, averages, slots), a cursor off by one, an order
 or an augmentation that depends on who reads or on what was read before, a schedule that counts attempted steps.
@@ -50,7 +50,7 @@ def comparable(out):
 
 @pytest.mark.parametrize("stop", range(1, STEPS + 1))
 def test_a_run_stopped_after_any_step_ends_in_the_same_state(stop, golden, tmp_path):
-    """B1, B3, B4, through the run's functions: dropout, BatchNorm, augmentation, accumulation, schedule, EMA, scaler."""
+    """Through the run's functions: dropout, BatchNorm, augmentation, accumulation, schedule, EMA, scaler."""
     summary = train(tmp_path / "run", stop_at=stop)
     assert (summary.state, summary.exit_code, summary.steps_attempted) == ("interrupted", 75, stop)
     summary = train(tmp_path / "run", resume=True)
@@ -75,7 +75,7 @@ def signalled_in(step):
 
 @pytest.mark.parametrize("stop", range(1, STEPS + 1))
 def test_steploop_run_stopped_in_any_step_is_gone_on_with_by_steploop_resume(stop, golden, tmp_path, capsys):
-    """B1, B4, through the command line: a real signal, whose handler is the run's own."""
+    """Through the command line: a real signal, whose handler is the run's own."""
     recipe, out = changed(tmp_path, signalled_in(stop)), str(tmp_path / "run")
     words = ["--out", out, "--log-every", "1", "--no-tune", "--device", "cpu", "--quiet"]
     assert call(["run", recipe, *words]) == 75
@@ -99,7 +99,7 @@ for out in sys.argv[1:]:
 
 
 def test_a_new_interpreter_with_another_hash_seed_goes_on_to_the_same_state(golden, tmp_path):
-    """B1. Nothing that a resume needs is in the memory of the process: stops early, at the end of an epoch, and late."""
+    """Nothing that a resume needs is in the memory of the process: stops early, at the end of an epoch, and late."""
     outs = [tmp_path / str(stop) for stop in (2, 7, 12)]
     for out in outs:
         assert train(out, stop_at=int(out.name)).state == "interrupted"
@@ -114,7 +114,7 @@ def test_a_new_interpreter_with_another_hash_seed_goes_on_to_the_same_state(gold
 
 
 def test_a_copy_of_a_run_directory_goes_on_as_the_run_would_have(golden, tmp_path):
-    """F13. Neither times nor places decide, but the steps that stand in the names."""
+    """Neither times nor places decide, but the steps that stand in the names."""
     train(tmp_path / "run", stop_at=9, checkpoint_every=2)
     shutil.copytree(tmp_path / "run", tmp_path / "copy é ✓")
     for number, path in enumerate(sorted((tmp_path / "copy é ✓" / "checkpoints").iterdir(), reverse=True)):
@@ -126,7 +126,7 @@ def test_a_copy_of_a_run_directory_goes_on_as_the_run_would_have(golden, tmp_pat
 
 
 def test_three_stops_in_one_epoch_repeat_nothing_and_skip_nothing(golden, tmp_path):
-    """B3. The first step, the last and one past it are among the stops of B1."""
+    """The first step, the last and one past it are among the stops of a run stopped at every step."""
     train(tmp_path / "run", stop_at=2)
     train(tmp_path / "run", stop_at=3, resume=True)
     train(tmp_path / "run", stop_at=6, resume=True)
@@ -138,7 +138,6 @@ def test_three_stops_in_one_epoch_repeat_nothing_and_skip_nothing(golden, tmp_pa
 
 
 def test_the_number_of_workers_may_change_at_a_resume(golden, tmp_path):
-    """B2."""
     train(tmp_path / "run", {"workers": "2"}, stop_at=4)
     train(tmp_path / "run", {"workers": "0"}, resume=True)
     assert digest(tmp_path / "run") == digest(golden)
@@ -154,7 +153,7 @@ class Jittered(Points):
 
 @pytest.mark.filterwarnings("ignore:This DataLoader will create 3 worker processes")
 def test_workers_prefetching_and_their_persistence_change_neither_batches_nor_augmentations(tmp_path):
-    """B2. None, then two that stay and read three batches ahead, then three that do not."""
+    """None, then two that stay and read three batches ahead, then three that do not."""
     reading = {}
 
     def change(recipe, _):
@@ -244,7 +243,7 @@ def gone_in(evaluation):
 )
 @pytest.mark.parametrize("evaluation", [1, 2, 3])
 def test_a_run_that_is_gone_in_an_evaluation_makes_up_for_it(evaluation, values, tmp_path):
-    """A1, B1. The last one too, which comes when every step was taken: nothing is left out, nothing folded twice."""
+    """The last one too, which comes when every step was taken: nothing is left out, nothing folded twice."""
     train(tmp_path / "whole", values)
     left, out = [evaluation], tmp_path / "run"
     recipe = changed(tmp_path, gone_in(left))
@@ -261,7 +260,7 @@ def test_a_run_that_is_gone_in_an_evaluation_makes_up_for_it(evaluation, values,
 
 @pytest.mark.parametrize("batch", [2, 6, 10])
 def test_an_evaluation_that_was_interrupted_and_then_killed_is_made_up_for_once(batch, tmp_path):
-    """D1, B1. A signal in any of three evaluations, a kill in the one that makes up for it, and a signal just after that."""
+    """A signal in any of three evaluations, a kill in the one that makes up for it, and a signal just after that."""
     values = {"eval_every": 5, "plateau": "yes", "precision": "fp32"}
     train(tmp_path / "whole", values)
     left, out = [0], tmp_path / "run"
@@ -293,7 +292,7 @@ def test_a_limit_leaves_no_trace_in_what_follows(golden, tmp_path):
     "values", [{}, {"eval_every": 5}, {"eval_every": 5, "plateau": "yes", "precision": "fp32"}], ids=str
 )
 def test_a_finished_run_that_is_resumed_says_what_it_said(values, tmp_path):
-    """B1. What the last evaluation decided is saved too, where it comes after the last epoch's checkpoint."""
+    """What the last evaluation decided is saved too, where it comes after the last epoch's checkpoint."""
     first = train(tmp_path / "run", values)
     before = digest(tmp_path / "run")
     status = json.loads((tmp_path / "run" / "status.json").read_bytes())
@@ -305,7 +304,7 @@ def test_a_finished_run_that_is_resumed_says_what_it_said(values, tmp_path):
 
 
 def test_a_run_killed_in_the_middle_of_an_epoch_ends_in_the_same_state(golden, tmp_path):
-    """A1: what was not saved is taken again."""
+    """What was not saved is taken again."""
     out = tmp_path / "run"
     arguments = [
         "--set",
@@ -332,7 +331,7 @@ def test_a_run_killed_in_the_middle_of_an_epoch_ends_in_the_same_state(golden, t
 
 
 def test_a_damaged_newest_checkpoint_costs_some_steps_and_nothing_else(golden, tmp_path, capsys):
-    """C13. A warning, the damaged one put aside, the next older one taken: never a run that begins anew in silence."""
+    """A warning, the damaged one put aside, the next older one taken: never a run that begins anew in silence."""
     train(tmp_path / "run", stop_at=9)
     newest = max((tmp_path / "run" / "checkpoints").glob("step-*"))
     model = newest / "model.safetensors"

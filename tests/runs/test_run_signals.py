@@ -1,4 +1,4 @@
-"""Signals: the step in hand is finished, a checkpoint written, the way on said, nobody left behind (FAULTS D1 to D5, D7)."""
+"""Signals: the step in hand is finished, a checkpoint written, the way on said, nobody left behind."""
 
 import json
 import os
@@ -69,7 +69,6 @@ def check_end(tmp_path, child, code, golden):
     ("signum", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 75), (signal.SIGUSR1, 75)]
 )
 def test_a_signal_in_a_step_saves_and_says_how_to_go_on(start, signum, code, golden, tmp_path):
-    """D1."""
     child = start("--set", "step_s=0.3")
     child.wait_for(logged(tmp_path))
     os.kill(child.pid, signum)
@@ -77,7 +76,6 @@ def test_a_signal_in_a_step_saves_and_says_how_to_go_on(start, signum, code, gol
 
 
 def test_a_signal_in_an_evaluation_does_not_wait_for_its_end(start, golden, tmp_path):
-    """D1."""
     child = start("--set", "eval_s=0.5")
     child.wait_for(logged(tmp_path, count=7))
     time.sleep(0.2)
@@ -89,7 +87,7 @@ def test_a_signal_in_an_evaluation_does_not_wait_for_its_end(start, golden, tmp_
 def test_a_signal_while_waiting_for_data_is_seen_and_no_worker_complains(
     start, signum, code, golden, tmp_path
 ):
-    """D1, D4. The signal goes to the whole process group, as Ctrl-C in a terminal does; the data never come."""
+    """The signal goes to the whole process group, as Ctrl-C in a terminal does; the data never come."""
     child = start("--set", "workers=2", "--set", "data_s=1000")
     child.wait_for((tmp_path / "run" / "checkpoints").is_dir)
     time.sleep(0.5)
@@ -105,7 +103,7 @@ def test_a_signal_while_waiting_for_data_is_seen_and_no_worker_complains(
 def test_a_signal_to_the_group_finds_workers_at_work_and_they_say_nothing(
     start, signum, code, golden, tmp_path
 ):
-    """D4. They serve the step in hand, and are gone with the run."""
+    """They serve the step in hand, and are gone with the run."""
     child = start("--set", "workers=2", "--set", "step_s=0.3", "--set", "data_s=0.002")
     child.wait_for(logged(tmp_path))
     os.killpg(child.pid, signum)
@@ -116,7 +114,6 @@ def test_a_signal_to_the_group_finds_workers_at_work_and_they_say_nothing(
 
 
 def test_twenty_signals_are_as_good_as_one(start, golden, tmp_path):
-    """D2."""
     child = start("--set", "step_s=0.3", "--checkpoint-every", "1")
     child.wait_for(logged(tmp_path))
     for _ in range(20):
@@ -125,7 +122,7 @@ def test_twenty_signals_are_as_good_as_one(start, golden, tmp_path):
 
 
 def test_signals_during_a_save_let_it_end_and_begin_no_other_inside_it(start, golden, tmp_path, monkeypatch):
-    """D2. Each file takes a while here; twenty signals arrive while one of them is written."""
+    """Each file takes a while here; twenty signals arrive while one of them is written."""
     create = LocalFs.create
 
     def slow(self, path):
@@ -169,7 +166,7 @@ def delivered(pid, signum):
 
 
 def test_a_second_ctrl_c_ends_a_step_that_never_does(fork, golden, tmp_path):
-    """D3. Nothing is waited for, and the checkpoint before it is whole."""
+    """Nothing is waited for, and the checkpoint before it is whole."""
 
     def change(recipe, _):
         def train_step(state, batch):
@@ -211,7 +208,7 @@ class Stuck(Points):
 
 
 def test_a_run_that_is_killed_leaves_no_worker_and_no_lock(fork, golden, tmp_path):
-    """D5. The workers hang in ``__getitem__``, ignore SIGTERM, and have inherited every descriptor of the run."""
+    """The workers hang in ``__getitem__``, ignore SIGTERM, and have inherited every descriptor of the run."""
 
     def change(recipe, _):
         stuck = attrs.evolve(recipe.batches, dataset=Stuck(tmp_path), num_workers=2)
@@ -247,7 +244,7 @@ def test_a_signal_before_the_first_step_leaves_nothing(fork, tmp_path):
 
 
 def test_a_run_directory_belongs_to_one_process(start, fork, tmp_path):
-    """D7. The second one says who has it and writes nothing; a kill leaves no stale lock."""
+    """The second one says who has it and writes nothing; a kill leaves no stale lock."""
     child = start("--set", "step_s=1")
     child.wait_for(logged(tmp_path))
     before = len(lines(tmp_path / "run"))
@@ -265,7 +262,6 @@ def test_a_run_directory_belongs_to_one_process(start, fork, tmp_path):
 
 
 def test_of_many_that_start_in_one_directory_one_trains(fork, tmp_path):
-    """D7."""
     folders = [tmp_path / str(n) for n in range(6)]
     for folder in folders:
         folder.mkdir()

@@ -1,4 +1,4 @@
-"""A signal or a kill at any moment at all of a run (FAULTS D1, A1): while it starts, steps, evaluates, saves or ends.
+"""A signal or a kill at any moment at all of a run: while it starts, steps, evaluates, saves or ends.
 
 The moments are calls of steploop's own functions, counted, so that the same ones come up every time. What these would
 catch: a place where a signal raises in the middle of something, a save or a status that is half done when it is looked
@@ -106,7 +106,7 @@ def signalled(moment, expected, whole, out, capsys):
     ("signum", "expected"), [(signal.SIGINT, 130), (signal.SIGTERM, 75), (signal.SIGUSR1, 75)]
 )
 def test_a_signal_at_any_moment_loses_nothing(signum, expected, golden, tmp_path, capsys):
-    """D1. It is resumed to the same state, or it never began and leaves nothing, or it had ended."""
+    """It is resumed to the same state, or it never began and leaves nothing, or it had ended."""
     whole, calls = golden
     rng = random.Random(signum)
     moments = [1 + int((number + rng.random()) * calls / MOMENTS) for number in range(MOMENTS)]
@@ -140,7 +140,7 @@ def test_a_signal_at_any_moment_loses_nothing(signum, expected, golden, tmp_path
 def test_a_signal_when_a_part_of_a_run_begins_is_seen_at_the_next_place_where_nothing_is_half_done(
     ending, name, golden, tmp_path, capsys
 ):
-    """D1. In the first and the second such part; what never began leaves no file behind that would refuse a new run."""
+    """In the first and the second such part; what never began leaves no file behind that would refuse a new run."""
     whole, _ = golden
     moment = Calls(1, signal.SIGTERM, name)
     assert signalled(moment, 75, whole, tmp_path / "1", capsys) == ending
@@ -164,7 +164,7 @@ def everything(out):
     ids=["plain", "phases", "early stopping"],
 )
 def test_a_kill_at_any_moment_costs_time_and_nothing_else(values, tmp_path, capsys):
-    """A1. Of every other run the resume is killed too. State and log are those of the uninterrupted run; no litter stays."""
+    """Of every other run the resume is killed too. State and log are those of the uninterrupted run; no litter stays."""
     options = [*QUICK, "--log-every", "1", *(word for value in values for word in ("--set", value))]
     with Calls() as calls:
         assert call(["run", POINTS, "--out", str(tmp_path / "whole"), *options]) == 0

@@ -1,4 +1,4 @@
-"""Observation changes nothing (FAULTS B6): whatever is logged, shown, measured or kept, the same steps are taken.
+"""Observation changes nothing: whatever is logged, shown, measured or kept, the same steps are taken.
 
 What these would catch: a hook that draws a random number, an evaluation that forgets to put generators or buffers back,
 a snapshot that is settled in place, a log line that moves a counter.
@@ -57,7 +57,7 @@ def live_screen():
     ids=lambda how: " ".join(f"{k}={getattr(v, '__name__', v)}" for k, v in how.items()),
 )
 def test_a_run_ends_in_the_same_state_however_it_is_watched(how, golden, tmp_path):
-    """B6. To the bit, with everything that a checkpoint holds."""
+    """To the bit, with everything that a checkpoint holds."""
     if how.get("tensorboard"):
         pytest.importorskip("tensorboard")
     how = {**how, **({"screen": how["screen"]()} if "screen" in how else {})}
@@ -67,13 +67,12 @@ def test_a_run_ends_in_the_same_state_however_it_is_watched(how, golden, tmp_pat
 
 @pytest.mark.parametrize("eval_every", [1, 3, 1000])
 def test_the_same_steps_are_taken_however_often_is_evaluated(eval_every, golden, tmp_path):
-    """B6. Which evaluation was the best depends on when they are; what is trained does not."""
+    """Which evaluation was the best depends on when they are; what is trained does not."""
     train(tmp_path / "run", {"eval_every": eval_every, "patience": 1000})
     assert taken(tmp_path / "run") == taken(golden)
 
 
 def test_the_same_steps_are_taken_without_any_evaluation(golden, tmp_path):
-    """B6."""
     recipe = changed(tmp_path, lambda made, _: attrs.evolve(made, evaluate=None))
     train(tmp_path / "run", recipe=recipe)
     assert taken(tmp_path / "run") == taken(golden)

@@ -1,4 +1,4 @@
-"""One process in a run directory (FAULTS D7, and the lock's part of D5)."""
+"""One process in a run directory: the lock, who holds it, and what frees it."""
 
 import ast
 import json
@@ -78,7 +78,6 @@ def holder(tmp_path):
 
 
 def test_a_second_process_is_refused_at_once_and_writes_nothing(tmp_path, holder):
-    """D7."""
     before = sorted((p.name, p.read_bytes()) for p in tmp_path.iterdir())
     second = start(TRY, tmp_path)
     out = finish(second)
@@ -92,7 +91,6 @@ def test_a_second_process_is_refused_at_once_and_writes_nothing(tmp_path, holder
 
 
 def test_a_killed_owner_leaves_no_stale_lock(tmp_path, holder):
-    """D7, D5."""
     holder.send_signal(signal.SIGKILL)
     holder.wait()
     assert (tmp_path / "run.owner.json").exists()
@@ -102,7 +100,6 @@ def test_a_killed_owner_leaves_no_stale_lock(tmp_path, holder):
 
 
 def test_of_twenty_racing_starters_one_wins(tmp_path):
-    """D7."""
     racers = [start(TRY, tmp_path) for _ in range(20)]
     first = [process.stdout.readline() for process in racers]
     assert sum(line == "won\n" for line in first) == 1
@@ -112,7 +109,6 @@ def test_of_twenty_racing_starters_one_wins(tmp_path):
 
 
 def test_a_status_command_sees_the_owner_and_disturbs_nobody(tmp_path, holder):
-    """D7."""
     for _ in range(5):
         owner = run_owner(tmp_path)
         assert isinstance(owner, Owner)
@@ -139,7 +135,7 @@ def test_looking_does_not_make_a_starter_fail(tmp_path):
 
 
 def test_the_same_process_cannot_lock_twice_and_does_not_lose_the_lock_by_trying(tmp_path):
-    """D7. Opening and closing the file again would drop the lock."""
+    """Opening and closing the file again would drop the lock."""
     (tmp_path / "link").symlink_to(tmp_path)
     with run_lock(tmp_path) as owner:
         for path in (tmp_path, tmp_path / "link"):
@@ -152,7 +148,7 @@ def test_the_same_process_cannot_lock_twice_and_does_not_lose_the_lock_by_trying
 
 
 def test_a_child_that_lives_on_does_not_keep_the_lock(tmp_path):
-    """D5. A forked data worker inherits the descriptor, and would keep an flock."""
+    """A forked data worker inherits the descriptor, and would keep an flock."""
     program = (
         ALONE
         + """
@@ -205,7 +201,7 @@ def test_a_directory_that_cannot_hold_a_lock_is_told(tmp_path):
 
 
 def test_no_other_module_opens_the_lock_file():
-    """D7. A second open and close anywhere in the process would drop the lock; to ask whether it exists does no harm."""
+    """A second open and close anywhere in the process would drop the lock; to ask whether it exists does no harm."""
     for path in Path(steploop.__file__).parent.rglob("*.py"):
         if path.name == "run_lock.py":
             continue
