@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from steploop.errors import EmptyDataError as EmptyDataError
     from steploop.errors import ObjectiveError as ObjectiveError
     from steploop.errors import SteploopError as SteploopError
+    from steploop.runs.from_python import run as run
     from steploop.runs.reading import read_run as read_run
 
 __version__ = "0.1.0"
@@ -72,6 +73,7 @@ _HOMES = {
     "EmptyDataError": "errors",
     "ObjectiveError": "errors",
     "SteploopError": "errors",
+    "run": "runs.from_python",
     "read_run": "runs.reading",
 }
 # `from steploop import *` must not hide the built-in compile: write steploop.compile.

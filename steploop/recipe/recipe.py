@@ -11,6 +11,7 @@ from steploop.core.plateau import ReduceLROnPlateau
 from steploop.core.state.train_state import TrainState
 from steploop.core.steps.forward_pass import Objective
 from steploop.errors import ConfigError
+from steploop.recipe.html_tables import html_table
 
 __all__ = ["Batches", "Logger", "Recipe", "State", "TrainStep"]
 
@@ -119,3 +120,19 @@ class Recipe:
     finish: Callable[[Any, Path], None] | None = None
     loggers: tuple[Logger, ...] = attrs.field(default=(), converter=_as_loggers)
     compile: bool | Literal["auto"] = False
+
+    def _repr_html_(self) -> str:
+        """What a notebook shows: what is trained, on what, and how long."""
+        states = self.state.values() if isinstance(self.state, Mapping) else (self.state,)
+        first = next(iter(states))
+        rows = {
+            "parameters": f"{sum(p.numel() for one in states for p in one.params.values()):,}",
+            "precision": f"{first.precision} on {first.device}",
+            "data": self.data,
+            "training": f"{self.epochs} epochs of {len(self.batches):,} batches",
+            "monitored": self.monitor and f"{self.monitor} ({self.mode})",
+            "early stopping": self.early_stopping,
+            "plateau": self.plateau,
+            "compiled": self.compile or None,
+        }
+        return html_table("Recipe", rows)

@@ -60,13 +60,24 @@ def _plan(options: dict[str, Any]) -> Plan:
     return Plan(**{name: options.pop(name, None) for name in names})
 
 
+def _loaded(recipe: str | RecipeFile, *, beside: Path | None = None) -> RecipeFile:
+    if isinstance(recipe, RecipeFile):
+        return recipe
+    return load_recipe_file(find_recipe(recipe), beside=beside)
+
+
 def make_request(
-    recipe: str, values: Mapping[str, Any], *, out: Path | None = None, device: str = "auto", **options: Any
+    recipe: str | RecipeFile,
+    values: Mapping[str, Any],
+    *,
+    out: Path | None = None,
+    device: str = "auto",
+    **options: Any,
 ) -> Request:
     """A request for a new run; makes its directory, last of all.
 
     Args:
-        recipe: a path, or the name of a shipped recipe.
+        recipe: a path, the name of a shipped recipe, or a recipe that was loaded.
         values: Config field -> text or value.
         out: the directory; None: the next ``runs/<recipe>-<n>``.
         device: "auto", or a device's name.
@@ -77,7 +88,7 @@ def make_request(
         RunExistsError: ``out`` is not empty.
         CheckpointWriteError: the directory cannot be made.
     """
-    file = load_recipe_file(find_recipe(recipe))
+    file = _loaded(recipe)
     config = configure(file.config_class, values, where=file.name)
     plan = _plan(options)
     where = find_device(device)
@@ -92,7 +103,12 @@ def make_request(
 
 
 def resume_request(
-    directory: Path, recipe: str | None, values: Mapping[str, Any], *, device: str = "auto", **options: Any
+    directory: Path,
+    recipe: str | RecipeFile | None,
+    values: Mapping[str, Any],
+    *,
+    device: str = "auto",
+    **options: Any,
 ) -> Request:
     """A request to go on with a run.
 
@@ -112,7 +128,11 @@ def resume_request(
     origin = Path(native(recorded["recipe"]["path"]))
     # a start that was killed may have left no copy
     own = opened.recipe if opened.recipe.exists() else origin
-    file = load_recipe_file(own if recipe is None else find_recipe(recipe), beside=origin.parent)
+    file = (
+        load_recipe_file(own, beside=origin.parent)
+        if recipe is None
+        else _loaded(recipe, beside=origin.parent)
+    )
     if file.sha256 != recorded["recipe"]["sha256"] and options.get("require_exact"):
         raise CheckpointIncompatibleError(
             f"{file.path} is not the recipe of {directory}: its digest differs. Leave it out to go on with the run's own copy."

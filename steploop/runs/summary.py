@@ -2,12 +2,15 @@
 
 import time
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import attrs
 
 from steploop.core.early_stopping import Best
+from steploop.recipe.html_tables import html_table
 from steploop.recipe.recipe import Recipe, State
+from steploop.runs.curves_html import curves_html
 from steploop.runs.logs.progress_text import counted, duration, format_values
 from steploop.runs.members import attempted_steps, epoch_of, lead
 from steploop.runs.plan import Ending
@@ -53,7 +56,9 @@ class Summary:
         """One sentence for a person."""
         how = {"early_stop": "Stopped early", "limit": "Stopped at the limit of steps"}
         said = how.get(self.ending, self.state.capitalize())
-        text = f"{said} after {counted(self.epoch, 'epoch')}, {counted(self.steps_attempted, 'step')}"
+        steps = counted(self.steps_attempted, "step")
+        where = f"after {counted(self.epoch, 'epoch')}, {steps}"
+        text = f"{said} {where if self.ending == 'finished' else f'in epoch {self.epoch}, after {steps}'}"
         if self.steps_skipped:
             text += f" ({self.steps_skipped} skipped)"
         text += f" in {duration(self.seconds)}"
@@ -63,6 +68,15 @@ class Summary:
             best = self.best
             text += f". Best {format_values({best['metric']: best['value']})} at step {best['step']} (epoch {best['epoch']})"
         return text + "."
+
+    def _repr_html_(self) -> str:
+        """What a notebook shows: the sentence, where the run is, and its curves."""
+        go_on = f"steploop.run(..., resume={self.run!r})" if self.ending in {"interrupted", "limit"} else None
+        rows = {
+            "run": self.run, "recipe": self.recipe, "data": self.data, "device": f"{self.device}, {self.precision}",
+            "go on with": go_on,
+        }  # fmt: skip
+        return html_table(str(self), rows, below=curves_html(Path(self.run)))
 
 
 def best_entry(metric: str | None, best: Best) -> dict[str, Any]:

@@ -376,11 +376,11 @@ def test_compile_auto_measures_both_forms_and_records_the_figures(tmp_path, caps
 def test_compile_stands_alone_or_takes_a_mode(words, mode, tmp_path, monkeypatch):
     seen = []
 
-    def carry_out(request, screen, stop):
+    def carry_out(request, screen, stop, loggers):
         seen.append(request)
         raise SystemExit(0)
 
-    monkeypatch.setattr("steploop.runs.conduct.carry_out", carry_out)
+    monkeypatch.setattr("steploop.runs.from_python.carry_out", carry_out)
     assert call(["run", *words, "--out", str(tmp_path / "run"), *QUICK]) == 0
     assert [request.compile for request in seen] == [mode]
 

@@ -127,28 +127,16 @@ def run(
     with lasting_streams():
         if not quiet:
             _say_what_takes_long(resume_from or recipe)
-        from steploop.runs.requests import make_request, resume_request
-
-        if resume_from is not None:
-            if out is not None:
-                raise ConfigError(
-                    "--out and --resume are both given. A resumed run goes on in its own directory: leave --out out."
-                )
-            from steploop.runs.trust import require_trust
-
-            require_trust(resume_from, trust=trust, command="resume")
-            request = resume_request(resume_from, recipe, values, **options)
-        elif recipe is None:
-            raise ConfigError(
-                "Which recipe? Give a file or a name, as in steploop run cifar_amp, or --resume DIR."
-            )
-        else:
-            request = make_request(recipe, values, out=out, **options)
-        from steploop.runs.conduct import carry_out
+        from steploop.runs.from_python import launch
         from steploop.runs.logs.screens import choose_screen
         from steploop.runs.signals import process_flag
 
-        code = finish(carry_out(request, choose_screen(quiet=quiet), process_flag()))
+        code = finish(
+            launch(
+                recipe, values, out=out, resume=resume_from, screen=choose_screen(quiet=quiet), stop=process_flag(),
+                trust=trust, **options,
+            )
+        )  # fmt: skip
     if code:
         raise SystemExit(code)
 

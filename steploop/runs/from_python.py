@@ -1,0 +1,203 @@
+"""``steploop.run``: train a recipe from Python, as the command line does."""
+
+import signal
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from steploop.core.interruption import Interrupted
+from steploop.errors import ConfigError, RunExistsError
+from steploop.recipe.config_values import fields_of
+from steploop.recipe.python_recipes import python_recipe
+from steploop.recipe.recipe import Logger, Recipe
+from steploop.recipe.recipe_files import RecipeFile, find_recipe, load_recipe_file
+from steploop.runs.conduct import carry_out
+from steploop.runs.logs.notebook_screen import NotebookScreen, in_notebook
+from steploop.runs.logs.screens import PlainScreen, QuietScreen, Screen, choose_screen
+from steploop.runs.members import lead
+from steploop.runs.requests import make_request, resume_request
+from steploop.runs.signals import StopFlag, exit_code_of
+from steploop.runs.summary import Summary
+from steploop.runs.trust import require_trust
+
+__all__ = ["launch", "run"]
+
+Progress = Literal["auto", "plain", "none"]
+
+
+def run(
+    recipe: str | Path | Recipe | Callable[..., Recipe] | None = None,
+    *,
+    out: str | Path | None = None,
+    resume: str | Path | None = None,
+    loggers: Sequence[Logger] = (),
+    progress: Progress = "auto",
+    device: str = "auto",
+    limit_steps: int | None = None,
+    checkpoint_every: int | None = None,
+    log_every: int | None = None,
+    compile: bool | Literal["auto"] | None = None,  # noqa: A002  (as on the command line)
+    tensorboard: bool = False,
+    csv: bool = False,
+    mlflow: bool = False,
+    wandb: bool = False,
+    layer_norms: int | None = None,
+    require_exact: bool = False,
+    trust: bool = False,
+    **config: Any,
+) -> Summary:
+    """Train a recipe; the run directory, the exactness and the errors are those of ``steploop run``.
+
+    Args:
+        recipe: a recipe file, the name of a shipped recipe, a `Recipe`, or a function that builds one. The parameters of
+            such a function are its settings, and one that is called ``device`` gets the device; a function with a
+            parameter ``config`` gets a ``Config`` as in a recipe file. A Recipe is copied: it can be run again.
+            None, with ``resume``: the recipe that is in the run directory.
+        out: directory for the run; it must be empty. None: the next ``runs/<recipe>-<n>``.
+        resume: directory of a run to go on with. A recipe that is in no file is given again.
+        loggers: get the numbers of each log point and evaluation, besides those of the recipe.
+        progress: "auto" shows one line that moves in a notebook or terminal, and a line now and then elsewhere; "plain"
+            shows whole lines, "none" nothing.
+        device: "auto", "cpu", "cuda", "cuda:1" or "mps"; a Recipe is trained where its state is.
+        limit_steps: stop after so many steps, evaluate and end.
+        checkpoint_every: steps between two checkpoints, besides one an epoch.
+        log_every: steps between two lines; None: ten an epoch, and one in 50 steps at least.
+        compile: compile the step into one graph; "auto" takes the faster form; None: as the recipe says.
+        tensorboard: write TensorBoard event files into the run directory.
+        csv: write metrics.csv into the run directory.
+        mlflow: log to MLflow.
+        wandb: log to Weights & Biases.
+        layer_norms: log the gradient norm of each layer group, named by so many parts of its parameters' names.
+        require_exact: refuse to resume where the bits may come out differently.
+        trust: resume a run whose files belong to another user.
+        config: settings of the recipe, checked by name and type.
+
+    Returns:
+        How the run ended. Ctrl-C ends it after the step in hand, which is saved: the Summary says "interrupted", and
+        ``resume=summary.run`` goes on. A second Ctrl-C raises KeyboardInterrupt.
+
+    Raises:
+        ConfigError: a setting or an option does not fit; nothing was run.
+        RunExistsError: ``out`` holds a run already.
+        SteploopError: the run failed; ``status.json`` says it too.
+        KeyboardInterrupt: Ctrl-C came before there was anything to save; nothing is left behind.
+
+    Example:
+        >>> summary = steploop.run("digits", epochs=1, out="runs/first")  # doctest: +SKIP
+        >>> summary.metrics["accuracy"]  # doctest: +SKIP
+        0.94
+    """
+    options: dict[str, Any] = {
+        "device": device, "limit_steps": limit_steps, "checkpoint_every": checkpoint_every, "log_every": log_every,
+        "compile": compile, "tensorboard": tensorboard, "csv": csv, "mlflow": mlflow, "wandb": wandb,
+        "layer_norms": layer_norms, "require_exact": require_exact,
+    }  # fmt: skip
+    file: RecipeFile | None
+    if recipe is None or isinstance(recipe, (str, Path)):
+        file = None if recipe is None else load_recipe_file(find_recipe(str(recipe)))
+    else:
+        file = python_recipe(recipe, config if resume is None else None)
+        if isinstance(recipe, Recipe):
+            options["device"] = _device_of(recipe, device)
+    if file is not None:
+        given = options | {"device": device, "out": out, "resume": resume, "trust": trust}
+        _refuse_unclear(file, [name for name, value in given.items() if value not in (None, False, "auto")])
+    screen, flag = _screen(progress), StopFlag(second_raises=True)
+    try:
+        summary = launch(
+            file, config, out=None if out is None else Path(out), resume=None if resume is None else Path(resume),
+            screen=screen, stop=flag, loggers=loggers, trust=trust, command=("steploop.run",), **options,
+        )  # fmt: skip
+    except RunExistsError as error:
+        raise RunExistsError(
+            f"{out} holds a run already, or other files. Go on with that run by steploop.run(..., resume={str(out)!r}), or give "
+            "another directory as out=..., or none: each run then gets one of its own below runs/."
+        ) from error
+    except Interrupted as interrupted:
+        if interrupted.signum == signal.SIGINT:
+            raise KeyboardInterrupt from None
+        raise SystemExit(exit_code_of(interrupted.signum)) from None
+    if summary.state == "interrupted" and progress != "none":
+        same = "" if recipe is None or isinstance(recipe, (str, Path)) else "RECIPE, "  # it is in no file
+        sys.stdout.write(
+            f"Interrupted after step {summary.steps_attempted}, which is saved. "
+            f"Go on with: steploop.run({same}resume={summary.run!r})\n"
+        )
+    return summary
+
+
+def _device_of(recipe: Recipe, wanted: str) -> str:
+    """The device of a Recipe's state; raises ConfigError if another one is wanted."""
+    found = str(lead(recipe.state).device)
+    if wanted != "auto" and torch.device(wanted) != torch.device(found):
+        raise ConfigError(
+            f"device={wanted!r}, but the state of this Recipe is on {found}. Make the state there, or give a function with a "
+            "parameter device instead of the Recipe."
+        )
+    return found
+
+
+def _refuse_unclear(file: RecipeFile, given: Sequence[str]) -> None:
+    """Raise ConfigError if a name that was given is an option of the run and a setting of the recipe."""
+    if both := [name for name in given if name in fields_of(file.config_class)]:
+        raise ConfigError(
+            f"{both[0]} is an option of steploop.run and a setting of {file.name} too. Rename the setting, or use the command "
+            f"line, where the setting is --set {both[0]}=..."
+        )
+
+
+def _screen(progress: Progress) -> Screen:
+    if progress == "none":
+        return QuietScreen()
+    if progress == "plain":
+        return PlainScreen()
+    if progress != "auto":
+        raise ConfigError(f'progress must be "auto", "plain" or "none", but is {progress!r}.')
+    return NotebookScreen() if in_notebook() else choose_screen(quiet=False)
+
+
+def launch(
+    recipe: str | RecipeFile | None,
+    values: Mapping[str, Any],
+    *,
+    out: Path | None,
+    resume: Path | None,
+    screen: Screen,
+    stop: StopFlag | None = None,
+    loggers: Sequence[Logger] = (),
+    trust: bool = False,
+    **options: Any,
+) -> Summary:
+    """Begin a run or go on with one: what the command line and ``steploop.run`` share.
+
+    Args:
+        recipe: a path, the name of a shipped recipe, or a recipe that was loaded; None: that of the run to go on with.
+        values: settings of its Config.
+        out: directory for a new run, or None.
+        resume: directory of a run to go on with, or None.
+        screen: where progress is shown.
+        stop: the flag that signals set.
+        loggers: besides those of the recipe.
+        trust: go on with a run whose files belong to another user.
+        options: fields of Plan and of Request.
+
+    Raises:
+        SteploopError: see ``carry_out``, ``make_request`` and ``resume_request``.
+    """
+    if resume is not None:
+        if out is not None:
+            raise ConfigError(
+                "--out and --resume are both given. A resumed run goes on in its own directory: leave --out out."
+            )
+        require_trust(resume, trust=trust, command="resume")
+        request = resume_request(resume, recipe, values, **options)
+    elif recipe is None:
+        raise ConfigError(
+            "Which recipe? Give a file or a name, as in steploop run cifar_amp, or --resume DIR."
+        )
+    else:
+        request = make_request(recipe, values, out=out, **options)
+    return carry_out(request, screen, stop, loggers)
