@@ -72,3 +72,15 @@ from steploop.checkpoint.saving import digest as digest
 from steploop.checkpoint.saving import save as save
 from steploop.checkpoint.store import CheckpointStore as CheckpointStore
 from steploop.checkpoint.store import DamagedCheckpointWarning as DamagedCheckpointWarning
+
+__all__ = [
+    "BackgroundSaver",
+    "Checkpoint",
+    "CheckpointStore",
+    "DamagedCheckpointWarning",
+    "InexactResumeWarning",
+    "digest",
+    "load",
+    "open_checkpoint",
+    "save",
+]

@@ -38,6 +38,11 @@ class BackgroundSaver:
                 state = train_step(state, batch)
                 if state.step % 1000 == 0:
                     saver.save(state, f"checkpoints/step-{state.step:012d}")
+
+    Example:
+        >>> with BackgroundSaver() as saver:
+        ...     saver.save(state, folder / "half")
+        ...     state = train_step(state, batch)  # while the checkpoint is written
     """
 
     def __init__(self, *, fs: Fs = LOCAL, after: Callable[[], None] | None = None) -> None:

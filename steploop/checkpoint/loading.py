@@ -35,6 +35,11 @@ class Checkpoint:
         manifest: the content of ``state.json``.
         environment: the content of ``environment.json``: where and when it was written.
         tensors: file name -> tensor name -> tensor, in memory of their own.
+
+    Example:
+        >>> saved = checkpoint.save(state, folder / "half")
+        >>> checkpoint.open_checkpoint(folder / "half").digest == saved
+        True
     """
 
     directory: Path
@@ -54,6 +59,11 @@ def open_checkpoint(directory: Path | str, *, fs: Fs = LOCAL) -> Checkpoint:
     Raises:
         CheckpointDamagedError: a file is missing, changed, too long or not steploop's; or there is an extra file.
         CheckpointVersionError: it is of a format that this version does not read.
+
+    Example:
+        >>> _ = checkpoint.save(state, folder / "half")
+        >>> sorted(checkpoint.open_checkpoint(folder / "half").tensors["model.safetensors"])
+        ['0.bias', '0.weight', '2.bias', '2.weight']
     """
     path = find(fs, Path(directory))
     try:
@@ -114,6 +124,11 @@ def load(
         CheckpointDamagedError: bytes are missing, changed or hostile.
         CheckpointVersionError: the format is newer or older than this version reads.
         CheckpointIncompatibleError: it does not fit ``like``; lists the first ten differences.
+
+    Example:
+        >>> _ = checkpoint.save(train_step(state, batch), folder / "half")
+        >>> checkpoint.load(folder / "half", like=TrainState.create(model, optimizer)).step
+        1
     """
     return load_from(open_checkpoint(directory), like=like, migrate=migrate, require_exact=require_exact)
 

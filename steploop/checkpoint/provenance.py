@@ -39,7 +39,12 @@ _EXACT: Final = (
 
 
 class InexactResumeWarning(UserWarning):
-    """A run resumes in an environment where the last bits of its results may differ."""
+    """A run resumes in an environment where the last bits of its results may differ.
+
+    Example:
+        >>> import warnings
+        >>> warnings.simplefilter("ignore", checkpoint.InexactResumeWarning)  # resume on any machine, silently
+    """
 
 
 def describe_environment(device: torch.device) -> dict[str, Any]:

@@ -41,6 +41,11 @@ def save(state: State, directory: Path | str, *, overwrite: bool = False, requir
         CheckpointWriteError: the system refused, three times; ``errno`` says why. Nothing is left of it.
         SpentStateError: the state gave its tensors away.
         StepOrderError: it holds gradients that no optimizer step has used.
+
+    Example:
+        >>> digest = checkpoint.save(state, folder / "half")
+        >>> sorted(path.name for path in (folder / "half").iterdir())
+        ['environment.json', 'model.safetensors', 'optimizer.safetensors', 'state.json']
     """
     return write_collected(
         LOCAL,
@@ -113,6 +118,10 @@ def digest(state: State) -> str:
         CheckpointUnsupportedError: the state holds something that a checkpoint cannot.
         SpentStateError: the state gave its tensors away.
         StepOrderError: it holds gradients that no optimizer step has used.
+
+    Example:
+        >>> checkpoint.digest(state) == checkpoint.digest(state.clone())
+        True
     """
     collected = collect(state)
     files = {

@@ -26,7 +26,12 @@ _LEAST: Final = 2  # the last one may be the one that is damaged
 
 
 class DamagedCheckpointWarning(UserWarning):
-    """A checkpoint was damaged and renamed; an older one is used."""
+    """A checkpoint was damaged and renamed; an older one is used.
+
+    Example:
+        >>> import warnings
+        >>> warnings.simplefilter("error", checkpoint.DamagedCheckpointWarning)  # stop instead of using an older one
+    """
 
 
 def step_of(state: State) -> int:
@@ -45,6 +50,16 @@ class CheckpointStore:
 
     Raises:
         ConfigError: ``keep`` is less than 2.
+
+    Example:
+        >>> store = CheckpointStore(folder, keep=2)
+        >>> for batch in batches:
+        ...     state = train_step(state, batch)
+        ...     store.save(state)
+        >>> store.steps()
+        [3, 4]
+        >>> store.load(like=state).step
+        4
     """
 
     def __init__(

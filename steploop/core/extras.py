@@ -18,6 +18,9 @@ def import_extra(module: str, *, extra: str, purpose: str) -> ModuleType:
 
     Raises:
         MissingExtraError: it is not installed; the message holds the command that installs it.
+
+    Example:
+        >>> pyplot = import_extra("matplotlib.pyplot", extra="plot", purpose="Drawing curves")
     """
     try:
         return importlib.import_module(module)

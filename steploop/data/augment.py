@@ -46,6 +46,11 @@ def random_crop(
 
     Source:
         The augmentation of He et al., "Deep Residual Learning for Image Recognition" (2016), section 4.2.
+
+    Example:
+        >>> images = torch.zeros(2, 3, 8, 8, dtype=torch.uint8)
+        >>> random_crop(images, padding=2, generator=torch.Generator().manual_seed(0)).shape
+        torch.Size([2, 3, 8, 8])
     """
     B, C, H, W = _shape(images)  # noqa: N806  (torch's own letters for these axes)
     require_int("padding", padding, minimum=0, maximum=min(H, W) - 1 if mode == "reflect" else None)
@@ -75,6 +80,11 @@ def random_flip(images: Tensor, *, generator: torch.Generator, p: float = 0.5) -
 
     Raises:
         ConfigError: the images have another number of axes, or ``p`` is no probability.
+
+    Example:
+        >>> images = torch.arange(4.0).reshape(1, 1, 1, 4)
+        >>> random_flip(images, p=1.0, generator=torch.Generator().manual_seed(0))
+        tensor([[[[3., 2., 1., 0.]]]])
     """
     _shape(images)
     if not 0 <= p <= 1:
@@ -106,6 +116,11 @@ def normalize(
 
     Raises:
         ConfigError: the numbers do not fit the images.
+
+    Example:
+        >>> pixels = torch.full((2, 3, 4, 4), 127, dtype=torch.uint8)
+        >>> normalize(pixels, mean=(0.5, 0.5, 0.5), std=(0.25, 0.25, 0.25)).shape
+        torch.Size([2, 3, 4, 4])
     """
     channels = _shape(images)[1]
     if len(mean) != channels or len(std) != channels or min(std) <= 0:

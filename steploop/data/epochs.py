@@ -21,6 +21,11 @@ class EpochBatches(Iterator[Any]):
             ``loader.epoch(epoch, position)`` gives what this iterator would have given next.
         waited_s: seconds spent in here so far, waiting for the batches or making them; divided by the wall
             time of the loop, the share of it that the data cost.
+
+    Example:
+        >>> batches = Loader(torch.arange(6), batch_size=2, seed=0, shuffle=False).epoch(0, start=1)
+        >>> next(batches), batches.position
+        (tensor([2, 3]), 2)
     """
 
     def __init__(self, batches: Iterator[Any], *, start: int, close: Callable[[], None]) -> None:

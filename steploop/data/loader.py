@@ -112,6 +112,12 @@ class Loader:
         ConfigError: an argument is not legal.
         EmptyDataError: there is not a single batch.
         DataError: the dataset is none: says what to give instead.
+
+    Example:
+        >>> loader = Loader((torch.randn(10, 4), torch.arange(10)), batch_size=4, seed=0)
+        >>> [len(labels) for _, labels in loader.epoch(0)]
+        [4, 4, 2]
+        >>> rest = loader.epoch(0, start=2)  # the same epoch, from its third batch on
     """
 
     dataset: Any = attrs.field(kw_only=False, repr=lambda data: type(data).__name__)

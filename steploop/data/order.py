@@ -38,6 +38,12 @@ def epoch_order(n: int, *, seed: int, epoch: int, shuffle: bool = True) -> Tenso
     Raises:
         ConfigError: ``n`` or ``epoch`` is negative or no integer.
         DataError: the order of so many samples does not fit into memory.
+
+    Example:
+        >>> epoch_order(5, seed=0, epoch=0, shuffle=False)
+        tensor([0, 1, 2, 3, 4])
+        >>> torch.equal(epoch_order(5, seed=0, epoch=1), epoch_order(5, seed=0, epoch=1))
+        True
     """
     require_int("n", n, minimum=0)
     require_int("epoch", epoch, minimum=0)
@@ -63,6 +69,10 @@ def batches_per_epoch(n: int, *, batch_size: int, drop_last: bool = False, world
         batch_size: samples in a batch of one process.
         drop_last: whether an incomplete global batch is dropped.
         world_size: number of processes that share the data.
+
+    Example:
+        >>> batches_per_epoch(10, batch_size=4), batches_per_epoch(10, batch_size=4, drop_last=True)
+        (3, 2)
     """
     full, rest = divmod(n, batch_size * world_size)
     return full + (not drop_last and rest >= world_size)
@@ -92,6 +102,10 @@ def batch_indices(
 
     Raises:
         ConfigError: the epoch has no such batch.
+
+    Example:
+        >>> batch_indices(torch.tensor([3, 0, 2, 1, 4]), 1, batch_size=2)
+        tensor([2, 1])
     """
     n = order.numel()
     count = batches_per_epoch(n, batch_size=batch_size, drop_last=drop_last, world_size=world_size)

@@ -39,6 +39,11 @@ class Stream:
 
     Raises:
         ConfigError: an argument is not legal.
+
+    Example:
+        >>> stream = Stream(lambda epoch, start: iter(range(start, 3)), length=3, restorable=True)
+        >>> list(stream.epoch(0, start=1))
+        [1, 2]
     """
 
     batches: Callable[[int, int], Iterable[Any]] = attrs.field(kw_only=False, validator=_is_function)

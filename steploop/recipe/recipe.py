@@ -43,6 +43,11 @@ class Logger(Protocol):
     - ``close()``, at the end.
 
     A logger that raises is reported once and left out; the run goes on.
+
+    Example:
+        >>> def show(step, values):
+        ...     print(step, values)
+        >>> recipe = Recipe(state=state, train_step=train_step, batches=loader, epochs=1, loggers=[show])
     """
 
     def __call__(self, step: int, values: Mapping[str, float], /) -> None:
@@ -99,6 +104,13 @@ class Recipe:
         finish: called at the very end with the state and the run directory, to draw or print a sample.
         loggers: what gets the numbers of each log point and evaluation, besides metrics.jsonl; see `Logger`.
         compile: True, False or "auto": whether ``run`` compiles ``train_step`` unless told otherwise.
+
+    Example:
+        >>> recipe = Recipe(
+        ...     state=state, train_step=train_step, batches=loader, epochs=3, objective=objective,
+        ...     evaluate=lambda state: evaluate(state, batches, objective, {"accuracy": accuracy}),
+        ...     monitor="accuracy", mode="max",
+        ... )
     """
 
     state: State

@@ -57,7 +57,12 @@ def _folder() -> Path:
 
 
 def shipped_recipes() -> dict[str, Path]:
-    """Name -> file of each recipe that comes with the package, sorted."""
+    """Name -> file of each recipe that comes with the package, sorted.
+
+    Example:
+        >>> "mnist" in shipped_recipes()
+        True
+    """
     return {path.stem: path for path in sorted(_folder().glob("*.py")) if not path.name.startswith("_")}
 
 
@@ -72,6 +77,10 @@ def find_recipe(name: str) -> Path:
 
     Raises:
         ConfigError: there is neither; the nearest name is said.
+
+    Example:
+        >>> find_recipe("mnist").name
+        'mnist.py'
     """
     path = Path(name)
     if path.is_file():
@@ -97,6 +106,12 @@ def load_recipe_file(path: Path, *, beside: Path | None = None) -> RecipeFile:
 
     Raises:
         ConfigError: it cannot be read or run, or lacks something; says what and where.
+
+    Example:
+        >>> file = load_recipe_file(find_recipe("mnist"))
+        >>> recipe = file.build(file.config_class(data="digits"), torch.device("cpu"))
+        >>> recipe.monitor
+        'accuracy'
     """
     try:
         source = path.read_bytes()

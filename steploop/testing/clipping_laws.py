@@ -46,6 +46,10 @@ def holding(
         grads: name -> gradient, still multiplied by the loss scale if the state has one; copied.
         params: name -> value of the parameter; ones unless given.
         options: ``optimizer``, and what ``TrainState.create`` takes.
+
+    Example:
+        >>> holding({"w": torch.ones(2)}).grads["w"]
+        tensor([1., 1.])
     """
     module = nn.Module()
     for name, g in grads.items():
@@ -56,7 +60,12 @@ def holding(
 
 
 def steploop_clip(kind: str, params: Mapping[str, Tensor] | None = None) -> Clip:
-    """Apply ``unscale_and_clip(state, kind=bound)`` to gradients alone."""
+    """Apply ``unscale_and_clip(state, kind=bound)`` to gradients alone.
+
+    Example:
+        >>> steploop_clip("max_value")({"w": torch.tensor([3.0, -0.5])}, 1.0)["w"]
+        tensor([ 1.0000, -0.5000])
+    """
 
     def clip(grads: Mapping[str, Tensor], bound: float) -> Mapping[str, Tensor]:
         options: dict[str, Any] = {kind: bound}
@@ -66,7 +75,11 @@ def steploop_clip(kind: str, params: Mapping[str, Tensor] | None = None) -> Clip
 
 
 def check_norm_is_bounded(clip: Clip, grads: Mapping[str, Tensor], max_norm: float) -> None:
-    """Law 6. ||clip(g, c)|| <= c, up to 8 roundings of float32 and those of a norm of n entries."""
+    """Law 6. ||clip(g, c)|| <= c, up to 8 roundings of float32 and those of a norm of n entries.
+
+    Example:
+        >>> check_norm_is_bounded(steploop_clip("max_norm"), {"w": torch.tensor([3.0, 4.0])}, 1.0)
+    """
     after = norm64(clip(grads, max_norm).values())
     count = sum(g.numel() for g in grads.values())
     # below float32's normal numbers the unit is the smallest subnormal: in the bound, the quotient and each entry
@@ -78,7 +91,11 @@ def check_norm_is_bounded(clip: Clip, grads: Mapping[str, Tensor], max_norm: flo
 
 
 def check_clip_keeps_direction(clip: Clip, grads: Mapping[str, Tensor], max_norm: float) -> None:
-    """Law 6. clip(g, c) = k g with one k in [0, 1] for all entries, up to 2 roundings of each."""
+    """Law 6. clip(g, c) = k g with one k in [0, 1] for all entries, up to 2 roundings of each.
+
+    Example:
+        >>> check_clip_keeps_direction(steploop_clip("max_norm"), {"w": torch.tensor([3.0, 4.0])}, 1.0)
+    """
     clipped = clip(grads, max_norm)
     flat = torch.cat([g.double().reshape(-1) for g in grads.values()])
     after = torch.cat([clipped[name].double().reshape(-1) for name in grads])
@@ -96,7 +113,11 @@ def check_clip_keeps_direction(clip: Clip, grads: Mapping[str, Tensor], max_norm
 
 
 def check_clip_leaves_small_gradients(clip: Clip, grads: Mapping[str, Tensor], max_norm: float) -> None:
-    """Law 6. clip(g, c) = g bit for bit where c / (||g|| + 1e-6) >= 1 in float32, which is where torch multiplies by 1."""
+    """Law 6. clip(g, c) = g bit for bit where c / (||g|| + 1e-6) >= 1 in float32, which is where torch multiplies by 1.
+
+    Example:
+        >>> check_clip_leaves_small_gradients(steploop_clip("max_norm"), {"w": torch.tensor([0.3, 0.4])}, 1.0)
+    """
     norm = torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(g) for g in grads.values()]))
     if (max_norm / (norm + 1e-6)).item() >= 1.0:
         require_same(
@@ -112,6 +133,9 @@ def check_clipping_twice_is_clipping_once(
     """Law 6. clip(clip(g, c), d) = clip(g, d) for d <= c, up to the roundings of two clips and torch's 1e-6.
 
     With u = c / (c + 1e-6) the factor by which torch's formula stays below the bound c, a relative 2 (1 - u) is allowed.
+
+    Example:
+        >>> check_clipping_twice_is_clipping_once(steploop_clip("max_norm"), {"w": torch.tensor([3.0, 4.0])}, 2.0, 1.0)
     """
     require(lower <= bound, "the second bound must be the smaller one")
     once, twice = clip(grads, lower), clip(clip(grads, bound), lower)
@@ -129,6 +153,9 @@ def check_clip_norm_equals_torch(clip: Clip, grads: Mapping[str, Tensor], max_no
 
     Where the norm is not finite torch writes nan and 0 into the gradients; here they stay as they are, and the step
     is skipped.
+
+    Example:
+        >>> check_clip_norm_equals_torch(steploop_clip("max_norm"), {"w": torch.tensor([3.0, 4.0])}, 1.0)
     """
     leaves = [nn.Parameter(torch.zeros_like(g)) for g in grads.values()]
     for leaf, g in zip(leaves, grads.values(), strict=True):
@@ -141,7 +168,11 @@ def check_clip_norm_equals_torch(clip: Clip, grads: Mapping[str, Tensor], max_no
 
 
 def check_clip_value_equals_torch(clip: Clip, grads: Mapping[str, Tensor], max_value: float) -> None:
-    """Law 6. The gradients equal those of ``torch.nn.utils.clip_grad_value_``, nan included."""
+    """Law 6. The gradients equal those of ``torch.nn.utils.clip_grad_value_``, nan included.
+
+    Example:
+        >>> check_clip_value_equals_torch(steploop_clip("max_value"), {"w": torch.tensor([3.0, 4.0])}, 1.0)
+    """
     leaves = [nn.Parameter(torch.zeros_like(g)) for g in grads.values()]
     for leaf, g in zip(leaves, grads.values(), strict=True):
         leaf.grad = g.clone()
@@ -161,6 +192,10 @@ def check_adaptive_clip_bounds_each_unit(
         clip(g) = g min(1, clipping max(||w||, 1e-3) / ||g||)
 
     Units whose norm overflows or underflows float32 are left out.
+
+    Example:
+        >>> params, grads = {"w": torch.ones(2, 3)}, {"w": torch.full((2, 3), 5.0)}
+        >>> check_adaptive_clip_bounds_each_unit(steploop_clip("adaptive", params), grads, params, 0.1)
     """
     clipped = clip(grads, clipping)
     for name, grad in grads.items():
@@ -187,6 +222,9 @@ def check_only_finite_gradients_are_stepped_on(state: TrainState, **bound: float
     Args:
         state: with gradients, as from ``holding`` or ``backward_scaled``; is left whole.
         bound: what ``unscale_and_clip`` takes.
+
+    Example:
+        >>> check_only_finite_gradients_are_stepped_on(holding({"w": torch.tensor([1.0, float("nan")])}), max_norm=1.0)
     """
     before = copied(values(state))
     grads = list((state.grads or {}).values())
@@ -227,6 +265,9 @@ def check_a_batch_of_nan_changes_nothing(step: Step, state: TrainState, batch: A
         step: any step.
         state: is left whole.
         batch: its dense floating-point tensors are replaced by nan; where the loss stays finite there is nothing to check.
+
+    Example:
+        >>> check_a_batch_of_nan_changes_nothing(train_step, state, batch)
     """
 
     def poison(t: Tensor) -> Tensor:

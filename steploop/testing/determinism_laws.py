@@ -22,6 +22,9 @@ def check_operations_are_deterministic(step: Step, state: State, batch: Any) -> 
         step: any step.
         state: is left whole.
         batch: what the step takes.
+
+    Example:
+        >>> check_operations_are_deterministic(train_step, state, batch)
     """
     with _reported_by_torch() as found:
         step(clone(state), batch)

@@ -26,7 +26,13 @@ __all__ = [
 
 
 def in_float32(objective: Callable[[nn.Module, Any], Any]) -> Callable[[nn.Module, Any], Any]:
-    """Run the objective without autocast, because float16 would round small gradients away."""
+    """Run the objective without autocast, because float16 would round small gradients away.
+
+    Example:
+        >>> fp16 = TrainState.create(model, optimizer, precision="fp16")
+        >>> forward_loss(fp16, batch, in_float32(objective)).loss.dtype
+        torch.float32
+    """
 
     def unscaled(model: nn.Module, batch: Any) -> Any:
         device = next(model.parameters()).device.type
@@ -46,6 +52,13 @@ def check_scale_changes_no_bit(step: Step, state: TrainState, batches: Sequence[
         state: of precision "fp16"; is left whole.
         batches: of the run.
         scale: S.
+
+    Example:
+        >>> def step(state, batch):
+        ...     state = forward_loss(state, batch, in_float32(objective))
+        ...     return optimizer_step(unscale_and_clip(backward_scaled(state), max_norm=1.0))
+        >>> fp16 = TrainState.create(model, optimizer, precision="fp16")
+        >>> check_scale_changes_no_bit(step, fp16, batches, 2.0**10)
     """
     require(math.frexp(scale)[0] == 0.5, f"the law is about powers of two, but the scale is {scale!r}")
     fixed = LossScale(scale=1.0, growth_interval=2**30, floor=0.0)
@@ -68,6 +81,9 @@ def check_scale_follows_torch(scale: LossScale, finite: Sequence[bool]) -> None:
     Args:
         scale: to begin with.
         finite: whether the gradients of each step were.
+
+    Example:
+        >>> check_scale_follows_torch(LossScale(growth_interval=2), [True, False, True, True, True])
     """
     for index, good in enumerate(finite):
         expected_scale, expected_tracker = _torch_update(scale, good=good)
@@ -111,6 +127,10 @@ def check_scaled_steps_follow_torch(
         params: name -> initial value.
         grads: name -> scaled gradient, one mapping a step.
         scale: to begin with, on the host.
+
+    Example:
+        >>> sgd, grads = Optimizer(torch.optim.SGD, lr=0.1), [{"w": torch.ones(2)}, {"w": torch.full((2,), 1e30)}]
+        >>> check_scaled_steps_follow_torch(sgd, {"w": torch.zeros(2)}, grads, LossScale(scale=1e10))
     """
     module = nn.Module()
     for name, value in params.items():

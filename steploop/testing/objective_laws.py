@@ -30,6 +30,9 @@ def check_every_parameter_is_reached(step: Step, state: State, batches: Sequence
         state: is left whole.
         batches: a few; a weight that is initialised to 0 may hide another one in the first step. Of several states, those
             that take no step in these batches are not judged.
+
+    Example:
+        >>> check_every_parameter_is_reached(train_step, state, batches)
     """
     current = clone(state)
     unreached = {(part, name) for part, s in members(current).items() for name in s._machine.trainable}
@@ -92,6 +95,9 @@ def check_one_batch_is_learned(
         max_steps: T, for each learning rate.
         part: how far the loss has to fall.
         rates: learning rates of Adam, tried in turn until one does it.
+
+    Example:
+        >>> check_one_batch_is_learned(objective, state, batch)
     """
     first, lowest = torch.inf, torch.inf
     for rate in rates:
@@ -124,6 +130,9 @@ def check_step_lowers_the_loss(step: Step, state: TrainState, batch: Any, *, max
         state: where to begin; is left whole.
         batch: small.
         max_steps: how many steps it has for that.
+
+    Example:
+        >>> check_step_lowers_the_loss(train_step, state, batch)
     """
     current, losses = state.clone(), []
     for _ in range(max_steps):

@@ -40,6 +40,10 @@ def check_optimizer_equals_its_loop(
         objective: without random numbers.
         max_norm: of the clip.
         donate: which form of ``optimizer_step``.
+
+    Example:
+        >>> import copy
+        >>> check_optimizer_equals_its_loop(optimizer, copy.deepcopy(model), copy.deepcopy(model), batches, objective)
     """
     state = TrainState.create(model, optimizer)
     trainable = {name: p for name, p in twin.named_parameters() if p.requires_grad}

@@ -26,7 +26,11 @@ class EpochBatches(Protocol):
 
 
 def check_epoch_is_a_permutation(n: int, *, seed: int, epoch: int, shuffle: bool = True) -> None:
-    """Law 15. The order of an epoch is a permutation of 0 .. n - 1, the same at every call."""
+    """Law 15. The order of an epoch is a permutation of 0 .. n - 1, the same at every call.
+
+    Example:
+        >>> check_epoch_is_a_permutation(10, seed=0, epoch=3)
+    """
     order = epoch_order(n, seed=seed, epoch=epoch, shuffle=shuffle)
     require(
         sorted(order.tolist()) == list(range(n)),
@@ -43,6 +47,9 @@ def check_ranks_partition_the_epoch(
 
     With drop_last the samples of the incomplete global batch are missing, fewer than batch_size * world_size; an epoch
     of fewer samples than ranks has no batch at all.
+
+    Example:
+        >>> check_ranks_partition_the_epoch(10, seed=0, epoch=3, batch_size=2, world_size=2, drop_last=True)
     """
     order = epoch_order(n, seed=seed, epoch=epoch)
     count = batches_per_epoch(n, batch_size=batch_size, drop_last=drop_last, world_size=world_size)
@@ -89,6 +96,9 @@ def check_cursor_continues_the_epoch(
         epoch: e.
         cut: how many batches lie behind.
         limit: how many batches to look at; all of them unless given.
+
+    Example:
+        >>> check_cursor_continues_the_epoch(loader, epoch=1, cut=2)
     """
     whole = first_batches(batches, epoch, limit=limit)
     rest = first_batches(batches, epoch, cut, limit=None if limit is None else limit - cut)
@@ -109,6 +119,11 @@ def check_batches_do_not_depend_on_workers(
         workers: the numbers to compare.
         epochs: which epochs.
         limit: how many batches of each to look at; all of them unless given.
+
+    Example:
+        >>> check_batches_do_not_depend_on_workers(
+        ...     lambda count: Loader([(i, i) for i in range(6)], batch_size=2, seed=0, num_workers=count), workers=(0, 1)
+        ... )
     """
     for epoch in epochs:
         expected = first_batches(make_batches(workers[0]), epoch, limit=limit)

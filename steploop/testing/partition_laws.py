@@ -44,7 +44,12 @@ TOLERANCE = 2e-5
 
 
 def split(batch: Any, sizes: Sequence[int]) -> list[Any]:
-    """Cut a batch into parts of these sizes, along the first axis of its tensors."""
+    """Cut a batch into parts of these sizes, along the first axis of its tensors.
+
+    Example:
+        >>> split(torch.arange(5), [2, 3])
+        [tensor([0, 1]), tensor([2, 3, 4])]
+    """
     whole = count_samples(batch)
     require(whole == sum(sizes), f"the parts {list(sizes)} must add up to the {whole} samples of the batch")
     ends = [sum(sizes[: i + 1]) for i in range(len(sizes))]
@@ -73,6 +78,9 @@ def check_partition_gives_the_whole_gradient(
         tolerance: relative to the largest entry of all gradients, since a single one may be a sum that nearly cancels.
             Where all nearly do, they keep the rounding of their terms, which are of size 1 for most losses: an epsilon
             of the dtype that the state computes in, times the loss scale, is always allowed.
+
+    Example:
+        >>> check_partition_gives_the_whole_gradient(state, batch, [5, 2, 1], objective)
     """
     whole = backward_scaled(forward_loss(state.clone(), batch, objective))
     parts = accumulate(state.clone(), split(batch, sizes), objective)
@@ -126,6 +134,9 @@ def check_evaluation_ignores_partition(
         batch: x.
         sizes: how many samples x_1, ..., x_k have.
         tolerance: relative, and absolute below 1.
+
+    Example:
+        >>> check_evaluation_ignores_partition(lambda s, xs: evaluate(s, xs, objective), state, batch, [5, 3])
     """
     whole, parts = evaluation(state, [batch]), evaluation(state, split(batch, sizes))
     check_same_metrics(
@@ -139,7 +150,11 @@ def check_evaluation_ignores_partition(
 def check_evaluation_ignores_order(
     evaluation: Evaluation, state: State, batches: Sequence[Any], *, tolerance: float = TOLERANCE
 ) -> None:
-    """Law 14. evaluation(s, xs) = evaluation(s, reversed xs)."""
+    """Law 14. evaluation(s, xs) = evaluation(s, reversed xs).
+
+    Example:
+        >>> check_evaluation_ignores_order(lambda s, xs: evaluate(s, xs, objective), state, batches)
+    """
     forth, back = evaluation(state, batches), evaluation(state, list(batches)[::-1])
     check_same_metrics(
         back, forth, f"the evaluation of {len(batches)} batches must not depend on their order", tolerance
@@ -158,6 +173,9 @@ def check_evaluation_changes_nothing(
         state: is left whole.
         step: any step.
         batches: of the run.
+
+    Example:
+        >>> check_evaluation_changes_nothing(lambda s: evaluate(s, batches, objective), state, train_step, batches)
     """
     expected = copied(values(fold(step, batches, clone(state))))
     current = clone(state)

@@ -58,6 +58,9 @@ def check_input_stays_whole(step: Step, state: State, batch: Any) -> None:
         step: pure: ``optimizer_step(state, donate=False)`` in it, or `steploop.testing.pure` around it.
         state: usable afterwards.
         batch: what the step takes; must stay as it was too.
+
+    Example:
+        >>> check_input_stays_whole(pure(train_step), state, batch)
     """
     before, batch_before = copied(values(state)), copied(batch)
     first = step(state, batch)
@@ -77,7 +80,13 @@ def _require_again(found: Any, expected: Any, culprit: Callable[[], str]) -> Non
 
 
 def pure(step: Step) -> Step:
-    """Make any step pure: it works on a copy, and its input stays whole."""
+    """Make any step pure: it works on a copy, and its input stays whole.
+
+    Example:
+        >>> after = pure(train_step)(state, batch)
+        >>> state.alive
+        True
+    """
     return lambda state, batch: step(clone(state), batch)
 
 
@@ -91,6 +100,9 @@ def check_donation_equals_copy(step: Step, pure_step: Step, state: State, batch:
         pure_step: the same with ``optimizer_step(state, donate=False)``.
         state: is left whole.
         batch: what the steps take.
+
+    Example:
+        >>> check_donation_equals_copy(train_step, pure(train_step), state, batch)
     """
     expected = pure_step(state, batch)
     given = clone(state)
@@ -101,7 +113,12 @@ def check_donation_equals_copy(step: Step, pure_step: Step, state: State, batch:
 
 
 def check_spent_state_refuses_use(spent: TrainState, batch: Any) -> None:
-    """Every use of a spent state raises SpentStateError, which says by what and what to do."""
+    """Every use of a spent state raises SpentStateError, which says by what and what to do.
+
+    Example:
+        >>> after = train_step(state, batch)
+        >>> check_spent_state_refuses_use(state, batch)
+    """
 
     def objective(model: Any, _: Any) -> Any:
         return next(model.parameters()).sum()
@@ -142,6 +159,9 @@ def check_same_input_same_result(step: Step, state: State, batches: Sequence[Any
         step: any step.
         state: is left whole.
         batches: of the run.
+
+    Example:
+        >>> check_same_input_same_result(train_step, state, batches)
     """
     first, hidden = copied(values(fold(step, batches, clone(state)))), hidden_values(state)
     second = values(fold(step, batches, clone(state)))
@@ -246,6 +266,9 @@ def check_surroundings(step: Step, state: State, batches: Sequence[Any], name: s
         state: is left whole.
         batches: of the run; the last one is taken outside.
         name: one of ``SURROUNDINGS``.
+
+    Example:
+        >>> check_surroundings(train_step, state, batches, "torch.no_grad()")
     """
     expected = copied(values(fold(step, batches, clone(state))))
     inside = clone(state)
@@ -256,6 +279,10 @@ def check_surroundings(step: Step, state: State, batches: Sequence[Any], name: s
 
 
 def check_all_surroundings(step: Step, state: State, batches: Sequence[Any]) -> None:
-    """Run ``check_surroundings`` for each of ``SURROUNDINGS``."""
+    """Run ``check_surroundings`` for each of ``SURROUNDINGS``.
+
+    Example:
+        >>> check_all_surroundings(train_step, state, batches)
+    """
     for name in SURROUNDINGS:
         check_surroundings(step, state, batches, name)

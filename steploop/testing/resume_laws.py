@@ -20,6 +20,9 @@ def check_fold_splits(step: Step, state: State, batches: Sequence[Any], cut: int
         state: is left whole.
         batches: a + b.
         cut: the length of a.
+
+    Example:
+        >>> check_fold_splits(train_step, state, batches, cut=2)
     """
     whole = copied(values(fold(step, batches, clone(state))))
     half = fold(step, batches[:cut], clone(state))
@@ -49,6 +52,9 @@ def check_runs_do_not_disturb_each_other(
         one: is left whole.
         other: is left whole; a clone of ``one`` shares its machines.
         batches: of each of the runs.
+
+    Example:
+        >>> check_runs_do_not_disturb_each_other(train_step, state, state, batches)
     """
     alone = [copied(values(fold(step, batches, clone(s)))) for s in (one, other)]
     s, t = clone(one), clone(other)
@@ -82,6 +88,9 @@ def check_resume_is_exact(
         save: ``(state, folder)``; ``steploop.checkpoint.save`` unless given.
         load: ``(folder, like) -> state``; ``steploop.checkpoint.load`` unless given.
         resumed_step: the step to go on with: made anew, in it nothing remains of the first part; else ``step``.
+
+    Example:
+        >>> check_resume_is_exact(train_step, state, batches, cut=2, like=state)
     """
     save, load = save or _save, load or _load
     whole = copied(values(fold(step, batches, clone(state))))

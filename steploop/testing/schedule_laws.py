@@ -58,6 +58,11 @@ def check_schedule_equals_torch(
         lr: of torch's optimizer.
         momentum: of torch's optimizer.
         tolerance: step -> how far the rates may be apart; 0 where the bits agree. Momentum has to agree to the bit.
+
+    Example:
+        >>> check_schedule_equals_torch(
+        ...     step_lr(0.1, step_size=3), lambda o: torch.optim.lr_scheduler.StepLR(o, step_size=3), steps=10
+        ... )
     """
     for step, expected in enumerate(torch_rates(make_scheduler, steps, lr=lr, momentum=momentum)):
         found = learning_rate(step)
@@ -77,13 +82,21 @@ def check_schedule_equals_torch(
 
 
 def check_schedule_is_a_function(learning_rate: Schedule, steps: int) -> None:
-    """Law 12. The rate of a step is the same at every call, in any order."""
+    """Law 12. The rate of a step is the same at every call, in any order.
+
+    Example:
+        >>> check_schedule_is_a_function(cosine_annealing(0.1, total_steps=10), steps=10)
+    """
     forth = [learning_rate(step) for step in range(steps)]
     back = [learning_rate(step) for step in reversed(range(steps))][::-1]
     require_same(back, forth, f"{learning_rate} must give the same rates backwards as forwards")
 
 
 def check_scheduling_is_idempotent(state: TrainState, learning_rate: Schedule) -> None:
-    """Law 12. schedule(schedule(s, f), f) = schedule(s, f): it follows the steps taken, not the calls."""
+    """Law 12. schedule(schedule(s, f), f) = schedule(s, f): it follows the steps taken, not the calls.
+
+    Example:
+        >>> check_scheduling_is_idempotent(state, cosine_annealing(0.1, total_steps=10))
+    """
     once = schedule(state, learning_rate)
     require_same(schedule(once, learning_rate), once, "scheduling twice must equal scheduling once")

@@ -42,7 +42,12 @@ def members(state: State) -> dict[str, TrainState]:
 
 
 def values(state: State) -> dict[str, Any]:
-    """Return all that the next step depends on, as one tree of tensors and plain values."""
+    """Return all that the next step depends on, as one tree of tensors and plain values.
+
+    Example:
+        >>> values(state)["applied_steps"]
+        0
+    """
     trees = {
         name: {field: getattr(s.settle(), field) for field in _SAVED} for name, s in members(state).items()
     }
@@ -50,17 +55,33 @@ def values(state: State) -> dict[str, Any]:
 
 
 def copied(tree: Any) -> Any:
-    """Copy a tree and its tensors."""
+    """Copy a tree and its tensors.
+
+    Example:
+        >>> before = copied(dict(state.params))
+    """
     return map_tensors(lambda t: t.detach().clone(), tree)
 
 
 def clone(state: State) -> State:
-    """Copy one state or several; the copy shares no tensor."""
+    """Copy one state or several; the copy shares no tensor.
+
+    Example:
+        >>> other = clone(state)
+        >>> after = train_step(other, batch)
+        >>> state.alive
+        True
+    """
     return {name: s.clone() for name, s in state.items()} if isinstance(state, Mapping) else state.clone()
 
 
 def fold(step: Step, batches: Iterable[Any], state: State) -> Any:
-    """Return ``functools.reduce(step, batches, state)``."""
+    """Return ``functools.reduce(step, batches, state)``.
+
+    Example:
+        >>> fold(train_step, batches, state).step
+        4
+    """
     return reduce(step, batches, state)
 
 
@@ -77,6 +98,12 @@ def require_same(found: Any, expected: Any, law: str) -> None:
         found: a state, several by name, or any tree.
         expected: the same.
         law: what was promised, in words; the message begins with it.
+
+    Example:
+        >>> require_same(torch.zeros(2), torch.tensor([0.0, 1.0]), "they must be equal")
+        Traceback (most recent call last):
+        ...
+        AssertionError: they must be equal: ...
     """
     difference = first_difference(_tree(found), _tree(expected))
     if difference is not None:

@@ -40,7 +40,12 @@ class MetricFold(Protocol):
 
 
 def stop_check(early: EarlyStopping, history: Sequence[float]) -> float:
-    """Return the 1-based check at which a run stops, or infinity."""
+    """Return the 1-based check at which a run stops, or infinity.
+
+    Example:
+        >>> stop_check(EarlyStopping(patience=2, mode="min"), [1.0, 2.0, 3.0, 0.5])
+        3
+    """
     states = accumulate(history, early.update, initial=early.init())
     return next((check for check, state in enumerate(states) if state.stopped), math.inf)
 
@@ -50,6 +55,9 @@ def check_stops_at_the_patience_th_bad_check(early: EarlyStopping, history: Sequ
 
     Against the definition, written without a fold: a check is bad unless its value beats all before it by more
     than min_delta.
+
+    Example:
+        >>> check_stops_at_the_patience_th_bad_check(EarlyStopping(patience=2, mode="min"), [1.0, 2.0, 3.0])
     """
     sign = 1 if early.mode == "min" else -1
     bad = []
@@ -66,7 +74,11 @@ def check_stops_at_the_patience_th_bad_check(early: EarlyStopping, history: Sequ
 
 
 def check_best_is_the_running_best(early: EarlyStopping, history: Sequence[float]) -> None:
-    """Law 10. best = the least (largest) of all metrics that are not nan, or None."""
+    """Law 10. best = the least (largest) of all metrics that are not nan, or None.
+
+    Example:
+        >>> check_best_is_the_running_best(EarlyStopping(patience=2, mode="min"), [1.0, 2.0, float("nan"), 0.5])
+    """
     numbers = [value for value in history if not math.isnan(value)]
     best = (min if early.mode == "min" else max)(numbers, default=None)
     found = reduce(early.update, history, early.init()).best
@@ -76,7 +88,11 @@ def check_best_is_the_running_best(early: EarlyStopping, history: Sequence[float
 def check_more_patience_never_stops_earlier(
     early: EarlyStopping, history: Sequence[float], more: int
 ) -> None:
-    """Law 10. stop(patience + k) >= stop(patience)."""
+    """Law 10. stop(patience + k) >= stop(patience).
+
+    Example:
+        >>> check_more_patience_never_stops_earlier(EarlyStopping(patience=1, mode="min"), [1.0, 2.0, 3.0], more=1)
+    """
     longer = attrs.evolve(early, patience=early.patience + more)
     less, greater = stop_check(early, history), stop_check(longer, history)
     require(
@@ -88,7 +104,11 @@ def check_more_patience_never_stops_earlier(
 def check_more_min_delta_never_stops_later(
     early: EarlyStopping, history: Sequence[float], more: float
 ) -> None:
-    """Law 10. stop(min_delta + d) <= stop(min_delta)."""
+    """Law 10. stop(min_delta + d) <= stop(min_delta).
+
+    Example:
+        >>> check_more_min_delta_never_stops_later(EarlyStopping(patience=1, mode="min"), [1.0, 0.9, 0.8], more=0.5)
+    """
     stricter = attrs.evolve(early, min_delta=early.min_delta + more)
     less, greater = stop_check(early, history), stop_check(stricter, history)
     require(
@@ -98,7 +118,11 @@ def check_more_min_delta_never_stops_later(
 
 
 def check_max_is_min_of_the_negative(early: EarlyStopping, history: Sequence[float]) -> None:
-    """Law 10. The states of "max" over v are those of "min" over -v, with best negated, after every check."""
+    """Law 10. The states of "max" over v are those of "min" over -v, with best negated, after every check.
+
+    Example:
+        >>> check_max_is_min_of_the_negative(EarlyStopping(patience=2, mode="min"), [1.0, 2.0, 0.5])
+    """
     least, most = attrs.evolve(early, mode="min"), attrs.evolve(early, mode="max")
     lows = accumulate([-value for value in history], least.update, initial=least.init())
     highs = accumulate(history, most.update, initial=most.init())
@@ -110,7 +134,11 @@ def check_max_is_min_of_the_negative(early: EarlyStopping, history: Sequence[flo
 
 
 def check_metric_fold_splits(described: MetricFold, history: Sequence[float], cut: int) -> None:
-    """Laws 10, 11. Splitting the history, writing the state as JSON in between and going on changes nothing."""
+    """Laws 10, 11. Splitting the history, writing the state as JSON in between and going on changes nothing.
+
+    Example:
+        >>> check_metric_fold_splits(EarlyStopping(patience=2, mode="min"), [1.0, 2.0, 0.5], cut=1)
+    """
     half = reduce(described.update, history[:cut], described.init())
     loaded = type(half)(**json.loads(json.dumps(attrs.asdict(half))))
     found = reduce(described.update, history[cut:], loaded)
@@ -122,6 +150,10 @@ def check_plateau_equals_torch(plateau: ReduceLROnPlateau, history: Sequence[flo
     """Law 11. Rate, best, bad checks and cooldown are those of ``torch.optim.lr_scheduler.ReduceLROnPlateau``.
 
     To the bit, after every check, nan and infinities included; where there is no best yet torch has an infinity.
+
+    Example:
+        >>> plateau = ReduceLROnPlateau(lr=0.1, patience=1)
+        >>> check_plateau_equals_torch(plateau, [1.0, 1.0, 1.0, 0.5])
     """
     optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=plateau.lr)
     options = {key: value for key, value in attrs.asdict(plateau).items() if key != "lr"}

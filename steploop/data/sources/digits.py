@@ -50,6 +50,11 @@ def load_digits(source: DigitSource = "auto", *, root: str | Path = "data", time
         ConfigError: there is no such source.
         DataError: MNIST was asked for, and is neither on disk nor to be had.
         MissingExtraError: scikit-learn's digits are needed, and it is not installed.
+
+    Example:
+        >>> digits = load_digits("digits")
+        >>> digits.train[0].shape
+        torch.Size([1400, 1, 28, 28])
     """
     if source not in {"auto", "mnist", "digits"}:
         raise ConfigError(f'load_digits: source must be "auto", "mnist" or "digits", got {source!r}.')

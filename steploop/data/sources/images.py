@@ -32,6 +32,11 @@ class ImageData:
         test_labels: shape ``(M,)``, int64.
         classes: the name of each class.
         note: what a reader of the results must know about them, in a sentence or two.
+
+    Example:
+        >>> data = load_images("synthetic", size=8, train_samples=20, test_samples=10)
+        >>> data.train[0].shape, len(data.classes)
+        (torch.Size([20, 3, 8, 8]), 10)
     """
 
     name: str
@@ -85,6 +90,11 @@ def load_images(
         ConfigError: an argument is not legal, or does not go with ``data``.
         DataError: the images are not there, or cannot be read.
         EmptyDataError: a set or a class has no images.
+
+    Example:
+        >>> data = load_images("synthetic", size=8, train_samples=20, test_samples=10)
+        >>> data.test_images.dtype
+        torch.uint8
     """
     if data not in get_args(ImageSource):
         raise ConfigError(f"data must be one of {', '.join(get_args(ImageSource))}, got {data!r}")
@@ -116,6 +126,10 @@ def channel_statistics(images: Tensor) -> tuple[tuple[float, ...], tuple[float, 
 
     Returns:
         ``(mean, std)``, C numbers each, computed from the exact histogram.
+
+    Example:
+        >>> channel_statistics(torch.full((2, 3, 4, 4), 255, dtype=torch.uint8))[0]
+        (1.0, 1.0, 1.0)
     """
     levels = torch.arange(256, dtype=torch.float64) / 255
     mean: list[float] = []

@@ -20,6 +20,11 @@ def open_url(url: str, *, timeout_s: float) -> Any:
 
     Raises:
         DataError: no answer in time, or one that says no.
+
+    Example:
+        >>> _ = (folder / "a.txt").write_text("text")
+        >>> open_url((folder / "a.txt").as_uri(), timeout_s=1.0).read()
+        b'text'
     """
     found: list[Any] = []
 

@@ -30,6 +30,11 @@ def draw_shapes(
 
     Returns:
         Images (N, 3, S, S) uint8, and masks (N, S, S) uint8 that index ``SHAPE_CLASSES``.
+
+    Example:
+        >>> images, masks = draw_shapes(2, size=16)
+        >>> images.shape, masks.shape
+        (torch.Size([2, 3, 16, 16]), torch.Size([2, 16, 16]))
     """
     g = torch.Generator().manual_seed(fold_in(seed, count, size, shapes))
 

@@ -20,6 +20,10 @@ def library_files(package: str | None = None) -> list[Path]:
 
     Raises:
         DataError: there are none: this Python lacks the package, or keeps its library in an archive.
+
+    Example:
+        >>> [path.name for path in library_files("json")]
+        ['__init__.py', 'decoder.py', 'encoder.py', 'scanner.py', 'tool.py']
     """
     root = Path(sysconfig.get_path("stdlib"))
     if package is None:
@@ -36,10 +40,15 @@ def library_files(package: str | None = None) -> list[Path]:
 
 
 def read_text(path: str | Path) -> str:
-    """The text of a file in UTF-8; bytes that are not become the replacement character.
+    r"""Read a text file in UTF-8; bytes that are not become the replacement character.
 
     Raises:
         DataError: it cannot be read.
+
+    Example:
+        >>> _ = (folder / "a.txt").write_text("one\ntwo\n", encoding="utf-8")
+        >>> read_text(folder / "a.txt")
+        'one\ntwo\n'
     """
     try:
         return Path(path).expanduser().read_text(encoding="utf-8", errors="replace")
