@@ -19,6 +19,7 @@ OUT = typer.Option(
     show_default=False,
 )
 TERMINAL = typer.Option("--terminal", help="Draw in the terminal; writes no file.")
+_MOST_PANELS = 40
 
 
 def plot(
@@ -55,6 +56,12 @@ def plot(
         return
     from steploop.tools.report.figures import draw_panels, save
 
+    if len(chosen) > _MOST_PANELS:  # matplotlib lays out no more in a reasonable time
+        left = [panel.key for panel in chosen[_MOST_PANELS:]]
+        sys.stderr.write(
+            f"Drawn are the first {_MOST_PANELS} of {len(chosen)} panels. Name others with --metric, such as {safe_text(left[0])}.\n"
+        )
+        chosen = chosen[:_MOST_PANELS]
     stem = out.with_suffix("") if out is not None and out.suffix in {".png", ".svg"} else out
     stem = stem or (runs[0] / "curves" if len(runs) == 1 else Path("curves"))
     title = ", ".join(dict.fromkeys(record.recipe for record in records))

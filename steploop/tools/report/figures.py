@@ -1,6 +1,7 @@
 """Figures with matplotlib: a run's panels, schedules side by side, a learning-rate range test; as PNG and SVG."""
 
 import math
+import warnings
 from collections.abc import Mapping, Sequence
 from io import BytesIO
 from pathlib import Path
@@ -32,9 +33,14 @@ def _figure(width: float, height: float) -> "Figure":
     return figure
 
 
+def _plain(text: str) -> str:
+    """A name in which matplotlib sees no formula."""
+    return text.replace("$", r"\$")
+
+
 def _dress(axes: "Axes", title: str, unit: str = "") -> None:
-    axes.set_title(title, loc="left", fontsize=11, fontweight="bold", color=_INK)
-    axes.set_ylabel(unit, fontsize=9, color=_INK)
+    axes.set_title(_plain(title), loc="left", fontsize=11, fontweight="bold", color=_INK)
+    axes.set_ylabel(_plain(unit), fontsize=9, color=_INK)
     axes.spines[["top", "right"]].set_visible(False)
     axes.spines[["left", "bottom"]].set_color("#9aa5b1")
     axes.grid(visible=True, color=_GRID, linewidth=0.8)
@@ -60,7 +66,7 @@ def _draw_series(axes: "Axes", series: Series, colour: str, *, log: bool, drawst
         "dashed": {"linewidth": 1.4, "linestyle": (0, (4, 2))},
         "points": {"linewidth": 1.3, "marker": "o", "markersize": 3.5},
     }
-    label = None if series.style == "faint" else series.label or None
+    label = None if series.style == "faint" or not series.label else _plain(series.label)
     axes.plot(
         steps,
         values,
@@ -138,7 +144,7 @@ def draw_panels(found: Sequence[Panel], title: str) -> "Figure":
     for axes in cells[max(len(found) - columns, 0) : len(found)]:
         axes.set_xlabel("attempted steps", fontsize=9, color=_INK)
         axes.tick_params(labelbottom=True)
-    figure.suptitle(title, x=0.01, ha="left", fontsize=12, color=_INK)
+    figure.suptitle(_plain(title), x=0.01, ha="left", fontsize=12, color=_INK)
     return figure
 
 
@@ -228,7 +234,11 @@ def save(figure: "Figure", stem: Path) -> list[Path]:
     import matplotlib as mpl
 
     png, svg = BytesIO(), BytesIO()
-    with mpl.rc_context({"svg.hashsalt": "steploop", "svg.fonttype": "none", "font.family": "sans-serif"}):
+    style = {"svg.hashsalt": "steploop", "svg.fonttype": "none", "font.family": "sans-serif"}
+    with mpl.rc_context(style), warnings.catch_warnings():
+        warnings.filterwarnings(
+            "ignore", "Glyph .* missing from"
+        )  # a name in another script: the SVG has it as text
         figure.savefig(png, format="png", dpi=144, facecolor="white")
         figure.savefig(svg, format="svg", facecolor="white", metadata={"Date": None})
     files = {"png": png, "svg": svg}

@@ -16,6 +16,20 @@ Style = Literal["line", "faint", "dashed", "points"]
 Scale = Literal["linear", "log"]
 
 
+_LARGEST = 1e100
+
+
+def drawable(curve: Curve) -> Curve:
+    """The curve with a gap for each value beyond 1e100: the arithmetic of axes would overflow there."""
+    if all(v is None or _drawable(v) for v in curve.values):
+        return curve
+    return Curve(curve.steps, tuple(v if v is not None and _drawable(v) else None for v in curve.values))
+
+
+def _drawable(value: float) -> bool:
+    return value == 0 or 1 / _LARGEST <= abs(value) <= _LARGEST
+
+
 @attrs.frozen
 class Series:
     """A curve of a panel.
@@ -23,14 +37,14 @@ class Series:
     Attributes:
         label: what the legend calls it.
         run: index of the run that it belongs to: its colour.
-        curve: its points.
+        curve: its points; values beyond 1e100, and closer to 0 than 1e-100, are gaps.
         style: "line"; "faint" for noise behind a line; "dashed" for a second line of a pair; "points" joined by a
             line, for what is measured now and then.
     """
 
     label: str
     run: int
-    curve: Curve
+    curve: Curve = attrs.field(converter=drawable)
     style: Style = "line"
 
 
