@@ -234,7 +234,7 @@ def save(figure: "Figure", stem: Path) -> list[Path]:
     import matplotlib as mpl
 
     png, svg = BytesIO(), BytesIO()
-    style = {"svg.hashsalt": "steploop", "svg.fonttype": "none", "font.family": "sans-serif"}
+    style: Any = {"svg.hashsalt": "steploop", "svg.fonttype": "none", "font.family": "sans-serif"}
     with mpl.rc_context(style), warnings.catch_warnings():
         warnings.filterwarnings(
             "ignore", "Glyph .* missing from"
