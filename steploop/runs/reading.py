@@ -198,7 +198,7 @@ def find_runs(root: Path) -> list[Path]:
     return sorted(found)
 
 
-def read_run(path: Path) -> RunRecord:
+def read_run(path: Path | str) -> RunRecord:
     """Read a run directory, as far as it goes; what could not be read is listed in ``problems``.
 
     Where lines of the same steps stand twice, the later ones count. The steps of a second phase, which are counted
@@ -207,6 +207,7 @@ def read_run(path: Path) -> RunRecord:
     Raises:
         ConfigError: there is no run at ``path``.
     """
+    path = Path(path)
     if not is_run(path):
         raise ConfigError(
             f"{path} is not a run directory: expected config.json or metrics.jsonl in it. `steploop runs DIR` lists those below DIR."
