@@ -3,10 +3,12 @@
 import contextlib
 import importlib.util
 import io
+import os
 import random
 import re
 import warnings
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -52,7 +54,7 @@ def test_a_block_runs(page, shared, program, shown, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     printed, namespace = io.StringIO(), {"__name__": "page"}
     python, name = random.getstate(), str(PAGES / f"{page}.md")
-    with torch.random.fork_rng(), contextlib.redirect_stdout(printed):
+    with torch.random.fork_rng(), mock.patch.dict(os.environ), contextlib.redirect_stdout(printed):
         torch.manual_seed(0)
         for part in dict.fromkeys([shared, program]):
             exec(compile(part, name, "exec"), namespace)
