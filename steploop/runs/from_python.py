@@ -112,9 +112,10 @@ def run(
             screen=screen, stop=flag, loggers=loggers, trust=trust, command=("steploop.run",), **options,
         )  # fmt: skip
     except RunExistsError as error:
+        holds, _, hint = str(error).partition(". ")
+        go_on = f"Go on with it by steploop.run(..., resume={str(out)!r}), or give" if "resume" in hint else "Give"
         raise RunExistsError(
-            f"{out} holds a run already, or other files. Go on with that run by steploop.run(..., resume={str(out)!r}), or give "
-            "another directory as out=..., or none: each run then gets one of its own below runs/."
+            f"{holds}. {go_on} another directory as out=..., or none: each run then gets one of its own below runs/."
         ) from error
     except Interrupted as interrupted:
         if interrupted.signum == signal.SIGINT:

@@ -38,7 +38,8 @@ def fold_metrics(recipe: Recipe, state: State, metrics: Mapping[str, float | Non
     best = first.best
     if recipe.monitor is not None:
         value = _value(metrics, recipe.monitor, "Recipe(monitor=...)")
-        best = keep_best(first.best, value, step=first.step, epoch=first.epoch, mode=recipe.mode)
+        judged = value if _may_be_best(first.step, metrics) else math.nan
+        best = keep_best(first.best, judged, step=first.step, epoch=first.epoch, mode=recipe.mode)
         if recipe.plateau is not None and first.plateau is not None:
             state = with_lead(state, plateau=recipe.plateau.update(first.plateau, value))
     if recipe.early_stopping is not None and first.early_stopping is not None:
@@ -54,3 +55,9 @@ def _value(metrics: Mapping[str, float | None], name: str, where: str) -> float:
         )
     value = metrics[name]
     return math.nan if value is None else float(value)
+
+
+def _may_be_best(step: int, metrics: Mapping[str, float | None]) -> bool:
+    """Whether an evaluation can be the best: something was trained, and no loss is NaN."""
+    losses = [value for name, value in metrics.items() if name.endswith("loss")]
+    return step > 0 and not any(value is not None and math.isnan(value) for value in losses)

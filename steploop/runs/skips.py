@@ -1,5 +1,7 @@
 """What a run says of steps that are not finite: which samples they were taken on, and where they are kept."""
 
+import shlex
+from pathlib import Path
 from typing import Any
 
 from steploop.data.batch_requests import listed
@@ -7,6 +9,7 @@ from steploop.errors import NonFiniteError
 from steploop.recipe.recipe import State
 from steploop.runs.members import place_of
 from steploop.runs.plan import Journal, Witness
+from steploop.runs.text_names import readable
 
 __all__ = ["SkipReporter"]
 
@@ -24,6 +27,7 @@ class SkipReporter:
         self._samples_of = getattr(batches, "samples_of", None)
         self._witness = witness
         self._journal = journal
+        self._capsule: Path | None = None  # of the row of skipped steps that is going on
 
     def see(self, given: State, state: State, batch: Any, epoch: int, number: int, *, wait: bool) -> None:
         """Look at a step; on a device, only where its numbers are read anyway.
@@ -40,17 +44,21 @@ class SkipReporter:
             return
         skipped = self._witness.after_step(given, state, batch, wait=wait)
         if skipped is None:
+            self._capsule = None
             return
         path = skipped.capsule
+        self._capsule = path or self._capsule
         capsule = None if path is None else f"{path.parent.name}/{path.name}"
         held = {} if self._samples_of is None else {"samples": self._samples_of(epoch, number)}
         self._journal.event({"event": "skipped", **place_of(state), "capsule": capsule, **held})
 
     def named(self, error: NonFiniteError, epoch: int, number: int) -> NonFiniteError:
-        """The error that ends a run, with the samples of the last batch where they are known."""
-        if self._samples_of is None:
-            return error
-        samples = listed(self._samples_of(epoch, number))
-        return NonFiniteError(
-            f"{error} The last of them was batch {number + 1} of epoch {epoch + 1}: {samples}."
-        )
+        """The error that ends a run, with the samples of the last batch and the command that replays the first step."""
+        text = str(error)
+        if self._samples_of is not None:
+            samples = listed(self._samples_of(epoch, number))
+            text += f" The last of them was batch {number + 1} of epoch {epoch + 1}: {samples}."
+        if self._capsule is not None:
+            where = shlex.quote(readable(self._capsule))
+            text += f" The first of them is kept; find the module that broke it with: steploop replay {where}"
+        return NonFiniteError(text)
