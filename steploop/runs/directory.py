@@ -44,7 +44,9 @@ __all__ = [
 
 _OF_THE_LOCK = {"run.lock", "run.owner.json"}
 # written beside a file of that name, to take its place: a kill in between leaves them
-_BESIDE = re.compile(r"\.(config\.json|recipe\.py|status\.json|metrics\.(jsonl|csv)|run\.owner\.json)-\d+")
+_BESIDE = re.compile(
+    r"\.(config\.json|loggers\.json|recipe\.py|status\.json|metrics\.(jsonl|csv)|run\.owner\.json)-\d+"
+)
 
 
 @attrs.frozen

@@ -113,7 +113,11 @@ def run(
         )  # fmt: skip
     except RunExistsError as error:
         holds, _, hint = str(error).partition(". ")
-        go_on = f"Go on with it by steploop.run(..., resume={str(out)!r}), or give" if "resume" in hint else "Give"
+        go_on = (
+            f"Go on with it by steploop.run(..., resume={str(out)!r}), or give"
+            if "resume" in hint
+            else "Give"
+        )
         raise RunExistsError(
             f"{holds}. {go_on} another directory as out=..., or none: each run then gets one of its own below runs/."
         ) from error

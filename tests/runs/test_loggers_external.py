@@ -53,12 +53,30 @@ def test_mlflow_holds_what_was_logged(tmp_path):
         print(run.info.run_name, run.info.status, run.data.params["lr"], len(run.data.params["text"]))
         history = client.get_metric_history(run.info.run_id, "train/loss")
         print([(m.step, m.value) for m in sorted(history, key=lambda m: m.step)], run.data.metrics["eval/accuracy"])
+
+        again = MLflow(Path("runs/first"), {{"lr": 0.2, "new": 1}})  # as a resume does
+        print(client.get_run(run.info.run_id).info.status)
+        for step, values in [*{VALUES!r}[1:], (3, {{"train/loss": 1.0}})]:
+            again(step, values)
+        again.close()
+        (run,) = client.search_runs([client.get_experiment_by_name("steploop").experiment_id])
+        history = client.get_metric_history(run.info.run_id, "train/loss")
+        print(sorted((m.step, m.value) for m in history))
+        print(run.info.status, run.data.params["lr"], run.data.params["new"], run.data.tags["resumed.lr"])
+        client.delete_run(run.info.run_id)
         MLflow(Path("runs/first"), {{}}).close()
-        print(len(client.search_experiments(filter_string="name = 'steploop'")))
+        print(len(client.search_runs(["1"])), len(client.search_experiments(filter_string="name = 'steploop'")))
         """,
         tmp_path,
     )
-    assert out.splitlines() == ["first FINISHED 0.1 6000", "[(1, 2.5), (2, 1.5)] 0.5", "1"]
+    assert out.splitlines() == [
+        "first FINISHED 0.1 6000",
+        "[(1, 2.5), (2, 1.5)] 0.5",
+        "RUNNING",
+        "[(1, 2.5), (2, 1.5), (3, 1.0)]",
+        "FINISHED 0.1 1 0.2",
+        "1 1",
+    ]
     assert (tmp_path / "runs" / "mlflow.db").is_file()
 
 
@@ -74,12 +92,16 @@ def test_wandb_writes_its_files_offline(tmp_path):
             logger(step, values)
         print(logger._run.name, logger._run.config["lr"], dict(logger._run.summary)["train/loss"])
         logger.close()
+        again = WandB(Path("first"), {{"lr": 0.2}}, mode="offline")
+        print(again._run.id == logger._run.id)
+        again.close()
         """,
         tmp_path,
     )
-    assert out.splitlines()[-1] == "first 0.1 1.5"
-    (written,) = (tmp_path / "first" / "wandb").glob("offline-run-*/run-*.wandb")
-    data = written.read_bytes()
+    assert out.splitlines()[-2:] == ["first 0.1 1.5", "True"]
+    written = [*(tmp_path / "first" / "wandb").glob("offline-run-*/run-*.wandb")]
+    assert len({path.name for path in written}) == 1
+    data = b"".join(path.read_bytes() for path in written)
     assert b"eval/accuracy" in data
     assert b"applied_steps" in data
 

@@ -2,6 +2,7 @@
 
 import csv
 import io
+import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,10 @@ from typing import Any
 from steploop.runs.atomic_files import replace_file
 
 __all__ = ["CsvTable"]
+
+
+def _without_links(path: str, flags: int) -> int:
+    return os.open(path, flags | os.O_NOFOLLOW, 0o666)
 
 
 class CsvTable:
@@ -31,7 +36,7 @@ class CsvTable:
         if new or not self._path.exists():
             self._names += new
             self._write(self._read()[1] if self._path.exists() else [])
-        with self._path.open("a", newline="", encoding="utf-8") as file:
+        with open(self._path, "a", newline="", encoding="utf-8", opener=_without_links) as file:
             csv.DictWriter(file, self._names).writerow({"step": step, **values})
 
     def rewrite(self, rows: Sequence[tuple[int, Mapping[str, float]]]) -> None:

@@ -80,7 +80,9 @@ class JsonLines:
         self._lost = 0
         self._reason = ""
         try:
-            self._fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o666)
+            # no link is followed, and no pipe waited for: a directory may be a gift
+            safely = os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+            self._fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | safely, 0o666)
             if _ends_within_a_line(path):
                 self._hold(b"\n")
         except OSError as error:

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from steploop.core.extras import import_extra
+from steploop.runs.logs.logger_identity import recall, remember
 
 __all__ = ["WandB"]
 
@@ -12,7 +13,7 @@ Mode = Literal["online", "offline"]
 
 
 class WandB:
-    """Metrics and Config of a run in Weights & Biases.
+    """Metrics and Config of a run in Weights & Biases; a resume goes on with the run that was begun there.
 
     Args:
         run_directory: of the run; its name becomes the run's name, and wandb's files go into ``wandb/`` in it.
@@ -37,8 +38,9 @@ class WandB:
         settings = wandb.Settings(silent=True, console="off")
         self._run = wandb.init(
             dir=str(run_directory), name=run_directory.resolve().name, project=project, config=dict(config),
-            mode=mode, settings=settings, reinit="create_new",
+            mode=mode, settings=settings, reinit="create_new", id=recall(run_directory, "wandb").get("id"), resume="allow",
         )  # fmt: skip
+        remember(run_directory, "wandb", {"id": self._run.id})
         self._run.define_metric("*", step_metric="applied_steps")
 
     def __call__(self, step: int, values: Mapping[str, float]) -> None:
