@@ -17,7 +17,7 @@ import typer
 from hostile_runs import SECRET, Mutator, make_base, make_outside
 from sample_runs import make_run
 
-from steploop.tools import cli
+from steploop.tools import application, cli
 
 LIMIT_S = 20  # of one command; the slowest takes well below a second
 
@@ -30,7 +30,7 @@ def base(tmp_path_factory):
 @pytest.fixture(autouse=True)
 def _one_parser(monkeypatch):
     """The command line puts its parser together at each start, which takes longer than most commands here."""
-    monkeypatch.setattr(cli, "app", typer.main.get_command(cli.app))
+    monkeypatch.setattr(application, "app", typer.main.get_command(application.app))
 
 
 @contextmanager

@@ -10,9 +10,10 @@ from hypothesis import strategies as st
 from steploop.runs.reading import Curve, RunRecord
 from steploop.runs.record_values import checked_line
 from steploop.tools.report.charts import nice_ticks
+from steploop.tools.report.curves import drawable
 from steploop.tools.report.figures import draw_panels, save
 from steploop.tools.report.pages import report
-from steploop.tools.report.panels import arrange, drawable
+from steploop.tools.report.panels import arrange
 from steploop.tools.report.terminal_plots import draw_grid
 
 names = st.sampled_from(["loss", "loss_scale", "grad_norm", "learning_rate", "layer_norm/a"]) | st.text(

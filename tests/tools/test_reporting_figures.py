@@ -10,7 +10,8 @@ from steploop.errors import ConfigError, MissingExtraError
 from steploop.runs.reading import Curve, read_run
 from steploop.tools.commands.plot import plot
 from steploop.tools.commands.schedules import schedules
-from steploop.tools.report.panels import arrange, select, smoothed
+from steploop.tools.report.curves import smoothed
+from steploop.tools.report.panels import arrange, select
 from steploop.tools.report.schedule_previews import preview_schedules
 from steploop.tools.report.terminal_plots import draw_curve, draw_grid
 

@@ -11,11 +11,12 @@ import math
 import attrs
 
 from steploop.runs.reading import Curve
+from steploop.tools.report.curves import thinned
 from steploop.tools.report.panels import FROM_ZERO, Panel, Series
 
-__all__ = ["chart", "nice_ticks", "thinned"]
+__all__ = ["chart", "nice_ticks"]
 
-MAX_POINTS = 800  # of one curve; more than there are pixels shows nothing more and makes the file heavy
+_MOST_MARKS = 2000  # ticks for skipped steps
 _W, _H = 1000.0, 240.0  # the drawing's own units
 
 
@@ -72,24 +73,6 @@ def _vertical(panel: Panel) -> Axis | None:
     return Axis(low, high, tuple(nice_ticks(low, high)))
 
 
-def thinned(curve: Curve, most: int = MAX_POINTS) -> Curve:
-    """At most about ``most`` points: of each stretch the lowest and the highest, so that peaks stay.
-
-    A stretch in which all values are None stays a gap; the first and the last point are kept.
-    """
-    n = len(curve)
-    if n <= most:
-        return curve
-    size = -(-n // (most // 2))
-    kept = [0]
-    for start in range(1, n - 1, size):
-        stretch = range(start, min(start + size, n - 1))
-        known = [(value, i) for i in stretch if (value := curve.values[i]) is not None]
-        kept += sorted({min(known)[1], max(known)[1]}) if known else [stretch[0]]
-    kept.append(n - 1)
-    return Curve(tuple(curve.steps[i] for i in kept), tuple(curve.values[i] for i in kept))
-
-
 def _path(curve: Curve, across: Axis, up: Axis, *, stairs: bool = False) -> str:
     parts: list[str] = []
     pen_up = True
@@ -137,8 +120,53 @@ def _colour(series: Series, position: int, *, by_run: bool) -> int:
     return (series.run if by_run else position) % 8
 
 
+@attrs.frozen
+class Face:
+    """The drawing of a panel on one vertical scale.
+
+    Attributes:
+        up: the vertical axis.
+        curves: SVG path data of each series: its line, and its points if it is drawn with points.
+        grid: SVG path data of the horizontal lines.
+        numbers: HTML of the numbers at the vertical axis.
+    """
+
+    up: Axis
+    curves: tuple[tuple[str, ...], ...]
+    grid: str
+    numbers: str
+
+
+def _face(panel: Panel, across: Axis) -> Face | None:
+    """The drawing on the panel's scale; None if it has no value there."""
+    up = _vertical(panel)
+    if up is None:
+        return None
+    scaled = panel.key == "loss_scale"
+    curves = tuple(
+        (
+            _path(s.curve, across, up, stairs=scaled),
+            *([_dots(s.curve, across, up)] if s.style == "points" else []),
+        )
+        for s in panel.series
+    )
+    numbers = "".join(
+        f'<span style="top:{(1 - up.at(t)) * 100:.2f}%">{_tick(t, log2=scaled)}</span>' for t in up.ticks
+    )
+    grid = "".join(f"M0 {(1 - up.at(t)) * _H:.1f}H{_W:.0f}" for t in up.ticks)
+    return Face(up, curves, grid, numbers)
+
+
+def _other_scale(panel: Panel) -> Panel | None:
+    """The panel on the other scale, for quantities that are read on both: all values positive, and no share or rate."""
+    values = [v for s in panel.series for v in s.curve.values if v is not None]
+    if panel.key in FROM_ZERO or panel.key == "loss_scale" or min(values) <= 0:
+        return None
+    return attrs.evolve(panel, scale="linear" if panel.scale == "log" else "log")
+
+
 def chart(panel: Panel, *, many_runs: bool, last_step: int, identity: str) -> str:
-    """A panel as an HTML figure with its legend; the arrow keys move along it.
+    """A panel as an HTML figure with its legend; the arrow keys move along it, a button switches its scale.
 
     Args:
         panel: what to draw.
@@ -146,21 +174,18 @@ def chart(panel: Panel, *, many_runs: bool, last_step: int, identity: str) -> st
         last_step: end of the horizontal axis, the same for all panels.
         identity: of the figure in the page, unique.
     """
-    series = [attrs.evolve(s, curve=thinned(s.curve)) for s in panel.series]
-    up = _vertical(attrs.evolve(panel, series=tuple(series)))
+    panel = attrs.evolve(panel, series=tuple(attrs.evolve(s, curve=thinned(s.curve)) for s in panel.series))
     title, unit = html.escape(panel.title), html.escape(panel.unit)
-    if up is None:
-        return f'<figure class="chart"><figcaption>{title}</figcaption><p>No value of it was finite.</p></figure>'
     across = Axis(0.0, float(max(last_step, 1)), tuple(nice_ticks(0.0, float(max(last_step, 1)), 6)))
+    face = _face(panel, across)
+    if face is None:
+        return f'<figure class="chart"><figcaption>{title}</figcaption><p>No value of it was finite.</p></figure>'
     by_run = many_runs and panel.key != "layer_norms"
     shapes, legend, data, position = [], [], [], 0
-    for s in series:
+    for s, (line, *dots) in zip(panel.series, face.curves, strict=True):
         colour = _colour(s, position, by_run=by_run)
-        shapes.append(
-            f'<path class="s {s.style} c{colour}" d="{_path(s.curve, across, up, stairs=panel.key == "loss_scale")}"/>'
-        )
-        if s.style == "points":
-            shapes.append(f'<path class="dots c{colour}" d="{_dots(s.curve, across, up)}"/>')
+        shapes.append(f'<path class="s {s.style} c{colour}" d="{line}"/>')
+        shapes += [f'<path class="dots c{colour}" d="{points}"/>' for points in dots]
         if s.style == "faint":
             continue
         position += 1
@@ -168,37 +193,37 @@ def chart(panel: Panel, *, many_runs: bool, last_step: int, identity: str) -> st
             legend.append(f'<li><span class="key {s.style} b{colour}"></span>{html.escape(s.label)}</li>')
         rounded = [None if v is None else float(f"{v:.6g}") for v in s.curve.values]
         data.append({"l": s.label or panel.title, "c": colour, "x": s.curve.steps, "y": rounded})
-    marks = "".join(f"M{across.at(step) * _W:.1f} {_H}v-12" for _, step in panel.marks)
+    marks = "".join(f"M{across.at(step) * _W:.1f} {_H}v-12" for _, step in panel.marks[:_MOST_MARKS])
     if marks:
         shapes.append(f'<path class="skip" d="{marks}"/>')
         legend.append(f'<li><span class="key skipkey"></span>skipped steps ({len(panel.marks)})</li>')
-    grid = "".join(f"M0 {(1 - up.at(t)) * _H:.1f}H{_W:.0f}" for t in up.ticks)
-    log2 = panel.key == "loss_scale"
-    y_labels = "".join(
-        f'<span style="top:{(1 - up.at(t)) * 100:.2f}%">{_tick(t, log2=log2)}</span>' for t in up.ticks
-    )
     x_labels = "".join(
         f'<span style="left:{across.at(t) * 100:.2f}%">{_tick(t)}</span>' for t in across.ticks
     )
-    scales = {
+    content = {
         "x": [across.low, across.high],
-        "y": [up.low, up.high],
-        "log": up.log,
         "s": data,
-        "skip": [m[1] for m in panel.marks],
+        "skip": [m[1] for m in panel.marks[:_MOST_MARKS]],
+        "scale": panel.scale,
     }
+    if (other := _other_scale(panel)) is not None and (turned := _face(other, across)) is not None:
+        content["other"] = {
+            "d": [turned.grid, *(d for curve in turned.curves for d in curve)],
+            "numbers": turned.numbers,
+        }
     keys = f'<ul class="legend">{"".join(legend)}</ul>' if legend else ""
+    note = f'<p class="note">{html.escape(panel.note)}</p>' if panel.note else ""
     unit_note = f' <span class="unit">{unit}</span>' if unit else ""
     return (
         f'<figure class="chart" id="{identity}"><figcaption>{title}{unit_note}</figcaption>{keys}'
         f'<div class="plot" tabindex="0" role="group" aria-roledescription="chart" '
         f'aria-label="{title} over attempted steps. Arrow keys move along it, Home and End to its ends.">'
-        f'<div class="ys" aria-hidden="true">{y_labels}</div>'
+        f'<div class="ys" aria-hidden="true">{face.numbers}</div>'
         f'<div class="area"><svg viewBox="0 0 {_W:.0f} {_H:.0f}" preserveAspectRatio="none" aria-hidden="true">'
-        f'<path class="grid" d="{grid}"/>{"".join(shapes)}</svg><div class="cursor" hidden></div></div>'
+        f'<path class="grid" d="{face.grid}"/>{"".join(shapes)}</svg><div class="cursor" hidden></div></div>'
         f'<div class="xs" aria-hidden="true">{x_labels}</div></div>'
-        f'<output class="values" aria-live="polite"></output>'
-        f'<script type="application/json">{_embedded(scales)}</script></figure>'
+        f'<output class="values" aria-live="polite"></output>{note}'
+        f'<script type="application/json">{_embedded(content)}</script></figure>'
     )
 
 

@@ -6,7 +6,7 @@ from typing import Any
 from steploop.runs.reading import RunRecord
 from steploop.runs.safe_text import safe_text
 from steploop.tools.report.charts import number
-from steploop.tools.report.markup import Markup, definitions, section, table, text
+from steploop.tools.report.markup import Markup, definitions, folded, section, text
 from steploop.tools.report.results import duration, epoch_of, how_to_reproduce, phases
 from steploop.tools.report.run_labels import short
 from steploop.tools.report.source_html import highlighted
@@ -58,7 +58,10 @@ def evaluations(runs: Sequence[RunRecord], names: Sequence[str]) -> str:
             if len(run.evals) > _MAX_ROWS
             else ""
         )
-        shown = table(head, rows, numbers=range(len(run.metrics) + 3), label=f"Evaluations of {names[i]}")
+        label = f"Evaluations of {names[i]}"
+        shown = folded(
+            head, rows, numbers=range(len(run.metrics) + 3), label=label, what="evaluations", last=True
+        )
         parts.append(title + shown + cut)
     return section("Evaluations", *parts)
 
@@ -100,7 +103,9 @@ def events(runs: Sequence[RunRecord], names: Sequence[str]) -> str:
             "<code>steploop replay CAPSULE</code> runs one again, from the capsules/ directory of the run.</p>"
         )
     return section(
-        "Skipped steps and events", table(head, rows, numbers=[len(head) - 3], label="Events"), replay
+        "Skipped steps and events",
+        folded(head, rows, numbers=[len(head) - 3], label="Events", what="events", last=False),
+        replay,
     )
 
 

@@ -144,6 +144,8 @@ def draw_panels(found: Sequence[Panel], title: str) -> "Figure":
     for axes in cells[max(len(found) - columns, 0) : len(found)]:
         axes.set_xlabel("attempted steps", fontsize=9, color=_INK)
         axes.tick_params(labelbottom=True)
+    if notes := dict.fromkeys(panel.note for panel in found if panel.note):
+        figure.supxlabel(" ".join(notes), fontsize=8, color="#5b6875")
     figure.suptitle(_plain(title), x=0.01, ha="left", fontsize=12, color=_INK)
     return figure
 

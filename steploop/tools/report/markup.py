@@ -3,7 +3,9 @@
 import html
 from collections.abc import Mapping, Sequence
 
-__all__ = ["Markup", "definitions", "section", "table", "text"]
+__all__ = ["Markup", "definitions", "folded", "section", "table", "text"]
+
+_OPEN_ROWS = 10
 
 
 class Markup(str):
@@ -20,7 +22,7 @@ def text(value: object) -> str:
 def table(
     head: Sequence[str], rows: Sequence[Sequence[object]], *, numbers: Sequence[int] = (), label: str
 ) -> Markup:
-    """A table in a box that scrolls by itself where the window is narrow.
+    """A table. In a narrow window each row becomes lines of "head value", so that nothing is cut off or scrolled away.
 
     Args:
         head: the heads of the columns.
@@ -30,18 +32,48 @@ def table(
     """
 
     def line(tag: str, cells: Sequence[object]) -> str:
-        scope = ' scope="col"' if tag == "th" else ""
         parts = (
-            f"<{tag}{scope}{' class=n' if i in numbers else ''}>{text(c)}</{tag}>"
+            f"<{tag}{_about(tag, head[i])}{' class=n' if i in numbers else ''}>{text(c)}</{tag}>"
             for i, c in enumerate(cells)
         )
         return f"<tr>{''.join(parts)}</tr>"
+
+    def _about(tag: str, name: str) -> str:
+        return ' scope="col"' if tag == "th" else f' data-head="{text(name)}"' if name else ""
 
     body = "".join(line("td", row) for row in rows)
     return Markup(
         f'<div class="scroll" tabindex="0" role="region" aria-label="{text(label)}"><table>'
         f"<thead>{line('th', head)}</thead><tbody>{body}</tbody></table></div>"
     )
+
+
+def folded(
+    head: Sequence[str],
+    rows: Sequence[Sequence[object]],
+    *,
+    numbers: Sequence[int] = (),
+    label: str,
+    what: str,
+    last: bool,
+) -> Markup:
+    """A table of which ten rows are open and the others fold away behind a line that says how many there are.
+
+    Args:
+        head: the heads of the columns.
+        rows: the cells.
+        numbers: columns of numbers, set to the right.
+        label: what a screen reader calls it.
+        what: what a row is, in the plural.
+        last: whether the last rows are open; else the first.
+    """
+    if len(rows) <= _OPEN_ROWS + 5:  # folding away a handful saves no room
+        return table(head, rows, numbers=numbers, label=label)
+    cut = len(rows) - _OPEN_ROWS if last else _OPEN_ROWS
+    before, after = (table(head, some, numbers=numbers, label=label) for some in (rows[:cut], rows[cut:]))
+    hidden, others = (before, "earlier") if last else (after, "further")
+    fold = f"<details><summary>{len(rows) - _OPEN_ROWS} {others} {text(what)}</summary>{hidden}</details>"
+    return Markup(fold + after if last else before + fold)
 
 
 def definitions(pairs: Mapping[str, object]) -> Markup:

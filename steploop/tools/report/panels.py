@@ -1,33 +1,20 @@
 """The panels of a run's figure, whatever draws them: which curves stand together, on which scale, over which steps."""
 
 import difflib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Literal
 
 import attrs
 
 from steploop.errors import ConfigError
 from steploop.runs.reading import Curve, RunRecord
+from steploop.tools.report.curves import drawable, smoothed
 from steploop.tools.report.run_labels import labels
 
-__all__ = ["Panel", "Series", "arrange", "select", "smoothed"]
+__all__ = ["Panel", "Series", "arrange", "select"]
 
 Style = Literal["line", "faint", "dashed", "points"]
 Scale = Literal["linear", "log"]
-
-
-_LARGEST = 1e100
-
-
-def drawable(curve: Curve) -> Curve:
-    """The curve with a gap for each value beyond 1e100: the arithmetic of axes would overflow there."""
-    if all(v is None or _drawable(v) for v in curve.values):
-        return curve
-    return Curve(curve.steps, tuple(v if v is not None and _drawable(v) else None for v in curve.values))
-
-
-def _drawable(value: float) -> bool:
-    return value == 0 or 1 / _LARGEST <= abs(value) <= _LARGEST
 
 
 @attrs.frozen
@@ -59,6 +46,7 @@ class Panel:
         scale: of the vertical axis.
         series: its curves.
         marks: (run, attempted step) of the steps that were skipped, where the panel shows them.
+        note: how to read it, if that needs a word.
     """
 
     key: str
@@ -67,9 +55,13 @@ class Panel:
     scale: Scale = "linear"
     series: tuple[Series, ...] = ()
     marks: tuple[tuple[int, int], ...] = ()
+    note: str = ""
 
 
-_ALL_FIXED = {
+_MANY = 100  # points of a curve from which on it is smoothed
+_SMOOTHED = "Smoothed: each point is the mean of those around it, a fiftieth of all."
+_PALE = " The pale line has every point."
+_ALL_FIXED: Mapping[str, tuple[str, str, Scale]] = {
     "loss": ("Loss", "", "linear"),
     "learning_rate": ("Learning rate", "", "linear"),
     "momentum": ("Momentum", "", "linear"),
@@ -93,29 +85,6 @@ def _split(key: str) -> tuple[str, str]:
     return part, name
 
 
-def smoothed(curve: Curve, *, window: int | None = None) -> Curve:
-    """The curve with each value the mean of those around it; None stays None and counts for nothing.
-
-    Args:
-        curve: any curve.
-        window: how many points a mean is taken over; None means a fiftieth of them, odd.
-    """
-    n = len(curve)
-    half = (window if window is not None else n // 50) // 2
-    if half < 1:
-        return curve
-    sums, counts = [0.0], [0]
-    for value in curve.values:
-        sums.append(sums[-1] + (value or 0.0))
-        counts.append(counts[-1] + (value is not None))
-    values: list[float | None] = []
-    for i, value in enumerate(curve.values):
-        reach = min(half, i, n - 1 - i)  # symmetric to the ends: no lag, and the last value is the last value
-        low, high = i - reach, i + reach + 1
-        values.append(None if value is None else (sums[high] - sums[low]) / (counts[high] - counts[low]))
-    return Curve(curve.steps, tuple(values))
-
-
 def _named(run_label: str, part: str, what: str, *, many: bool) -> str:
     words = [run_label if many else "", part, what]
     return " · ".join(word for word in words if word)
@@ -134,7 +103,7 @@ def _train_series(
             if all(v is None for v in curve.values):
                 continue
             label = _named(names[index], part, what, many=len(runs) > 1)
-            if smooth and len(curve) >= 100:
+            if smooth and len(curve) >= _MANY:
                 found.append(Series(f"{label} (each)" if label else "each", index, curve, "faint"))
                 curve = smoothed(curve)
             found.append(Series(label, index, curve))
@@ -170,6 +139,11 @@ def _layer_series(runs: Sequence[RunRecord], names: Sequence[str]) -> list[Serie
     return found
 
 
+def _other(key: str) -> tuple[str, str, Scale]:
+    """Title, unit and scale of a metric of the user's."""
+    return key.replace("_", " ").capitalize(), "", "linear"
+
+
 def arrange(runs: Sequence[RunRecord]) -> list[Panel]:
     """The panels that have something to show: loss, metrics, learning rate, gradient norms, loss scale, throughput."""
     names = labels(runs)
@@ -182,11 +156,14 @@ def arrange(runs: Sequence[RunRecord]) -> list[Panel]:
     found: list[Panel] = []
 
     def add(key: str, series: list[Series]) -> None:
-        title, unit, scale = _ALL_FIXED.get(key, (key.replace("_", " ").capitalize(), "", "linear"))
+        title, unit, scale = _ALL_FIXED.get(key, _other(key))
         if series:
             shown = marks if key in {"loss", "loss_scale"} else ()
+            note = _SMOOTHED + _PALE if any(s.style == "faint" for s in series) else ""
             found.append(
-                Panel(key=key, title=title, unit=unit, scale=scale, series=tuple(series), marks=shown)  # type: ignore[arg-type]  # one of the two
+                Panel(
+                    key=key, title=title, unit=unit, scale=scale, series=tuple(series), marks=shown, note=note
+                )
             )
 
     add(
@@ -205,7 +182,12 @@ def arrange(runs: Sequence[RunRecord]) -> list[Panel]:
     add("loss_scale", _train_series(runs, names, "loss_scale", smooth=False))
     if layers := _layer_series(runs, names):
         title = "Gradient norm per layer group"
-        found.append(Panel(key="layer_norms", title=title, unit="L2 norm", scale="log", series=tuple(layers)))
+        note = _SMOOTHED if any(len(s.curve) >= _MANY for s in layers) else ""
+        found.append(
+            Panel(
+                key="layer_norms", title=title, unit="L2 norm", scale="log", series=tuple(layers), note=note
+            )
+        )
     add("samples_per_s", _train_series(runs, names, "samples_per_s", smooth=True))
     add("data_wait", _train_series(runs, names, "data_wait", smooth=True))
     return found

@@ -1,4 +1,4 @@
-// Values under the pointer or the arrow keys. Without this script the page lacks nothing else.
+// Values under the pointer or the arrow keys, and the other scale of an axis. Without this script the page lacks nothing else.
 "use strict";
 for (const figure of document.querySelectorAll(".chart")) {
   const source = figure.querySelector("script");
@@ -10,6 +10,26 @@ for (const figure of document.querySelectorAll(".chart")) {
   const output = figure.querySelector(".values");
   const steps = [...new Set(chart.s.flatMap((series) => series.x))].sort((a, b) => a - b);
   let at = -1;
+
+  // the scale of the vertical axis can be switched: the script holds the drawing on the other one
+  if (chart.other) {
+    const button = document.createElement("button");
+    const paths = [...figure.querySelectorAll("svg path:not(.skip)")];
+    const numbers = figure.querySelector(".ys");
+    const name = () => { button.textContent = chart.scale === "log" ? "linear scale" : "log scale"; };
+    button.type = "button";
+    button.className = "scale";
+    button.addEventListener("click", () => {
+      const now = { d: paths.map((path) => path.getAttribute("d")), numbers: numbers.innerHTML };
+      paths.forEach((path, i) => path.setAttribute("d", chart.other.d[i]));
+      numbers.innerHTML = chart.other.numbers;
+      chart.other = now;
+      chart.scale = chart.scale === "log" ? "linear" : "log";
+      name();
+    });
+    name();
+    figure.querySelector("figcaption").append(button);
+  }
 
   const nearest = (sorted, x) => {
     let low = 0, high = sorted.length - 1;
@@ -73,3 +93,5 @@ for (const figure of document.querySelectorAll(".chart")) {
     }
   });
 }
+// what is folded away on the screen is printed
+addEventListener("beforeprint", () => { for (const fold of document.querySelectorAll("details")) fold.open = true; });
