@@ -1,6 +1,8 @@
 """How a damaged run stands: what can be read is shown, what cannot is said, and one bad run hides no other."""
 
 import json
+import re
+import sys
 
 import pytest
 from sample_runs import make_run
@@ -121,3 +123,19 @@ def test_a_very_long_log_is_read_from_its_beginning_and_that_is_said(run, monkey
     record = read_run(run)
     assert record.problems == ("metrics.jsonl has more than 6 different names; the first of them are shown.",)
     assert len(read_run(run).train) == 40
+
+
+@pytest.mark.parametrize("columns", [200, 100, 80, 60, 40])
+def test_the_table_of_runs_fits_the_window_and_cuts_nothing_off(columns, run, capsys, monkeypatch):
+    make_run(
+        run.parent / "a_run_with_a_rather_long_name_of_its_own", lr=0.03, batch_size=128, steps=40, epochs=2
+    )
+    monkeypatch.setenv("COLUMNS", str(columns))
+    monkeypatch.chdir(run.parent.parent)
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    assert call(["runs", "runs"]) == 0
+    out = re.sub(r"\x1b\[\d*m", "", capsys.readouterr().out)
+    assert max(map(len, out.splitlines())) <= columns
+    for word in ("runs/bad", "two_moons", "lr=0.03", "batch_size=128", "loss", "38(+2skipped)", "finished"):
+        assert word in "".join(out.split())
+    assert "a_run_with_a_rather_long_name_of_its_own" in "".join(out.split())

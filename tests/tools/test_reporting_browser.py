@@ -49,6 +49,13 @@ found.hovered = output.textContent;
 found.cursor = document.querySelector(".cursor").style.left;
 plot.dispatchEvent(new PointerEvent("pointerleave"));
 found.left = output.textContent;
+const button = document.querySelector(".scale");
+const drawing = () => [button.textContent, document.querySelector("path.s.line").getAttribute("d"), document.querySelector(".ys").textContent];
+found.scales = [drawing()];
+for (let turn = 0; turn < 2; turn++) { button.click(); found.scales.push(drawing()); }
+found.scrolled = [...document.querySelectorAll(".scroll, pre")].filter((e) => e.scrollWidth > e.clientWidth + 1).map((e) => e.className);
+found.cells = [...document.querySelectorAll("td")].filter((e) => e.textContent && !e.closest("details")).map((e) => e.getBoundingClientRect()).filter((b) => b.width < 1 || b.right > document.documentElement.clientWidth).length;
+found.folds = [...document.querySelectorAll("details:not([open]) > summary")].map((e) => e.textContent);
 found.paper = getComputedStyle(document.documentElement).backgroundColor;
 found.ink = getComputedStyle(document.documentElement).color;
 document.body.insertAdjacentHTML("beforeend", "<pre id=found></pre>");
@@ -118,14 +125,24 @@ def test_a_chart_is_read_with_the_pointer(found):
     assert found["left"] == ""
 
 
+def test_the_scale_of_the_loss_is_switched_and_switched_back(found):
+    (first, line, numbers), (second, other_line, other_numbers), last = found["scales"]
+    assert (first, second) == ("log scale", "linear scale")
+    assert (line, numbers) != (other_line, other_numbers)
+    assert last == [first, line, numbers]
+
+
 def test_nothing_runs_out_of_a_narrow_window(tmp_path):
-    runs = [read_run(make_run(tmp_path / name, lr=lr)) for name, lr in (("a", 0.1), ("b", 0.03))]
+    runs = [read_run(make_run(tmp_path / name, lr=lr, epochs=24)) for name, lr in (("a", 0.1), ("b", 0.03))]
     # headless Chromium makes no window narrower than 500
     page = report(runs)
     found = browse(page, tmp_path, width=500)
     assert found["width"][0] <= found["width"][1]
     assert found["wide"] == []
+    assert found["scrolled"] == []
+    assert found["cells"] == 0
     assert found["errors"] == []
+    assert found["folds"] == ["14 earlier evaluations"] * 2
 
 
 def test_the_page_is_dark_where_the_reader_wants_it(tmp_path, found):

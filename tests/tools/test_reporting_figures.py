@@ -4,6 +4,8 @@ import math
 import sys
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from sample_runs import make_run
 
 from steploop.errors import ConfigError, MissingExtraError
@@ -63,6 +65,33 @@ def test_smoothing_keeps_ends_gaps_and_constants():
     ramp = Curve(tuple(range(200)), tuple(float(i) for i in range(200)))
     assert smoothed(ramp).values == pytest.approx(ramp.values)  # a mean that is symmetric does not lag
     assert smoothed(Curve((1, 2), (5.0, 7.0))).values == (5.0, 7.0)
+
+
+@given(
+    st.lists(st.floats(-100, 100) | st.just(1e30) | st.none(), min_size=1, max_size=60), st.integers(1, 30)
+)
+def test_a_smoothed_value_is_the_mean_of_those_around_it_whatever_came_before(values, window):
+    """A loss that exploded once does not drown what follows it."""
+    smooth = smoothed(Curve(tuple(range(len(values))), tuple(values)), window=window)
+    for i, value in enumerate(values):
+        reach = min(window // 2, i, len(values) - 1 - i)
+        around = [v for v in values[i - reach : i + reach + 1] if v is not None]
+        expected = None if value is None else sum(around) / len(around)
+        assert smooth.values[i] == pytest.approx(
+            expected, rel=1e-9, abs=1e-9 * max(map(abs, around), default=1)
+        )
+
+
+def test_a_smoothed_panel_says_how(tmp_path):
+    def notes(steps):
+        panels = arrange([read_run(make_run(tmp_path / str(steps), steps=steps, layers=True))])
+        return {panel.key: panel.note for panel in panels if panel.note}
+
+    assert notes(40) == {}
+    said = notes(240)
+    assert said["loss"].endswith("a fiftieth of all. The pale line has every point.")
+    assert said["layer_norms"].endswith("a fiftieth of all.")
+    assert set(said) == {"loss", "layer_norms", "samples_per_s", "data_wait"}
 
 
 def test_plot_writes_png_and_svg_into_the_run(tmp_path, capsys):
