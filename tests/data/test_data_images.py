@@ -179,9 +179,20 @@ def test_a_server_that_never_answers_is_given_up(monkeypatch, tmp_path):
 
 def test_a_download_that_is_cut_off_or_changed_leaves_nothing_behind(monkeypatch, tmp_path):
     monkeypatch.setattr(network.urllib.request, "urlopen", lambda *_, **__: Served(b"short"))
-    with pytest.raises(DataError, match="5 bytes came, of 10, and their MD5 digest is wrong"):
+    with pytest.raises(
+        DataError, match="5 bytes came, of 10, and their SHA-256 digest is not that of CIFAR-10"
+    ):
         load_images("cifar10", root=tmp_path)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_an_archive_with_the_right_md5_and_other_bytes_is_not_unpacked(monkeypatch, tmp_path):
+    """MD5 can be forged: neither an archive that lies there nor one that comes is believed for it."""
+    monkeypatch.setattr(cifar10.CIFAR10, "tgz_md5", hashlib.md5(b"forged").hexdigest())
+    monkeypatch.setattr(network.urllib.request, "urlopen", lambda *_, **__: Served(b"forged"))
+    (tmp_path / "cifar-10-python.tar.gz").write_bytes(b"forged")
+    with pytest.raises(DataError, match="their SHA-256 digest is not that of CIFAR-10"):
+        load_images("cifar10", root=tmp_path)
 
 
 def test_cifar10_is_downloaded_once_and_then_read_from_disk(monkeypatch, tmp_path):
@@ -205,7 +216,9 @@ def test_cifar10_is_downloaded_once_and_then_read_from_disk(monkeypatch, tmp_pat
     monkeypatch.setattr(
         cifar10.CIFAR10, "meta", {"filename": names[2], "key": "label_names", "md5": md5[names[2]]}
     )
+    # torchvision's own check of the archive, and ours
     monkeypatch.setattr(cifar10.CIFAR10, "tgz_md5", hashlib.md5(file.getvalue()).hexdigest())
+    monkeypatch.setattr(cifar10, "_SHA256", hashlib.sha256(file.getvalue()).hexdigest())
     asked = []
     monkeypatch.setattr(
         network.urllib.request, "urlopen", lambda url, **_: asked.append(url) or Served(file.getvalue())
