@@ -5,6 +5,7 @@ import multiprocessing as mp
 import os
 import signal
 import sys
+import threading
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -28,12 +29,20 @@ def start_worker(_: int, *, die_with_parent: bool) -> None:
     for signum in _STOPPING:
         signal.signal(signum, signal.SIG_IGN)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, _STOPPING)
-    if die_with_parent and sys.platform == "linux":
-        # under forkserver the parent is that server, which ends with the training process
+    parent = mp.parent_process()
+    if parent is not None and parent.pid != os.getppid():
+        # the system's parent is the fork server, which lives as long as its children
+        threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
+    elif die_with_parent and sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-        parent = mp.parent_process()
         if parent is not None and not parent.is_alive():  # it died before the line above
             os._exit(1)
+
+
+def _end_with(parent: Any) -> None:
+    """Wait for the training process to end, however it ends, and end this one."""
+    parent.join()
+    os.kill(os.getpid(), signal.SIGKILL)
 
 
 @contextmanager

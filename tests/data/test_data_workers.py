@@ -156,7 +156,7 @@ def test_waiting_can_be_interrupted_and_a_stuck_worker_ends():
 
 
 SCRIPT = """
-    import os, signal, sys, time, torch.multiprocessing
+    import os, signal, sys, time, torch.multiprocessing as mp
     from steploop.data.loader import Loader
 
     class Slow:
@@ -168,25 +168,36 @@ SCRIPT = """
 
     if __name__ == "__main__":
         signal.signal(signal.SIGINT, lambda *_: None)
-        batches = Loader(Slow(), batch_size=2, seed=0, shuffle=False, num_workers=2).epoch(0)
+        signal.signal(signal.SIGTERM, lambda *_: None)
+        mp.set_start_method(sys.argv[2])
+        batches = Loader(Slow(), batch_size=2, seed=0, shuffle=False, num_workers=int(sys.argv[3])).epoch(0)
         first = next(batches)
-        print(*(p.pid for p in torch.multiprocessing.active_children()), flush=True)
-        if sys.argv[1] == "group":
+        print(*(p.pid for p in mp.active_children()), flush=True)
+        if "group" in sys.argv[1]:
             os.killpg(0, signal.SIGINT)
+            os.killpg(0, signal.SIGTERM)
             print([b.tolist() for b in (first, *(next(batches) for _ in range(3)))], flush=True)
-        if sys.argv[1] == "kill":
+        if "kill" in sys.argv[1]:
             os.kill(os.getpid(), signal.SIGKILL)
 """
 
 
 @linux
-@pytest.mark.parametrize("how", ["group", "kill"])
-def test_no_worker_outlives_the_run_however_it_ends(how, tmp_path):
+@pytest.mark.parametrize(
+    ("how", "method", "workers"),
+    [
+        ("group", "fork", 2),
+        ("kill", "fork", 2),
+        ("group and kill", "spawn", 1),
+        ("group and kill", "forkserver", 1),
+    ],
+)
+def test_no_worker_outlives_the_run_however_it_ends(how, method, workers, tmp_path):
     """A signal to the whole process group does not hurt them; they go with their parent, stuck or not."""
     script = tmp_path / "script.py"
     script.write_text(textwrap.dedent(SCRIPT))
     done = subprocess.run(
-        [sys.executable, "-W", "error", str(script), how],
+        [sys.executable, "-W", "error", str(script), how, method, str(workers)],
         capture_output=True,
         text=True,
         start_new_session=True,
@@ -194,10 +205,8 @@ def test_no_worker_outlives_the_run_however_it_ends(how, tmp_path):
     )
     pids, *rest = done.stdout.splitlines()
     assert done.stderr == ""
-    if how == "group":
-        assert (done.returncode, rest) == (0, ["[[0, 1], [2, 3], [4, 5], [6, 7]]"])
-    else:
-        assert done.returncode == -signal.SIGKILL
+    assert rest == (["[[0, 1], [2, 3], [4, 5], [6, 7]]"] if "group" in how else [])
+    assert done.returncode == (-signal.SIGKILL if "kill" in how else 0)
     for pid in pids.split():
         for _ in range(200):  # the system reaps them when it comes to it
             if not running(pid):
