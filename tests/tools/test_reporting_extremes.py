@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from steploop.runs.reading import Curve, RunRecord
 from steploop.runs.record_values import checked_line
 from steploop.tools.report.charts import nice_ticks
-from steploop.tools.report.curves import drawable
+from steploop.tools.report.curve_points import drawable
 from steploop.tools.report.figures import draw_panels, save
 from steploop.tools.report.pages import report
 from steploop.tools.report.panels import arrange
@@ -72,7 +72,7 @@ def test_a_name_is_no_formula(name, tmp_path):
 def test_a_value_beyond_all_measure_is_a_gap():
     values = (1e308, 1.0, 5e-324, 0.0, -1e308, None, -2.0)
     drawn = drawable(Curve(tuple(range(7)), values))
-    assert drawn.values == (None, 1.0, None, 0.0, None, None, -2.0)
+    assert drawn.values == (None, 1.0, 0.0, 0.0, None, None, -2.0)
 
 
 @given(st.floats(-1e100, 1e100), st.floats(-1e100, 1e100))

@@ -12,7 +12,7 @@ from steploop.runs.reading import Curve, read_run
 from steploop.tools.commands.report import report as report_command
 from steploop.tools.commands.runs import runs as runs_command
 from steploop.tools.report.charts import nice_ticks, number
-from steploop.tools.report.curves import thinned
+from steploop.tools.report.curve_points import thinned
 from steploop.tools.report.pages import report
 from steploop.tools.report.source_html import highlighted
 

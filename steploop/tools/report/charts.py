@@ -11,7 +11,7 @@ import math
 import attrs
 
 from steploop.runs.reading import Curve
-from steploop.tools.report.curves import thinned
+from steploop.tools.report.curve_points import thinned
 from steploop.tools.report.panels import FROM_ZERO, Panel, Series
 
 __all__ = ["chart", "nice_ticks"]

@@ -8,7 +8,7 @@ import attrs
 
 from steploop.errors import ConfigError
 from steploop.runs.reading import Curve, RunRecord
-from steploop.tools.report.curves import drawable, smoothed
+from steploop.tools.report.curve_points import drawable, smoothed
 from steploop.tools.report.run_labels import labels
 
 __all__ = ["Panel", "Series", "arrange", "select"]
@@ -24,7 +24,7 @@ class Series:
     Attributes:
         label: what the legend calls it.
         run: index of the run that it belongs to: its colour.
-        curve: its points; values beyond 1e100, and closer to 0 than 1e-100, are gaps.
+        curve: its points; values beyond 1e100 are gaps, those closer to 0 than 1e-100 are 0.
         style: "line"; "faint" for noise behind a line; "dashed" for a second line of a pair; "points" joined by a
             line, for what is measured now and then.
     """

@@ -11,14 +11,14 @@ _LARGEST = 1e100
 
 
 def drawable(curve: Curve) -> Curve:
-    """The curve with a gap for each value beyond 1e100: the arithmetic of axes would overflow there."""
-    if all(v is None or _drawable(v) for v in curve.values):
-        return curve
-    return Curve(curve.steps, tuple(v if v is not None and _drawable(v) else None for v in curve.values))
+    """The curve with a gap for each value beyond 1e100, and 0 for one below 1e-100: axes would overflow there."""
+    values = tuple(None if value is None else _drawable(value) for value in curve.values)
+    return curve if values == curve.values else Curve(curve.steps, values)
 
 
-def _drawable(value: float) -> bool:
-    return value == 0 or 1 / _LARGEST <= abs(value) <= _LARGEST
+def _drawable(value: float) -> float | None:
+    size = abs(value)
+    return None if not size <= _LARGEST else value if size >= 1 / _LARGEST else 0.0
 
 
 def smoothed(curve: Curve, *, window: int | None = None) -> Curve:
