@@ -6,11 +6,15 @@ from pathlib import Path
 import pytest
 import torch
 
+from steploop.recipe.config_values import configure
+from steploop.recipe.recipe_files import load_recipe_file
+from steploop.tools.bench.jobs import Job
 from steploop.tools.check.law_cases import LAWS, Law
 from steploop.tools.check.one_line import one_line
 from steploop.tools.check.subjects import Subject
 from steploop.tools.check.verdicts import examine
 from steploop.tools.cli import call
+from steploop.tools.lr_finder import RangeTest, range_test
 
 FILE = Path(__file__).parents[1] / "helpers" / "odd_recipes" / "odd_batches.py"
 RESUME = "a resume in a new process is exact"
@@ -165,3 +169,20 @@ def test_quick_tries_the_first_and_the_last_case_and_begins_no_law_too_late(caps
         "not tried       slow: it takes too long for --quick\nodd_batches: 1 passed, 1 not tried"
         in capsys.readouterr().out
     )
+
+
+# --- the tools that look at a recipe without running it start from the state of a run --------------------------------
+
+
+def test_a_range_test_varies_the_rate_of_a_plateau_and_bench_has_it_begun():
+    """The train step sets the plateau's rate itself, before it uses it."""
+    recipe = load_recipe_file(FILE).build(
+        configure(load_recipe_file(FILE).config_class, {"kind": "plateau"}), "cpu"
+    )
+    assert recipe.state.plateau is None
+    found = range_test(recipe, RangeTest(low=1e-4, high=1.0, steps=20))
+    assert len(found.rates) == 20
+    assert recipe.state.plateau is None
+    built, _ = Job(recipe=FILE, overrides=("kind=plateau",), device="cpu").build()
+    assert built.state.plateau.learning_rate == 0.1
+    assert built.state.early_stopping.bad_checks == 0
