@@ -31,6 +31,7 @@ def test_a_word_of_a_heading_prints_that_section(capsys):
     assert out.startswith("## Exit codes\n")
     assert out.count("\n#") == 0
     assert "| 75 | stopped by SIGTERM" in out
+    assert out.endswith("\nThe whole page: steploop docs checkpoints\n")
 
 
 def test_a_word_that_many_sections_mention_lists_them(capsys):

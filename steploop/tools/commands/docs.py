@@ -56,7 +56,14 @@ def docs(word: Annotated[str | None, WORD] = None, *, open_page: Annotated[bool,
     if open_page:
         _open(found[0].page, pages[found[0].page])
     elif len(found) <= _MOST_SHOWN:
-        _print("\n".join(section.text for section in found))
+        pages_of = dict.fromkeys(section.page for section in found)
+        # an example of a section may need what its page begins with
+        whole = (
+            ""
+            if name in pages
+            else f"\nThe whole page: {', '.join(f'steploop docs {p}' for p in pages_of)}\n"
+        )
+        _print("\n".join(section.text for section in found) + whole)
     else:
         width = max(len(section.page) for section in found)
         lines = (f"{section.page:<{width}}  {section.heading}\n" for section in found)
