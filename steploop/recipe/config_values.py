@@ -2,19 +2,29 @@
 
 import difflib
 import enum
-import types
-import typing
-from collections.abc import Callable, Mapping, Sequence
+import json
+import math
+import os
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, Union, get_args, get_origin
+from typing import Any, Literal, get_args, get_origin
 
 import attrs
 
 from steploop.errors import ConfigError
+from steploop.recipe.conversions import convert, describe_type, fields_of
 
-__all__ = ["configure", "convert", "describe_type", "fields_of", "nearest", "split_assignments", "to_json"]
-
-_TRUE, _FALSE, _NONE = {"true", "yes", "on", "1"}, {"false", "no", "off", "0"}, {"none", "null"}
+__all__ = [
+    "configure",
+    "convert",
+    "describe_type",
+    "fields_of",
+    "nearest",
+    "refuse_unrecordable",
+    "settled_paths",
+    "split_assignments",
+    "to_json",
+]
 
 
 def nearest(name: str, known: Sequence[str]) -> str:
@@ -43,121 +53,6 @@ def split_assignments(assignments: Sequence[str]) -> dict[str, str]:
     return values
 
 
-def describe_type(expected: Any) -> str:
-    """A type as a person says it: ``float``, ``int or none``, ``one of auto, cifar10``, ``int,int,...``."""
-    origin = get_origin(expected)
-    if origin in {Union, types.UnionType}:
-        return " or ".join(describe_type(part) for part in get_args(expected))
-    if origin is Literal:
-        return "one of " + ", ".join(str(choice) for choice in get_args(expected))
-    if origin in {tuple, list}:
-        part = describe_type(get_args(expected)[0]) if get_args(expected) else "value"
-        return f"{part},{part},..."
-    if expected is type(None):
-        return "none"
-    if isinstance(expected, type) and issubclass(expected, enum.Enum):
-        return "one of " + ", ".join(member.name for member in expected)
-    return "path" if expected is Path else getattr(expected, "__name__", str(expected))
-
-
-class _UnfitError(ValueError):
-    """A value is not of the type that a field declares."""
-
-
-def _to_number(value: Any, expected: Any) -> Any:
-    accepted = (str, int) if expected is int else (str, int, float)
-    if isinstance(value, bool) or not isinstance(value, accepted):
-        raise _UnfitError
-    number = expected(value)  # ValueError for a text that is none
-    if number != number:  # noqa: PLR0124  (nan: no setting of a recipe means it)
-        raise _UnfitError
-    return number
-
-
-def _to_bool(value: Any, _: Any) -> bool:
-    text = str(value).lower() if isinstance(value, (bool, str)) else ""
-    if text not in _TRUE | _FALSE:
-        raise _UnfitError
-    return text in _TRUE
-
-
-def _to_none(value: Any, _: Any) -> None:
-    if value is not None and str(value).lower() not in _NONE:
-        raise _UnfitError
-
-
-def _to_text(value: Any, expected: Any) -> Any:
-    if not isinstance(value, str):
-        raise _UnfitError
-    return expected(value)
-
-
-def _to_choice(value: Any, expected: Any) -> Any:
-    for choice in get_args(expected):
-        if str(choice) == str(value):
-            return choice
-    raise _UnfitError
-
-
-def _to_member(value: Any, expected: Any) -> Any:
-    for member in expected:
-        if value in {member.name, member.value}:
-            return member
-    raise _UnfitError
-
-
-def _to_sequence(value: Any, expected: Any) -> Any:
-    kinds = get_args(expected)
-    parts = (
-        [part.strip() for part in value.split(",") if part.strip()] if isinstance(value, str) else list(value)
-    )
-    if get_origin(expected) is list:
-        return [convert(part, kinds[0]) for part in parts]
-    if len(kinds) == 2 and kinds[1] is Ellipsis:
-        return tuple(convert(part, kinds[0]) for part in parts)
-    return tuple(convert(part, kind) for part, kind in zip(parts, kinds, strict=True))
-
-
-def _to_one_of(value: Any, expected: Any) -> Any:
-    for kind in sorted(
-        get_args(expected), key=lambda part: part is not type(None)
-    ):  # none before a text "none"
-        try:
-            return convert(value, kind)
-        except ValueError:
-            continue
-    raise _UnfitError
-
-
-_BY_ORIGIN: dict[Any, Callable[[Any, Any], Any]] = {
-    Union: _to_one_of, types.UnionType: _to_one_of, Literal: _to_choice, tuple: _to_sequence, list: _to_sequence,
-}  # fmt: skip
-_BY_TYPE: dict[Any, Callable[[Any, Any], Any]] = {
-    bool: _to_bool, int: _to_number, float: _to_number, str: _to_text, Path: _to_text, type(None): _to_none,
-    Any: lambda value, _: value,
-}  # fmt: skip
-
-
-def convert(value: Any, expected: Any) -> Any:
-    """A text from the command line, or a value from JSON, as the type that a field declares.
-
-    Raises:
-        ValueError: it is none of that type.
-    """
-    if isinstance(expected, type) and issubclass(expected, enum.Enum):
-        return _to_member(value, expected)
-    converter = _BY_ORIGIN.get(get_origin(expected)) or _BY_TYPE.get(expected)
-    if converter is None:
-        raise _UnfitError
-    return converter(value, expected)
-
-
-def fields_of(config_class: type[Any]) -> dict[str, tuple[Any, Any]]:
-    """Field name -> (type, default) of an attrs class that takes part in ``__init__``."""
-    hints = typing.get_type_hints(config_class)
-    return {f.name: (hints.get(f.name, Any), f.default) for f in attrs.fields(config_class) if f.init}
-
-
 def configure(config_class: type[Any], values: Mapping[str, Any], *, where: str = "Config") -> Any:
     """A Config with some fields set.
 
@@ -178,7 +73,7 @@ def configure(config_class: type[Any], values: Mapping[str, Any], *, where: str 
         expected, default = fields[name]
         try:
             converted[name] = convert(value, expected)
-        except ValueError:
+        except (TypeError, ValueError):
             given = f"; its default is {default}" if default is not attrs.NOTHING else ""
             hint = ""
             if get_origin(expected) is Literal and isinstance(value, str):
@@ -196,10 +91,63 @@ def configure(config_class: type[Any], values: Mapping[str, Any], *, where: str 
 
 def to_json(config: Any) -> dict[str, Any]:
     """A Config as JSON holds it, from which ``configure`` makes it again."""
+    found: dict[str, Any] = _plain(config)
+    return found
 
-    def plain(_: Any, __: Any, value: Any) -> Any:
-        if isinstance(value, enum.Enum):
-            return value.name
-        return str(value) if isinstance(value, Path) else value
 
-    return attrs.asdict(config, value_serializer=plain)
+def _plain(value: Any) -> Any:
+    """A value of a Config as JSON has it; what JSON lacks becomes the text that ``convert`` reads."""
+    if attrs.has(type(value)):
+        return {f.alias: _plain(getattr(value, f.name)) for f in attrs.fields(type(value)) if f.init}
+    if isinstance(value, Mapping):
+        return {str(_plain(key)): _plain(part) for key, part in value.items()}
+    if isinstance(value, (list, tuple, set, frozenset)):
+        parts = [_plain(part) for part in value]
+        return parts if isinstance(value, (list, tuple)) else sorted(parts, key=repr)
+    if isinstance(value, enum.Enum):
+        return value.name
+    as_it_is = value is None or isinstance(value, (bool, int, str))
+    if as_it_is or (isinstance(value, float) and math.isfinite(value)):
+        return value
+    return str(value).removeprefix("torch.")  # a path, a dtype, a device, inf
+
+
+def refuse_unrecordable(config: Any, *, where: str) -> None:
+    """Refuse a Config that a resume could not read back from config.json.
+
+    Raises:
+        ConfigError: a field does not survive being written and read; it is named.
+    """
+    fields = fields_of(type(config))
+    for field in attrs.fields(type(config)):
+        if not field.init:
+            continue
+        name, value = field.alias, getattr(config, field.name)
+        expected = fields[name][0]
+        try:
+            again = convert(json.loads(json.dumps(_plain(value), allow_nan=False)), expected)
+            survives = bool(again == value)
+        except Exception:  # noqa: BLE001  (the value's own class may raise anything)
+            survives = False
+        if not survives:
+            raise ConfigError(
+                f"{where}: {name}={value!r} cannot be written to config.json and read back as {describe_type(expected)}, "
+                "and a resume would go on with another value. Declare its type (tuple[int, ...], dict[str, float], an "
+                "attrs class, an Enum), or build it from plain settings in build()."
+            )
+
+
+def settled_paths(config: Any, names: Iterable[str]) -> Any:
+    """The Config with each relative path among some fields made absolute: a resume from elsewhere means the same.
+
+    Paths are fields that hold a ``Path``, and a text in a field called ``root``.
+    """
+    chosen = {*names}
+    found = {}
+    for field in attrs.fields(type(config)):
+        value = getattr(config, field.name)
+        named_root = field.name == "root" and isinstance(value, str) and "://" not in value
+        if field.init and field.alias in chosen and (named_root or isinstance(value, Path)):
+            settled = os.path.abspath(Path(value).expanduser())  # noqa: PTH100  (links stay as they are named)
+            found[field.alias] = type(value)(settled)
+    return attrs.evolve(config, **found) if found else config

@@ -87,7 +87,8 @@ class Recipe:
         train_step: ``(state, batch) -> state``, written out of the six functions.
         batches: the training data.
         epochs: how many epochs to train.
-        evaluate: ``state -> {metric: value}``, called after every epoch (or every ``eval_every_steps``).
+        evaluate: ``state -> {metric: number or None}``, called after every epoch (or every ``eval_every_steps``); and once before
+            the first step, as a trial in which each ``steploop.evaluate`` ends after one batch.
         monitor: the metric that decides about best checkpoint, early stopping and plateau; None: no best.
         mode: "min" where less of it is better.
         early_stopping: when to end early; its state travels in the TrainState.

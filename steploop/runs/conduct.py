@@ -1,29 +1,21 @@
 """A run from its beginning to its end: builds the recipe, owns the directory, folds phase after phase, says how it went."""
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
-from typing import Any
 
-from steploop.checkpoint import digest
 from steploop.core.interruption import Interrupted
 from steploop.errors import CheckpointWriteError, SteploopError
-from steploop.recipe.recipe import Logger, Recipe, State
+from steploop.recipe.recipe import Logger
 from steploop.runs.allocator import tune_allocator
-from steploop.runs.capsules.capsule_writer import CapsuleWriter
-from steploop.runs.compile_option import compiled
+from steploop.runs.beginning import Beginning, begin, begin_again
 from steploop.runs.directory import Status, clear_unfinished, forget, read_status, refuse_taken
 from steploop.runs.directory_lock import run_lock
-from steploop.runs.journal import RunJournal
 from steploop.runs.logs import read_json_lines
 from steploop.runs.logs.screens import Screen
-from steploop.runs.loop import Loop
-from steploop.runs.members import place_of
-from steploop.runs.monitoring import prepared
-from steploop.runs.outlets import Outlets, open_outlets
-from steploop.runs.plan import Ending
+from steploop.runs.outlets import open_outlets
+from steploop.runs.phases import Phases
 from steploop.runs.requests import Request
-from steploop.runs.run_checkpoints import CheckpointKeeper
 from steploop.runs.signals import StopFlag, signals_as
 from steploop.runs.standard_streams import lasting_streams
 from steploop.runs.start_record import announce, record
@@ -66,7 +58,7 @@ def carry_out(
 
 
 # what a resume takes over from the status before, until it knows better
-_KEPT = ("step", "epoch", "metrics", "best", "checkpoint", "best_checkpoint", "evaluation_due")
+_KEPT = ("step", "epoch", "metrics", "best", "checkpoint", "best_checkpoint", "evaluation_due", "seconds")
 
 
 class _Run:
@@ -78,55 +70,64 @@ class _Run:
         self._screen = screen
         self._loggers = loggers
         self._stop = stop
-        self._begun_s = time.perf_counter()
-        self._past = list(read_json_lines(self._directory.metrics)) if request.resume else []
-        spent = max((line.get("time_s", 0.0) for line in self._past), default=0.0)
-        self._zero_s = self._begun_s - spent
-        self._metrics: Mapping[str, float | None] = next(
-            (line["metrics"] for line in reversed(self._past) if line["kind"] == "eval"), {}
+        self._before = read_status(self._directory) if request.resume else {}
+        past = list(read_json_lines(self._directory.metrics)) if request.resume else []
+        times = (self._before.get("seconds"), *(line.get("time_s") for line in past))
+        spent = max((time_s for time_s in times if isinstance(time_s, (int, float))), default=0.0)
+        self._zero_s = time.perf_counter() - spent
+        self._metrics = next(
+            (line["metrics"] for line in reversed(past) if line.get("kind") == "eval" and "metrics" in line),
+            self._before.get("metrics") or {},
         )
 
     def run(self) -> Summary:
         """Build, train, say how it went."""
         tuning = tune_allocator() if self._request.tune else {}
-        before = read_status(self._directory) if self._request.resume else {}
-        due = before.get("evaluation_due")
         try:
             with self._nothing_to_save():
-                recipe = self._request.recipe.build(self._request.config, self._request.device)
-                record(self._request, recipe, tuning)
-                announce(self._request, recipe, self._screen)
-            status = Status(
-                self._directory, monitor=recipe.monitor, **{k: before[k] for k in _KEPT if k in before}
-            )
+                beginning = self._begin()
+                record(self._request, beginning, tuning)
+                announce(self._request, beginning.recipe, self._screen)
+            kept = {key: self._before[key] for key in _KEPT if key in self._before}
+            status = Status(self._directory, monitor=beginning.recipe.monitor, **kept)
             outlets = open_outlets(self._request, status, self._screen.note)
         except BaseException:
             if not self._request.resume:
                 forget(self._directory)
             raise
         try:
-            state, recipe, ending = self._phases(recipe, due, outlets)
-            if recipe.finish is not None and ending != "interrupted":
-                recipe.finish(state, self._directory.path)
+            phases = Phases(
+                self._request, outlets, self._screen, self._stop, self._loggers, zero_s=self._zero_s
+            )
+            folded = phases.fold(beginning)
+            if folded.recipe.finish is not None and folded.ending != "interrupted":
+                folded.recipe.finish(folded.state, self._directory.path)
         except BaseException as error:
             self._failed(status, error)
             raise
         finally:
             outlets.close()
+        idle = folded.idle and "seconds" in self._before
         summary = summarize(
             self._request,
-            recipe,
-            state,
-            ending=ending,
+            folded.recipe,
+            folded.state,
+            ending=folded.ending,
             stop=self._stop,
-            metrics=self._metrics,
-            since_s=self._zero_s,
+            metrics=folded.metrics or self._metrics,
+            seconds=self._before["seconds"] if idle else time.perf_counter() - self._zero_s,
         )
         status.update(
-            state=summary.state, exit_code=summary.exit_code, ending=ending, step=summary.steps_applied,
+            state=summary.state, exit_code=summary.exit_code, ending=folded.ending, step=summary.steps_applied,
             epoch=summary.epoch, metrics=summary.metrics, best=summary.best, seconds=summary.seconds,
         )  # fmt: skip
         return summary
+
+    def _begin(self) -> Beginning:
+        """What the run begins with; nothing in its directory is changed yet."""
+        if self._request.resume:
+            return begin_again(self._request, self._before, self._screen.note)
+        return begin(self._request.build())
 
     @contextmanager
     def _nothing_to_save(self) -> Iterator[None]:
@@ -138,96 +139,6 @@ class _Run:
             yield
         finally:
             self._stop.at_once = False
-
-    def _phases(self, recipe: Recipe, due: str | None, outlets: Outlets) -> tuple[State, Recipe, Ending]:
-        """Fold the recipe, and what follows it; on a resume, from the newest checkpoint on."""
-        phase = 0
-        while recipe.then is not None and any(self._directory.checkpoints(phase + 1).glob("step-*")):
-            recipe = recipe.then(recipe.state)  # only its form counts: the values come from a checkpoint
-            phase += 1
-        while True:
-            state, ending = self._phase(recipe, phase, due, outlets)
-            if recipe.then is None or ending == "interrupted":
-                return state, recipe, ending
-            recipe, due, phase = recipe.then(state), None, phase + 1
-
-    def _phase(self, recipe: Recipe, phase: int, due: str | None, outlets: Outlets) -> tuple[State, Ending]:
-        """Fold one recipe."""
-        screen, status = self._screen, outlets.status
-        outlets.loggers.add((*self._loggers, *recipe.loggers), self._directory.path)
-        keeper = CheckpointKeeper(
-            self._directory.checkpoints(phase),
-            before_save=outlets.flush,
-            on_saved=lambda path, best: outlets.say(
-                checkpoint=path.name, **({"best_checkpoint": path.name} if best else {})
-            ),
-        )
-        journal = RunJournal(
-            outlets.lines,
-            outlets.loggers,
-            outlets.logged,
-            screen,
-            steps_per_epoch=len(recipe.batches),
-            epochs=recipe.epochs,
-            phase=phase,
-            on_evaluation=lambda line: outlets.tell(line, recipe.monitor),
-        )
-        state = prepared(recipe, recipe.state)
-        loaded = keeper.newest(state, require_exact=self._request.require_exact, note=screen.note)
-        if loaded is not None:
-            state = loaded
-        elif phase:
-            keeper.save(state, best=False)  # so that a resume finds this phase begun
-        elif self._request.resume:  # it was ended before its first checkpoint: it begins anew
-            outlets.keep(lambda _: False)
-        mode = recipe.compile if self._request.compile is None else self._request.compile
-        loop = Loop(
-            compiled(recipe, mode, journal, screen),
-            plan=self._request.plan,
-            journal=journal,
-            keeper=keeper,
-            stop=self._stop,
-            begun_s=self._zero_s,
-            witness=CapsuleWriter(self._directory.path, phase=phase, report=screen.note),
-        )
-        owed = due is not None and due == digest(state)
-        if loaded is not None:
-            again = loop.evaluates_first(state, due=owed)
-            self._continue_from(state, phase, journal, outlets, again=again)
-        try:
-            state, ending = loop.run(state, evaluation_due=owed)
-            if (
-                loop.evaluation_due
-            ):  # the state itself does not tell; once it is folded, the digest is another
-                status.update(evaluation_due=digest(state))
-        finally:
-            keeper.close()
-            if (close := getattr(recipe.batches, "close", None)) is not None:
-                close()  # workers that were kept for the next epoch
-        self._metrics = loop.metrics or self._metrics
-        return state, ending
-
-    def _continue_from(
-        self, state: State, phase: int, journal: RunJournal, outlets: Outlets, *, again: bool
-    ) -> None:
-        """Drop the lines of what will be done again, the last evaluation perhaps, and say where the run goes on."""
-        place = place_of(state)
-        attempted = place["attempted"]
-
-        def stands(line: Mapping[str, Any]) -> bool:
-            at = line.get("phase", 0), line.get("attempted", 0)
-            return at < (phase, attempted) or (
-                at == (phase, attempted) and not (again and line["kind"] == "eval")
-            )
-
-        outlets.keep(stands)
-        journal.event({"event": "resumed", **place})
-        where = (
-            f"batch {place['batch']} of epoch {place['epoch']}"
-            if place["batch"]
-            else f"epoch {place['epoch']} is done"
-        )
-        self._screen.note(f"going on after step {attempted} ({where})")
 
     def _failed(self, status: Status, error: BaseException) -> None:
         code = error.exit_code if isinstance(error, SteploopError) else 1

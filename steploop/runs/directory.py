@@ -6,7 +6,7 @@ import os
 import re
 import shutil
 import socket
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -49,17 +49,27 @@ _BESIDE = re.compile(
 )
 
 
+def _absolute(paths: Iterable[Path]) -> tuple[Path, ...]:
+    return tuple(path.absolute() for path in paths)
+
+
 @attrs.frozen
 class RunDirectory:
     """The names in a run directory.
 
     Attributes:
-        path: the directory.
+        given: the directory as the user named it, for messages.
         made: the directories that were made for this run, outermost first; they go if it never begins.
+        path: the directory, absolute: a recipe may go to another one.
     """
 
-    path: Path
-    made: tuple[Path, ...] = ()
+    given: Path
+    made: tuple[Path, ...] = attrs.field(default=(), converter=_absolute)
+    path: Path = attrs.field(init=False)
+
+    @path.default
+    def _path(self) -> Path:
+        return self.given.absolute()
 
     @property
     def config(self) -> Path:
@@ -225,9 +235,9 @@ def refuse_taken(directory: RunDirectory) -> None:
     if names:
         what = "a run" if directory.config.name in names else f"{min(names)!r} and is not empty"
         hint = (
-            f"Go on with it by steploop resume {directory.path}, or choose" if what == "a run" else "Choose"
+            f"Go on with it by steploop resume {directory.given}, or choose" if what == "a run" else "Choose"
         )
-        raise RunExistsError(f"{directory.path} holds {what} already. {hint} another --out.")
+        raise RunExistsError(f"{directory.given} holds {what} already. {hint} another --out.")
 
 
 def clear_unfinished(directory: RunDirectory) -> None:

@@ -46,6 +46,7 @@ def run(
     wandb: bool = False,
     layer_norms: int | None = None,
     require_exact: bool = False,
+    restart_epoch: bool = False,
     trust: bool = False,
     **config: Any,
 ) -> Summary:
@@ -72,6 +73,7 @@ def run(
         wandb: log to Weights & Biases.
         layer_norms: log the gradient norm of each layer group, named by so many parts of its parameters' names.
         require_exact: refuse to resume where the bits may come out differently.
+        restart_epoch: resume at the beginning of an epoch instead of in its middle, with the data that there are now.
         trust: resume a run whose files belong to another user.
         config: settings of the recipe, checked by name and type.
 
@@ -93,7 +95,7 @@ def run(
     options: dict[str, Any] = {
         "device": device, "limit_steps": limit_steps, "checkpoint_every": checkpoint_every, "log_every": log_every,
         "compile": compile, "tensorboard": tensorboard, "csv": csv, "mlflow": mlflow, "wandb": wandb,
-        "layer_norms": layer_norms, "require_exact": require_exact,
+        "layer_norms": layer_norms, "require_exact": require_exact, "restart_epoch": restart_epoch,
     }  # fmt: skip
     file: RecipeFile | None
     if recipe is None or isinstance(recipe, (str, Path)):
@@ -203,6 +205,8 @@ def launch(
         raise ConfigError(
             "Which recipe? Give a file or a name, as in steploop run cifar_amp, or --resume DIR."
         )
+    elif options.get("restart_epoch"):
+        raise ConfigError("--restart-epoch is about a run that was begun. Give it to steploop resume DIR.")
     else:
         request = make_request(recipe, values, out=out, **options)
     return carry_out(request, screen, stop, loggers)

@@ -10,11 +10,21 @@ from contextlib import nullcontext
 from functools import reduce
 from typing import Any
 
+from steploop.checkpoint import digest
 from steploop.core.interruption import Interrupted
 from steploop.errors import EmptyDataError, NonFiniteError
 from steploop.recipe.recipe import Recipe, State
 from steploop.runs.layer_norms import LayerNorms
-from steploop.runs.members import at_position, attempted_steps, lead, next_epoch, place_of
+from steploop.runs.members import (
+    arranged,
+    at_position,
+    attempted_steps,
+    lead,
+    members,
+    next_epoch,
+    place_of,
+)
+from steploop.runs.metric_values import read_metrics
 from steploop.runs.monitoring import fold_metrics, stopped
 from steploop.runs.pace import Pace
 from steploop.runs.plan import Ending, Journal, Keeper, Plan, Witness, lines_every
@@ -69,12 +79,15 @@ class Loop:
             )
         self._log_every = lines_every(plan, self._steps_per_epoch)
         self._ending: Ending | None = None
+        self._names: tuple[str, ...] = ("",)
         self._position = 0
         self._attempted = 0
         self._evaluated_at = -1
         self._taken = False
         self.metrics: Mapping[str, float | None] = {}
-        self.evaluation_due = False
+        self.evaluation_due: str | None = (
+            None  # the digest of the state whose evaluation did not come to its end
+        )
 
     def run(self, state: State, *, evaluation_due: bool = False) -> tuple[State, Ending]:
         """Train to the end, or until told to stop.
@@ -87,6 +100,7 @@ class Loop:
             The last state and why it is the last. It has been given to the keeper.
         """
         self._attempted = attempted_steps(state)
+        self._names = tuple(members(state))
         if evaluation_due:
             best = lead(state).best
             state = self._evaluated(state)
@@ -94,16 +108,24 @@ class Loop:
         depth = self._plan.layer_norms
         with nullcontext() if depth is None else LayerNorms(state, depth=depth) as self._norms:
             while self._ending is None:
-                if stopped(state):
-                    self._ending = "early_stop"
-                elif lead(state).epoch >= self._recipe.epochs:
-                    self._ending = "finished"
-                elif self._reached_limit(self._attempted):
-                    self._ending = "limit"
-                else:
+                self._ending = self.ending_of(state)
+                if self._ending is None:
                     self._taken = True
                     state = self._epoch(state)
         return self._closed(state), self._ending
+
+    def ending_of(self, state: State) -> Ending | None:
+        """Why a run is over whose state is at the end of a step or an epoch; None where there is more to train."""
+        if stopped(state):
+            return "early_stop"
+        if lead(state).epoch >= self._recipe.epochs:
+            return "finished"
+        return "limit" if self._reached_limit(attempted_steps(state)) else None
+
+    @property
+    def idle(self) -> bool:
+        """Whether nothing was left to train or to evaluate."""
+        return not self._taken and self._evaluated_at < 0
 
     def _epoch(self, state: State) -> State:
         """The fold over the rest of an epoch."""
@@ -125,7 +147,8 @@ class Loop:
         if self._is_over():
             return state
         before = lead(state).best
-        if self._evaluates_after_epoch(state):
+        if self._recipe.evaluate is not None and self._evaluates_after_epoch(state):
+            self._keeper.save(state, best=False)  # a failing or killed evaluation costs no training
             state = self._evaluated(state)
             if self._is_over():  # interrupted: the cursor stays behind the last batch, and a resume evaluates
                 return state
@@ -174,7 +197,7 @@ class Loop:
             self._norms.request()
         given, epoch, number = state, lead(state).epoch, self._position
         try:
-            state = self._recipe.train_step(state, batch)
+            state = arranged(self._recipe.train_step(state, batch), self._names)
             self._position += 1
             state = at_position(state, self._position)
             self._pace.trained(batch)
@@ -232,14 +255,15 @@ class Loop:
         begun = time.perf_counter()
         try:
             with self._stop.interruption_allowed():
-                metrics = dict(self._recipe.evaluate(state))
+                metrics = read_metrics(self._recipe.evaluate(state))
         except Interrupted:
             self._ending = "interrupted"
-            # after an epoch the cursor says it: it stays behind the last batch
-            every = self._recipe.eval_every_steps
-            within_epoch = fold and every is not None and self._attempted % every == 0
-            self.evaluation_due = within_epoch
+            self._owe(state, fold=fold)
             return state
+        except Exception:
+            self._owe(state, fold=fold)
+            self._keeper.save(state, best=False)  # a mistake in an evaluation costs no training
+            raise
         taken = time.perf_counter() - begun
         if trained:
             self._pace.go()
@@ -255,6 +279,12 @@ class Loop:
         if fold and stopped(state):
             self._journal.event({"event": "early_stop", **self._after(state)})
         return state
+
+    def _owe(self, state: State, *, fold: bool) -> None:
+        """Note that a resume has to evaluate first; after an epoch the cursor says so: it stays behind the last batch."""
+        every = self._recipe.eval_every_steps
+        if fold and every is not None and self._attempted % every == 0:
+            self.evaluation_due = digest(state)  # once it is folded, the digest is another
 
     def _closed(self, state: State) -> State:
         """The last state, kept; looked at once more where its last step was not evaluated."""

@@ -4,9 +4,11 @@ from collections.abc import Mapping
 from typing import Any
 
 from steploop.core.state.train_state import TrainState
+from steploop.errors import StepOrderError
 from steploop.recipe.recipe import State
 
 __all__ = [
+    "arranged",
     "at_position",
     "attempted_steps",
     "epoch_of",
@@ -21,6 +23,41 @@ __all__ = [
 def members(state: State) -> dict[str, TrainState]:
     """Name -> state; a single one has the name ``""``."""
     return dict(state) if isinstance(state, Mapping) else {"": state}
+
+
+def arranged(state: Any, names: tuple[str, ...]) -> State:
+    """What a train step returned, its states in the order in which the run began: the first one leads.
+
+    Args:
+        state: one state, or several by name in any order.
+        names: of the run's states; ``("",)`` where there is one.
+
+    Raises:
+        StepOrderError: it is something else than the states of the run.
+    """
+    if isinstance(state, TrainState):  # asked first: a look at the abstract Mapping takes four times as long
+        if names == ("",):
+            return state
+    elif isinstance(state, Mapping) and all(isinstance(one, TrainState) for one in state.values()):
+        returned = tuple(state)
+        if returned == names:
+            return state
+        if sorted(returned) == sorted(names):
+            return {name: state[name] for name in names}
+    raise StepOrderError(
+        f"train_step must return {_described(names)}, but returned {_described_value(state)}. Return the state that its last "
+        "function gives, and every state of the run under its name."
+    )
+
+
+def _described(names: tuple[str, ...]) -> str:
+    return "a TrainState" if names == ("",) else f"the states {', '.join(names)}"
+
+
+def _described_value(state: Any) -> str:
+    if isinstance(state, Mapping):
+        return f"a mapping of {', '.join(f'{name}: {type(one).__name__}' for name, one in state.items()) or 'nothing'}"
+    return "None" if state is None else f"a {type(state).__name__}"
 
 
 def lead(state: State) -> TrainState:

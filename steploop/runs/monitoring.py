@@ -9,7 +9,7 @@ from steploop.recipe.config_values import nearest
 from steploop.recipe.recipe import Recipe, State
 from steploop.runs.members import lead, with_lead
 
-__all__ = ["fold_metrics", "prepared", "stopped"]
+__all__ = ["fold_metrics", "prepared", "refuse_missing", "stopped"]
 
 
 def prepared(recipe: Recipe, state: State) -> State:
@@ -34,25 +34,38 @@ def fold_metrics(recipe: Recipe, state: State, metrics: Mapping[str, float | Non
     Raises:
         ConfigError: a metric that the recipe monitors is not among those its evaluation gives.
     """
+    refuse_missing(recipe, metrics)
     first = lead(state)
     best = first.best
     if recipe.monitor is not None:
-        value = _value(metrics, recipe.monitor, "Recipe(monitor=...)")
+        value = _value(metrics, recipe.monitor)
         judged = value if _may_be_best(first.step, metrics) else math.nan
         best = keep_best(first.best, judged, step=first.step, epoch=first.epoch, mode=recipe.mode)
         if recipe.plateau is not None and first.plateau is not None:
             state = with_lead(state, plateau=recipe.plateau.update(first.plateau, value))
     if recipe.early_stopping is not None and first.early_stopping is not None:
-        value = _value(metrics, recipe.early_stopping.monitor, "EarlyStopping(monitor=...)")
+        value = _value(metrics, recipe.early_stopping.monitor)
         state = with_lead(state, early_stopping=recipe.early_stopping.update(first.early_stopping, value))
     return with_lead(state, best=best), best is not first.best
 
 
-def _value(metrics: Mapping[str, float | None], name: str, where: str) -> float:
-    if name not in metrics:
-        raise ConfigError(
-            f"{where} names {name!r}, which evaluate does not give. {nearest(name, list(metrics))}"
-        )
+def refuse_missing(recipe: Recipe, metrics: Mapping[str, float | None]) -> None:
+    """Check that the metrics hold what the recipe monitors.
+
+    Raises:
+        ConfigError: one is missing; the nearest name is said.
+    """
+    stopping = recipe.early_stopping
+    monitored = {"Recipe(monitor=...)": recipe.monitor}
+    monitored |= {"EarlyStopping(monitor=...)": None if stopping is None else stopping.monitor}
+    for where, name in monitored.items():
+        if name is not None and name not in metrics:
+            raise ConfigError(
+                f"{where} names {name!r}, which evaluate does not give. {nearest(name, list(metrics))}"
+            )
+
+
+def _value(metrics: Mapping[str, float | None], name: str) -> float:
     value = metrics[name]
     return math.nan if value is None else float(value)
 

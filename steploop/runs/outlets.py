@@ -11,8 +11,8 @@ from steploop.recipe.config_values import to_json
 from steploop.runs.directory import Status
 from steploop.runs.journal import LoggedSteps
 from steploop.runs.logs import CsvTable, JsonLines, Logger, Loggers, TensorBoard
+from steploop.runs.metric_values import plain_metrics
 from steploop.runs.requests import Request
-from steploop.runs.summary import plain_metrics
 
 __all__ = ["Outlets", "open_outlets"]
 

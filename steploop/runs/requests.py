@@ -7,9 +7,11 @@ from typing import Any, Literal
 import attrs
 import torch
 
-from steploop.errors import CheckpointIncompatibleError
-from steploop.recipe.config_values import configure, fields_of
+from steploop.recipe.config_values import configure, fields_of, refuse_unrecordable, settled_paths, to_json
+from steploop.recipe.imported_modules import imported_modules
+from steploop.recipe.recipe import Recipe
 from steploop.recipe.recipe_files import RecipeFile, find_recipe, load_recipe_file
+from steploop.runs.contract import Change, changed_code, changed_settings
 from steploop.runs.directory import RunDirectory, make_directory, open_directory, read_json
 from steploop.runs.environment import find_device
 from steploop.runs.plan import Plan
@@ -36,6 +38,10 @@ class Request:
         compile: whether the step is compiled; None: as the recipe says.
         tune: set the allocator's thresholds.
         require_exact: refuse to go on where the bits may come out differently.
+        restart_epoch: begin the epoch anew instead of in its middle, with the data that there are now.
+        modules: module -> digest, of those that the recipe imports from its folder.
+        recorded: what config.json says of the run; empty for a new one.
+        changes: what is not as it says, by the settings and the code.
         command: the words of the command line, for the record.
     """
 
@@ -52,7 +58,30 @@ class Request:
     compile: bool | Literal["auto"] | None = None
     tune: bool = True
     require_exact: bool = False
+    restart_epoch: bool = False
+    modules: Mapping[str, str] = attrs.field(factory=dict)
+    recorded: Mapping[str, Any] = attrs.field(factory=dict)
+    changes: tuple[Change, ...] = ()
     command: Sequence[str] = ()
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """The Config as JSON."""
+        return to_json(self.config)
+
+    @property
+    def known_settings(self) -> dict[str, Any]:
+        """The recorded Config as JSON, as far as the recipe has its fields."""
+        return _known(self.recorded, self.recipe)
+
+    def build(self) -> Recipe:
+        """Build the recipe."""
+        return self.recipe.build(self.config, self.device)
+
+
+def _known(recorded: Mapping[str, Any], file: RecipeFile) -> dict[str, Any]:
+    fields = fields_of(file.config_class)
+    return {key: value for key, value in recorded["config"].items() if key in fields}
 
 
 def _plan(options: dict[str, Any]) -> Plan:
@@ -60,10 +89,8 @@ def _plan(options: dict[str, Any]) -> Plan:
     return Plan(**{name: options.pop(name, None) for name in names})
 
 
-def _loaded(recipe: str | RecipeFile, *, beside: Path | None = None) -> RecipeFile:
-    if isinstance(recipe, RecipeFile):
-        return recipe
-    return load_recipe_file(find_recipe(recipe), beside=beside)
+def _loaded(recipe: str | RecipeFile) -> RecipeFile:
+    return recipe if isinstance(recipe, RecipeFile) else load_recipe_file(find_recipe(recipe))
 
 
 def make_request(
@@ -90,6 +117,8 @@ def make_request(
     """
     file = _loaded(recipe)
     config = configure(file.config_class, values, where=file.name)
+    config = settled_paths(config, fields_of(file.config_class))
+    refuse_unrecordable(config, where=file.name)
     plan = _plan(options)
     where = find_device(device)
     return Request(
@@ -98,6 +127,7 @@ def make_request(
         directory=make_directory(out, file.name),
         device=where,
         plan=plan,
+        modules=imported_modules(file.source, file.path.resolve().parent),
         **options,
     )
 
@@ -121,33 +151,35 @@ def resume_request(
 
     Raises:
         ConfigError: there is no such run, or a name or a value does not fit.
-        CheckpointIncompatibleError: ``require_exact``, and the recipe is another one.
     """
     opened = open_directory(directory)
     recorded = read_json(opened.config)
-    origin = Path(native(recorded["recipe"]["path"]))
-    # a start that was killed may have left no copy
-    own = opened.recipe if opened.recipe.exists() else origin
-    file = (
-        load_recipe_file(own, beside=origin.parent)
-        if recipe is None
-        else _loaded(recipe, beside=origin.parent)
-    )
-    if file.sha256 != recorded["recipe"]["sha256"] and options.get("require_exact"):
-        raise CheckpointIncompatibleError(
-            f"{file.path} is not the recipe of {directory}: its digest differs. Leave it out to go on with the run's own copy."
-        )
-    name = recorded["recipe"]["name"]
-    known = fields_of(file.config_class)
-    before = {key: value for key, value in recorded["config"].items() if key in known}
-    config = configure(file.config_class, {**before, **values}, where=name)
+    about = recorded["recipe"]
+    origin = Path(native(about["path"]))
+    if recipe is None:
+        # a start that was killed may have left no copy
+        file = load_recipe_file(opened.recipe if opened.recipe.exists() else origin, beside=origin.parent)
+        file = attrs.evolve(file, path=origin, name=about["name"])
+    else:
+        file = _loaded(recipe)
+    modules = imported_modules(file.source, file.path.resolve().parent)
+    config = configure(file.config_class, {**_known(recorded, file), **values}, where=file.name)
+    config = settled_paths(config, values)
+    refuse_unrecordable(config, where=file.name)
+    changes = [
+        *changed_code(about, name=file.path.name, sha256=file.sha256, modules=modules),
+        *changed_settings(recorded["config"], to_json(config)),
+    ]
     for option, value in recorded.get("watching", {}).items():
         options[option] = options.get(option) or value
     plan = _plan(options)
+    was = recorded.get("compile")
     if options.get("compile") is None:
-        options["compile"] = recorded.get("compile")
+        options["compile"] = was
+    elif was is not None and options["compile"] != was:
+        changes.append(Change("--compile", was, options["compile"], "compile"))
     where = find_device(recorded["device"] if device == "auto" else device)
-    file = RecipeFile(origin, name, file.source, file.sha256, file.module)
     return Request(
-        recipe=file, config=config, directory=opened, device=where, plan=plan, resume=True, **options
-    )
+        recipe=file, config=config, directory=opened, device=where, plan=plan, resume=True, modules=modules,
+        recorded=recorded, changes=tuple(changes), **options,
+    )  # fmt: skip

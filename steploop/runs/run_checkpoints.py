@@ -1,6 +1,5 @@
 """Checkpoints of a run: what the loop gives to be kept goes to a store, and a resume begins with the newest."""
 
-import warnings
 from collections.abc import Callable
 from pathlib import Path
 
@@ -57,22 +56,9 @@ class CheckpointKeeper:
         if saved is not None:
             self._on_saved(*saved)
 
-    def newest(self, like: State, *, require_exact: bool, note: Callable[[str], None]) -> State | None:
-        """The newest state that is whole, or None where none was kept; warnings become notes.
-
-        Raises:
-            CheckpointError: there are some, but none is whole, or it does not fit ``like``.
-        """
-        with warnings.catch_warnings(record=True) as caught:
-            warnings.simplefilter("always")
-            try:
-                state = self._store.load(like=like, require_exact=require_exact)
-            finally:
-                for warning in caught:
-                    note(f"warning: {warning.message}")
-        if state is not None:
-            self._saved = _place(state)
-        return state
+    def goes_on_from(self, state: State) -> None:
+        """Note that the state is kept already: it was loaded from here."""
+        self._saved = _place(state)
 
     def close(self) -> None:
         """Return once the last one is on the disk.

@@ -1,48 +1,80 @@
 """What a run records when it begins: config.json, the copy of its recipe, and a few lines on the screen."""
 
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from steploop import __version__
-from steploop.recipe.config_values import to_json
 from steploop.recipe.recipe import Recipe
-from steploop.runs.directory import json_bytes, write_durably
+from steploop.runs.beginning import Beginning
+from steploop.runs.directory import RunDirectory, json_bytes, read_json, write_durably
 from steploop.runs.environment import git_commit, versions
 from steploop.runs.logs.screens import Screen
 from steploop.runs.members import lead, members
 from steploop.runs.requests import Request
 
-__all__ = ["announce", "record"]
+__all__ = ["announce", "record", "record_phase"]
 
 
-def record(request: Request, recipe: Recipe, tuning: Mapping[str, int]) -> None:
-    """Write config.json and, for a new run, the copy of the recipe.
+def record(request: Request, beginning: Beginning, tuning: Mapping[str, int]) -> None:
+    """Write config.json and the copy of the recipe.
 
     Raises:
         CheckpointWriteError: they cannot be written.
     """
-    directory = request.directory
+    directory, recipe = request.directory, beginning.recipe
     path = request.recipe.path.resolve()
+    phases = _phases(request.recorded.get("phases", []), beginning)
     about = {
         "steploop": __version__,
-        "recipe": {"path": str(path), "name": request.recipe.name, "sha256": request.recipe.sha256},
-        "config": to_json(request.config),
+        "recipe": {
+            "path": str(path),
+            "name": request.recipe.name,
+            "sha256": request.recipe.sha256,
+            "modules": dict(request.modules),
+        },
+        "config": request.settings,
         "epochs_from": 1,  # in the lines of metrics.jsonl; 0.1.0 counted from 0
         "device": str(request.device),
         "precision": lead(recipe.state).precision,
-        "data": recipe.data,
+        "data": phases[0].get("data", {}).get("note", recipe.data),
+        "states": [name for name in members(recipe.state) if name],
+        "phases": phases,
         "versions": versions(),
         "git_commit": git_commit(path.parent),
         "command": list(request.command or sys.argv),
         "tuning": dict(tuning),
-        "compile": request.compile,
+        "compile": recipe.compile if request.compile is None else request.compile,
         "watching": watching(request),
     }
+    if request.resume and directory.recipe.exists():
+        if directory.recipe.read_bytes() != request.recipe.source:
+            write_durably(directory.recipe, request.recipe.source)
+        write_durably(directory.config, json_bytes(about))
+        return
     # the first of the two makes the directory a run's, which can be gone on with from then on
     write_durably(directory.config, json_bytes(about))
-    if not (request.resume and directory.recipe.exists()):
-        write_durably(directory.recipe, request.recipe.source)
+    write_durably(directory.recipe, request.recipe.source)
+
+
+def record_phase(directory: RunDirectory, beginning: Beginning) -> None:
+    """Add a phase that begins to config.json.
+
+    Raises:
+        CheckpointDamagedError: config.json cannot be read.
+        CheckpointWriteError: it cannot be written.
+    """
+    about = read_json(directory.config)
+    about["phases"] = _phases(about.get("phases", []), beginning)
+    write_durably(directory.config, json_bytes(about))
+
+
+def _phases(recorded: Sequence[Mapping[str, Any]], beginning: Beginning) -> list[Mapping[str, Any]]:
+    """The records of the phases up to the one that begins; those of a run of version 0.1.0 are empty."""
+    number = beginning.phase
+    before = [*recorded[:number], *({} for _ in range(number - len(recorded)))]
+    known = recorded[number].get("evaluated") if number < len(recorded) else None
+    return [*before, {**beginning.record, "evaluated": beginning.weights or known}]
 
 
 def watching(request: Request) -> dict[str, Any]:
@@ -58,7 +90,7 @@ def announce(request: Request, recipe: Recipe, screen: Screen) -> None:
     count = sum(p.numel() for one in states for p in one.params.values())
     precision = lead(recipe.state).precision
     screen.note(
-        f"{request.recipe.name}: {count:,} parameters, {precision} on {request.device}, {request.directory.path}"
+        f"{request.recipe.name}: {count:,} parameters, {precision} on {request.device}, {request.directory.given}"
     )
     for note in (f"data: {recipe.data}" if recipe.data else "", *recipe.notes):
         if note:

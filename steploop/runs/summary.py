@@ -1,6 +1,5 @@
 """The summary of a run: the last line on stdout, and what status.json says at the end."""
 
-import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -12,13 +11,14 @@ from steploop.recipe.html_tables import html_table
 from steploop.recipe.recipe import Recipe, State
 from steploop.runs.curves_html import curves_html
 from steploop.runs.logs.progress_text import counted, duration, format_values
-from steploop.runs.members import attempted_steps, epoch_of, lead
+from steploop.runs.members import attempted_steps, epoch_of, lead, members
+from steploop.runs.metric_values import plain_metrics
 from steploop.runs.plan import Ending
 from steploop.runs.requests import Request
 from steploop.runs.signals import StopFlag, exit_code_of
 from steploop.runs.text_names import readable
 
-__all__ = ["Summary", "plain_metrics", "summarize"]
+__all__ = ["Summary", "summarize"]
 
 
 @attrs.frozen(kw_only=True)
@@ -34,6 +34,7 @@ class Summary:
         metrics: of the last evaluation; None for a number that is not finite.
         best: "metric", "value", "step" and "epoch" of the best evaluation; None where nothing is monitored.
         seconds: of training and evaluation, those before a resume included.
+        states: of several states, the steps of each by its name.
     """
 
     state: str
@@ -51,6 +52,7 @@ class Summary:
     metrics: Mapping[str, float | None]
     best: Mapping[str, Any] | None
     seconds: float
+    states: Mapping[str, Mapping[str, int]]
 
     def __str__(self) -> str:
         """One sentence for a person."""
@@ -84,12 +86,6 @@ def best_entry(metric: str | None, best: Best) -> dict[str, Any]:
     return {"metric": metric, "value": best.value, "step": best.step, "epoch": best.epoch + 1}
 
 
-def plain_metrics(metrics: Mapping[str, float | None]) -> dict[str, float | None]:
-    """The metrics with None for what JSON cannot hold."""
-    infinity = float("inf")
-    return {name: v if v is not None and abs(v) < infinity else None for name, v in metrics.items()}
-
-
 def summarize(
     request: Request,
     recipe: Recipe,
@@ -98,7 +94,7 @@ def summarize(
     ending: Ending,
     stop: StopFlag,
     metrics: Mapping[str, float | None],
-    since_s: float,
+    seconds: float,
 ) -> Summary:
     """How a run that came to an end of its own, or was interrupted, ended.
 
@@ -109,7 +105,7 @@ def summarize(
         ending: why it is the last.
         stop: which signal came, if one did.
         metrics: of the last evaluation.
-        since_s: ``time.perf_counter()`` when it began; before a resume lies the time of the process before.
+        seconds: of all its processes.
     """
     first = lead(state)
     interrupted = ending == "interrupted" and stop.signum is not None
@@ -117,7 +113,7 @@ def summarize(
         state="interrupted" if ending == "interrupted" else "finished",
         ending=ending,
         exit_code=exit_code_of(stop.signum) if interrupted and stop.signum is not None else 0,
-        run=readable(request.directory.path),
+        run=readable(request.directory.given),
         recipe=request.recipe.name,
         data=recipe.data,
         device=str(request.device),
@@ -128,5 +124,19 @@ def summarize(
         steps_skipped=first.attempted_steps - first.step,
         metrics=plain_metrics(metrics),
         best=None if first.best is None else best_entry(recipe.monitor, first.best),
-        seconds=round(time.perf_counter() - since_s, 3),
+        seconds=round(seconds, 3),
+        states=_counts(state),
     )
+
+
+def _counts(state: State) -> dict[str, dict[str, int]]:
+    """The steps of each of several states; empty where there is one, which the summary itself counts."""
+    return {
+        name: {
+            "attempted": one.attempted_steps,
+            "applied": one.step,
+            "skipped": one.attempted_steps - one.step,
+        }
+        for name, one in members(state).items()
+        if name
+    }

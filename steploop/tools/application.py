@@ -28,9 +28,9 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )  # fmt: skip
 app.command(cls=RunCommand)(run)
+app.command(cls=RunCommand)(resume)
 for command in (
     bench,
-    resume,
     recipes,
     new,
     inspect,

@@ -1,12 +1,14 @@
 """Recipe files and overrides of their Config: found, loaded, checked, converted; and what is refused says why."""
 
 import enum
+import json
 import string
 from pathlib import Path
 from typing import Any, Literal
 
 import attrs
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -16,6 +18,8 @@ from steploop.recipe.config_values import (
     convert,
     describe_type,
     nearest,
+    refuse_unrecordable,
+    settled_paths,
     split_assignments,
     to_json,
 )
@@ -69,8 +73,6 @@ configs = st.builds(
 
 @given(configs)
 def test_a_config_comes_back_from_its_json(config):
-    import json
-
     assert configure(Config, json.loads(json.dumps(to_json(config)))) == config
 
 
@@ -189,3 +191,89 @@ def test_the_shipped_recipes_are_whole():
         assert configure(recipe.config_class, to_json(config)) == config
         assert 10 < len(summary_of(path)) <= 120, name
         assert "MEASURED" not in path.read_text(), f"{name} does not say what was measured"
+
+
+@attrs.frozen
+class Part:
+    widths: tuple[int, ...] = (1,)
+    scale: float = 1.0
+
+
+@attrs.frozen(kw_only=True)
+class Nested:
+    weights: dict[str, float] = attrs.Factory(dict)
+    by_depth: dict[int, tuple[int, ...]] = attrs.Factory(dict)
+    bound: float = float("inf")
+    sizes: list = attrs.Factory(list)
+    chosen: frozenset[str] = frozenset()
+    part: Part = Part()
+    parts: tuple[Part, ...] = ()
+    maybe: Part | None = None
+    dtype: torch.dtype = torch.float32
+    device: torch.device = torch.device("cpu")  # noqa: RUF009  (a value)
+    colours: tuple[Colour, ...] = ()
+
+
+parts = st.builds(
+    Part, widths=st.lists(st.integers(), max_size=2).map(tuple), scale=st.floats(allow_nan=False)
+)
+
+
+@given(
+    st.builds(
+        Nested,
+        weights=st.dictionaries(words, st.floats(allow_nan=False), max_size=2),
+        by_depth=st.dictionaries(st.integers(), st.lists(st.integers(), max_size=2).map(tuple), max_size=2),
+        bound=st.sampled_from([float("inf"), -float("inf"), 0.5]),
+        sizes=st.lists(st.integers() | words | st.booleans(), max_size=3),
+        chosen=st.frozensets(words, max_size=3),
+        part=parts,
+        parts=st.lists(parts, max_size=2).map(tuple),
+        maybe=st.none() | parts,
+        dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.int64]),
+        device=st.sampled_from(["cpu", "cuda:1"]).map(torch.device),
+        colours=st.lists(st.sampled_from(Colour), max_size=2).map(tuple),
+    )
+)
+def test_mappings_nested_classes_infinities_and_dtypes_survive_a_resume(config):
+    refuse_unrecordable(config, where="mine")
+    assert configure(Nested, json.loads(json.dumps(to_json(config), allow_nan=False))) == config
+
+
+@pytest.mark.parametrize(
+    "field",
+    [
+        "anything: object = (1, 2)", "sizes: list = [(1, 2)]", "rate: float = float('nan')", "call: object = print",
+        "data: dict = {'a': float('inf')}", "name: str | None = 'none'", "either: str | float = float('inf')",
+    ],
+)  # fmt: skip
+def test_a_config_that_a_resume_would_read_otherwise_is_refused_by_name(field, tmp_path):
+    (tmp_path / "mine.py").write_text(GOOD.replace("epochs: int = 1", f"epochs: int = 1\n    {field}"))
+    config = load_recipe_file(tmp_path / "mine.py").config_class()
+    with pytest.raises(
+        ConfigError, match=f"^mine: {field.partition(':')[0]}=.* cannot be written to config.json"
+    ):
+        refuse_unrecordable(config, where="mine")
+
+
+def test_json_on_the_command_line_gives_mappings_and_nested_classes():
+    values = {"weights": '{"a": 2}', "part": '{"scale": 3}', "sizes": "1,a", "dtype": "torch.bfloat16"}
+    config = configure(Nested, values)
+    assert (config.weights, config.part, config.sizes) == ({"a": 2.0}, Part(scale=3.0), [1, "a"])
+    assert config.dtype is torch.bfloat16
+    for wrong in ({"weights": "a=2"}, {"part": '{"scael": 3}'}, {"dtype": "nn"}):
+        with pytest.raises(ConfigError, match=f"mine: {next(iter(wrong))} must be"):
+            configure(Nested, wrong, where="mine")
+
+
+def test_relative_paths_of_a_config_are_settled_once(tmp_path, monkeypatch):
+    @attrs.frozen
+    class Places:
+        root: str | None = None
+        other: Path = Path("here")
+        name: str = "root"
+
+    monkeypatch.chdir(tmp_path)
+    assert settled_paths(Places(), ["root", "other"]) == Places(None, tmp_path / "here", "root")
+    assert settled_paths(Places("data"), ["root"]).root == str(tmp_path / "data")
+    assert settled_paths(Places("s3://data"), ["root"]).root == "s3://data"

@@ -265,7 +265,8 @@ def test_a_start_clears_what_dead_processes_left_and_nothing_else(golden, tmp_pa
 
 def test_the_newest_three_and_the_best_are_kept(tmp_path):
     """The best one is that of the second evaluation, which four later ones do not displace."""
-    values = iter([3.0, 1.0, 2.0, 2.0, 2.0, 2.0])
+    trial = [3.0]  # before the first step
+    values = iter([*trial, 3.0, 1.0, 2.0, 2.0, 2.0, 2.0])
     recipe = changed(tmp_path, lambda made, _: attrs.evolve(made, evaluate=lambda _: {"loss": next(values)}))
     train(tmp_path / "run", {"epochs": "6", "precision": "fp32"}, recipe=recipe)
     assert steps(tmp_path / "run") == [14, 28, 35, 42]

@@ -16,6 +16,7 @@ from steploop.core.steps.forward_pass import (
     surroundings,
     translated,
 )
+from steploop.core.steps.trial import first_batches
 from steploop.core.trees import count_samples, map_tensors
 from steploop.errors import ConfigError, ObjectiveError
 
@@ -96,7 +97,7 @@ def evaluate(
         )
     totals = _Totals(state.device, metrics)
     with _EvalMode(state, use_ema=use_ema) as model:
-        for index, batch in enumerate(batches):
+        for index, batch in enumerate(first_batches(batches, averaged=use_ema)):
             check_interruption()
             loss, outputs, weight = _forward(state, model, index, batch, objective)
             with torch.no_grad():

@@ -1,0 +1,42 @@
+"""Cut every evaluation short after its first batch, to see what it gives before a run begins."""
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from itertools import islice
+from typing import Any
+
+import attrs
+
+__all__ = ["Trial", "first_batches", "trial_evaluations"]
+
+
+@attrs.define
+class Trial:
+    """What the evaluations of a trial used.
+
+    Attributes:
+        averaged: for each call of ``evaluate``, whether it used the averaged weights.
+    """
+
+    averaged: list[bool] = attrs.field(factory=list)
+
+
+_trials: list[Trial] = []
+
+
+def first_batches(batches: Iterable[Any], *, averaged: bool) -> Iterable[Any]:
+    """The batches of an evaluation: all of them, or one during a trial, which notes which weights are used."""
+    for trial in _trials:
+        trial.averaged.append(averaged)
+    return islice(batches, 1) if _trials else batches
+
+
+@contextmanager
+def trial_evaluations() -> Iterator[Trial]:
+    """Let every ``evaluate`` inside end after one batch."""
+    trial = Trial()
+    _trials.append(trial)
+    try:
+        yield trial
+    finally:
+        _trials.remove(trial)

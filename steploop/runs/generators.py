@@ -1,0 +1,23 @@
+"""Keep the process's generators of random numbers as they are while something is tried."""
+
+import random
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import numpy as np
+import torch
+
+__all__ = ["generators_kept"]
+
+
+@contextmanager
+def generators_kept() -> Iterator[None]:
+    """Leave Python's, NumPy's and torch's generators as they were, whatever is drawn inside."""
+    python, numpy = random.getstate(), np.random.get_state()  # noqa: NPY002  (the one that recipes draw from)
+    devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()  # type: ignore[no-untyped-call]
+    with torch.random.fork_rng(devices):
+        try:
+            yield
+        finally:
+            random.setstate(python)
+            np.random.set_state(numpy)  # noqa: NPY002

@@ -1,0 +1,161 @@
+"""Fold the phases of a run, one after the other, with everything that watches and keeps them."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
+
+import attrs
+
+from steploop.recipe.recipe import Logger, Recipe, State
+from steploop.runs.beginning import Beginning, begin
+from steploop.runs.capsules.capsule_writer import CapsuleWriter
+from steploop.runs.compile_option import compiled
+from steploop.runs.journal import RunJournal
+from steploop.runs.logs.screens import Screen
+from steploop.runs.loop import Loop
+from steploop.runs.members import place_of
+from steploop.runs.outlets import Outlets
+from steploop.runs.plan import Ending
+from steploop.runs.requests import Request
+from steploop.runs.run_checkpoints import CheckpointKeeper
+from steploop.runs.signals import StopFlag
+from steploop.runs.start_record import record_phase
+
+__all__ = ["Folded", "Phases"]
+
+
+@attrs.frozen(kw_only=True)
+class Folded:
+    """What a fold came to.
+
+    Attributes:
+        state: the last one.
+        recipe: of the last phase.
+        ending: why it ended.
+        metrics: of the last evaluation; empty where there was none.
+        idle: whether nothing was left to do.
+    """
+
+    state: State
+    recipe: Recipe
+    ending: Ending
+    metrics: Mapping[str, float | None]
+    idle: bool
+
+
+class Phases:
+    """The phases of a run.
+
+    Args:
+        request: what was asked.
+        outlets: where the run is recorded.
+        screen: where it is shown.
+        stop: which signal came, if one did.
+        loggers: besides those of the recipe.
+        zero_s: ``time.perf_counter()`` when the run began; before a resume lies the time of the process before.
+    """
+
+    def __init__(
+        self,
+        request: Request,
+        outlets: Outlets,
+        screen: Screen,
+        stop: StopFlag,
+        loggers: Sequence[Logger],
+        *,
+        zero_s: float,
+    ) -> None:
+        self._request = request
+        self._loggers = loggers
+        self._outlets = outlets
+        self._screen = screen
+        self._stop = stop
+        self._zero_s = zero_s
+
+    def fold(self, beginning: Beginning) -> Folded:
+        """Fold a phase, and what follows it."""
+        idle, metrics = True, dict[str, float | None]()
+        while True:
+            folded = self._phase(beginning)
+            idle, metrics = idle and folded.idle, {**(folded.metrics or metrics)}
+            recipe = folded.recipe
+            if recipe.then is None or folded.ending == "interrupted":
+                return attrs.evolve(folded, idle=idle, metrics=metrics)
+            beginning = begin(recipe.then(folded.state), phase=beginning.phase + 1)
+            record_phase(self._request.directory, beginning)
+
+    def _phase(self, beginning: Beginning) -> Folded:
+        recipe, phase, screen, outlets = beginning.recipe, beginning.phase, self._screen, self._outlets
+        outlets.loggers.add((*self._loggers, *recipe.loggers), self._request.directory.path)
+        keeper = CheckpointKeeper(
+            self._request.directory.checkpoints(phase),
+            before_save=outlets.flush,
+            on_saved=lambda path, best: outlets.say(
+                checkpoint=path.name, **({"best_checkpoint": path.name} if best else {})
+            ),
+        )
+        journal = RunJournal(
+            outlets.lines,
+            outlets.loggers,
+            outlets.logged,
+            screen,
+            steps_per_epoch=len(recipe.batches),
+            epochs=recipe.epochs,
+            phase=phase,
+            on_evaluation=lambda line: outlets.tell(line, recipe.monitor),
+        )
+        state = recipe.state
+        if beginning.loaded:
+            keeper.goes_on_from(state)
+        elif phase:
+            keeper.save(state, best=False)  # so that a resume finds this phase begun
+        elif self._request.resume:  # it was ended before its first checkpoint: it begins anew
+            outlets.keep(lambda _: False)
+        loop = Loop(
+            compiled(recipe, self._form(recipe), journal, screen),
+            plan=self._request.plan,
+            journal=journal,
+            keeper=keeper,
+            stop=self._stop,
+            begun_s=self._zero_s,
+            witness=CapsuleWriter(self._request.directory.path, phase=phase, report=screen.note),
+        )
+        if beginning.loaded:
+            self._go_on(beginning, journal, loop)
+        try:
+            state, ending = loop.run(state, evaluation_due=beginning.owed)
+        finally:
+            if loop.evaluation_due is not None:
+                outlets.status.update(evaluation_due=loop.evaluation_due)
+            keeper.close()
+            if (close := getattr(recipe.batches, "close", None)) is not None:
+                close()  # workers that were kept for the next epoch
+        return Folded(state=state, recipe=recipe, ending=ending, metrics=loop.metrics, idle=loop.idle)
+
+    def _form(self, recipe: Recipe) -> bool | Literal["auto"]:
+        return recipe.compile if self._request.compile is None else self._request.compile
+
+    def _go_on(self, beginning: Beginning, journal: RunJournal, loop: Loop) -> None:
+        """Drop the lines of what will be done again, the last evaluation perhaps, and say where the run goes on."""
+        state = beginning.recipe.state
+        place = place_of(state)
+        if loop.ending_of(state) is not None and not beginning.owed:
+            self._screen.note("nothing is left to do: the run has ended. Give it more epochs to go on")
+            return
+        attempted, phase = place["attempted"], beginning.phase
+        again = loop.evaluates_first(state, due=beginning.owed)
+
+        def stands(line: Mapping[str, Any]) -> bool:
+            at = line.get("phase", 0), line.get("attempted", 0)
+            return at < (phase, attempted) or (
+                at == (phase, attempted) and not (again and line.get("kind") == "eval")
+            )
+
+        self._outlets.keep(stands)
+        changed = {change.name: [change.before, change.now] for change in beginning.changes}
+        journal.event({"event": "resumed", **place, **({"changed": changed} if changed else {})})
+        where = (
+            f"batch {place['batch']} of epoch {place['epoch']}"
+            if place["batch"]
+            else f"epoch {place['epoch']} is done"
+        )
+        self._screen.note(f"going on after step {attempted} ({where})")
