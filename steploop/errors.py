@@ -3,9 +3,9 @@
 SteploopError                     anything below; exit code 1
 ├── ConfigError (ValueError)      a hyperparameter or argument that is not legal; exit code 2
 │   └── MissingExtraError (ImportError)   an optional dependency is not installed; names the extra
-├── StepOrderError (RuntimeError) a step function was called before the one it needs
+├── StepOrderError (RuntimeError) a step function was called before one that it needs
 ├── SpentStateError (RuntimeError) a state was used after its tensors were given away
-├── ObjectiveError (TypeError)    an objective returned what cannot be trained on
+├── ObjectiveError (TypeError)    an objective returned something that cannot be trained on
 ├── NonFiniteError (ArithmeticError)      too many steps in a row were not finite, or a parameter is not; exit code 5
 ├── OutOfMemoryError (MemoryError) a step did not fit; says the shapes of the batch
 ├── DataError (RuntimeError)      a dataset, worker or loader failed
@@ -15,7 +15,7 @@ SteploopError                     anything below; exit code 1
 ├── RunExistsError (FileExistsError)      the run directory holds a run already; exit code 2
 └── CheckpointError (RuntimeError) exit code 3
     ├── CheckpointDamagedError    bytes are missing, changed or hostile
-    ├── CheckpointIncompatibleError       it holds another state than the one it is loaded into
+    ├── CheckpointIncompatibleError       it does not fit the state that it is loaded into
     ├── CheckpointVersionError    its format is newer or older than this version reads
     ├── CheckpointUnsupportedError (TypeError)     the state holds a value that no checkpoint can hold
     └── CheckpointWriteError (OSError)    it could not be written; has ``errno``; exit code 4
@@ -27,7 +27,7 @@ from typing import ClassVar
 
 
 class SteploopError(Exception):
-    """The root: catch this to catch all of them."""
+    """Any error of steploop; catch this to catch all of them."""
 
     exit_code: ClassVar[int] = 1
 
@@ -43,11 +43,11 @@ class MissingExtraError(ConfigError, ImportError):
 
 
 class StepOrderError(SteploopError, RuntimeError):
-    """A step function was called before the one whose result it needs."""
+    """A step function was called before one that it needs."""
 
 
 class SpentStateError(SteploopError, RuntimeError):
-    """A state was used after its tensors had been given to the next one."""
+    """A state was used after it gave its tensors to the next one."""
 
 
 class ObjectiveError(SteploopError, TypeError):
@@ -55,7 +55,7 @@ class ObjectiveError(SteploopError, TypeError):
 
 
 class NonFiniteError(SteploopError, ArithmeticError):
-    """Too many steps in a row had gradients that were not finite, or a trained parameter that is to be saved is not."""
+    """Too many steps in a row were not finite, or a parameter to be saved is not."""
 
     exit_code: ClassVar[int] = 5
 
@@ -99,15 +99,15 @@ class CheckpointDamagedError(CheckpointError):
 
 
 class CheckpointIncompatibleError(CheckpointError):
-    """The checkpoint holds another state than the one it is loaded into."""
+    """The checkpoint does not fit the state that it is loaded into."""
 
 
 class CheckpointVersionError(CheckpointError):
-    """The checkpoint's format is one that this version does not read."""
+    """This version does not read the checkpoint's format."""
 
 
 class CheckpointUnsupportedError(CheckpointError, TypeError):
-    """The state holds a tensor or a value that a checkpoint cannot hold; nothing was written."""
+    """The state holds a value that a checkpoint cannot hold; nothing was written."""
 
 
 class CheckpointWriteError(CheckpointError, OSError):

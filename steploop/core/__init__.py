@@ -1,1 +1,1 @@
-"""One training step as functions of a value: the state, the six steps, schedules, and the small values they use."""
+"""One training step as functions of a value: the state, the steps, schedules, and small values."""

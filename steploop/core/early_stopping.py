@@ -66,7 +66,7 @@ class Best:
 def keep_best(
     best: Best | None, value: float, *, step: int, epoch: int = 0, mode: Mode = "min"
 ) -> Best | None:
-    """The better one of the best so far and a new value; of two equal ones, the earlier.
+    """Return the better of the best so far and a new value; of equal ones the earlier.
 
     Args:
         best: the best so far, or None.
@@ -88,7 +88,7 @@ def keep_best(
 
 @attrs.frozen(kw_only=True)
 class StoppingState:
-    """What early stopping carries from one check to the next: plain numbers, saved with a TrainState.
+    """The state of early stopping between two checks: plain numbers, saved with a TrainState.
 
     Attributes:
         best: the best metric so far, or None before the first one that is not NaN.
@@ -158,11 +158,11 @@ class EarlyStopping:
             raise refuse(self, attribute.name, "the name of a metric", value, 'Give for instance "loss".')
 
     def init(self) -> StoppingState:
-        """The state before the first check."""
+        """Return the state before the first check."""
         return StoppingState()
 
     def update(self, state: StoppingState, metric: float) -> StoppingState:
-        """The state after one more check.
+        """Return the state after one more check.
 
         Args:
             state: the state before it, which stays as it is.

@@ -1,4 +1,4 @@
-"""One function: import what an optional dependency brings, or say which extra to install."""
+"""Import an optional dependency, or say which extra to install."""
 
 import importlib
 from types import ModuleType
@@ -9,7 +9,7 @@ __all__ = ["import_extra"]
 
 
 def import_extra(module: str, *, extra: str, purpose: str) -> ModuleType:
-    """Import ``module``, which steploop does without unless ``extra`` is installed.
+    """Import ``module``, which comes with the extra ``extra``.
 
     Args:
         module: its dotted name, for instance "matplotlib.pyplot".

@@ -1,4 +1,4 @@
-"""The module paths of 0.1.0, kept importable with a DeprecationWarning: saved recipes import them."""
+"""Keep the module paths of 0.1.0 importable, with a DeprecationWarning: saved recipes use them."""
 
 import importlib
 import importlib.abc
@@ -75,7 +75,7 @@ _MOVED = {
 
 
 def _new_path(name: str) -> str | None:
-    """The path now of a module of 0.1.0; None if it has not moved."""
+    """Return the new path of a module of 0.1.0; None if it has not moved."""
     old = name.removeprefix("steploop.")
     parent, _, last = old.rpartition(".")
     found = _MOVED.get(old) or (f"{_MOVED[parent]}.{last}" if parent in _MOVED else None)
@@ -83,7 +83,7 @@ def _new_path(name: str) -> str | None:
 
 
 class _MovedNames(importlib.abc.MetaPathFinder, importlib.abc.Loader):
-    """Finds a module under its old path: the same module object as under the new one."""
+    """Finds a module under its old path: the same object as under the new one."""
 
     def find_spec(
         self,
@@ -103,5 +103,5 @@ class _MovedNames(importlib.abc.MetaPathFinder, importlib.abc.Loader):
 
 
 def install() -> None:
-    """Let the old paths be found; asked first, for a moved package would find its modules a second time."""
+    """Install the finder of old paths in first place: a moved package would load its modules twice."""
     sys.meta_path.insert(0, _MovedNames())

@@ -14,7 +14,7 @@ _RATE = real(at_least=0.0, hint="Common values lie between 1e-5 and 1.")
 
 @attrs.frozen(kw_only=True)
 class PlateauState:
-    """What the plateau carries from one check to the next: plain numbers, saved with a TrainState.
+    """The state of the plateau between two checks: plain numbers, saved with a TrainState.
 
     Attributes:
         learning_rate: the learning rate from now on; lowered when the patience is exceeded, never raised.
@@ -98,11 +98,11 @@ class ReduceLROnPlateau:
             )
 
     def init(self) -> PlateauState:
-        """The state before the first check: the rate is ``lr``."""
+        """Return the state before the first check; its rate is ``lr``."""
         return PlateauState(learning_rate=self.lr)
 
     def update(self, state: PlateauState, metric: float) -> PlateauState:
-        """The state after one more check.
+        """Return the state after one more check.
 
         Args:
             state: the state before it, which stays as it is.
@@ -129,7 +129,7 @@ class ReduceLROnPlateau:
         )
 
     def _is_better(self, value: float, best: float | None) -> bool:
-        """Torch's comparison, in torch's arithmetic; no best is the worst there is."""
+        """Compare as torch does, in torch's arithmetic; anything beats no best."""
         if self.mode == "min":
             reference = math.inf if best is None else best
             relative = self.threshold_mode == "rel"

@@ -1,4 +1,4 @@
-"""Precision: which dtype a step computes in, and the dynamic loss scale that fp16 needs, as a value."""
+"""Choose the dtype of a step, and keep the dynamic loss scale of fp16 as a value."""
 
 import math
 import struct
@@ -23,12 +23,12 @@ _NO_AUTOCAST: AbstractContextManager[None] = nullcontext()
 
 
 def on_host(tensor: Tensor) -> bool:
-    """Whether reading ``tensor`` costs no wait: a real CPU tensor, neither on a device nor being traced."""
+    """Whether reading ``tensor`` costs no wait: it is a real CPU tensor, not being traced."""
     return type(tensor) is Tensor and tensor.is_cpu
 
 
 def _float32(x: float) -> float:
-    """``x`` rounded to float32, inf where it does not fit: the scale follows torch's float32 arithmetic."""
+    """Round ``x`` to float32, to inf if it does not fit, as torch's scale does."""
     try:
         return float(struct.unpack("f", struct.pack("f", x))[0])
     except OverflowError:
@@ -36,7 +36,7 @@ def _float32(x: float) -> float:
 
 
 def _to_float32(value: Any) -> Any:
-    """A number as torch's scale holds it; anything else (a tensor, a mistake) as it came."""
+    """Round a number to float32; return anything else (a tensor, a mistake) unchanged."""
     return _float32(value) if isinstance(value, int | float) else value
 
 
@@ -92,13 +92,13 @@ class LossScale:
             raise ConfigError(f"LossScale: floor must be a finite number >= 0, but is {self.floor!r}.")
 
     def inverse(self) -> float | Tensor:
-        """1 / S, divided in float64 and rounded to float32 as torch does."""
+        """Return 1 / S, divided in float64 and rounded to float32 as torch does."""
         if isinstance(self.scale, Tensor):
             return self.scale.double().reciprocal().float()
         return _float32(1.0 / self.scale) if self.scale else math.inf
 
     def updated(self, finite: bool | Tensor) -> "LossScale":
-        """The scale after a step whose gradients were all finite, or were not."""
+        """Return the scale after a step whose gradients were finite, or not."""
         if isinstance(finite, Tensor) or isinstance(self.scale, Tensor):
             return self._updated_on_device(torch.as_tensor(finite))
         if not finite:
@@ -112,7 +112,7 @@ class LossScale:
         return attrs.evolve(self, scale=grown if math.isfinite(grown) else self.scale, growth_tracker=0)
 
     def _updated_on_device(self, finite: Tensor) -> "LossScale":
-        """The same rule as selections, so that the host need not know whether the step was finite."""
+        """Apply the rule by selections, so that the host need not know whether the step was finite."""
         scale = torch.as_tensor(self.scale, dtype=torch.float32, device=finite.device)
         tracker = torch.as_tensor(self.growth_tracker, device=finite.device) + 1
         grow = tracker >= self.growth_interval
@@ -133,14 +133,14 @@ def check_precision(precision: str) -> None:
 
 
 def autocast(precision: Precision, device_type: str) -> AbstractContextManager[Any]:
-    """The autocast context of ``precision``; fp32 computes as it is."""
+    """Make the autocast context of ``precision``; for fp32 an empty one."""
     if precision == "fp32":
         return _NO_AUTOCAST
     return torch.autocast(device_type, dtype=DTYPES[precision])
 
 
 def best_precision(device: torch.device) -> tuple[Precision, str]:
-    """The precision that suits a device best, and one sentence that says why.
+    """Return the precision that suits a device best, and one sentence that says why.
 
     bf16 needs no loss scale, so it is taken wherever the hardware multiplies in it; fp16 where only that is fast.
     """

@@ -1,4 +1,4 @@
-"""One function: a seed for every place that needs random numbers, computed from where it stands.
+"""Compute a seed for every place that needs random numbers, from its coordinates.
 
 No generator's state is ever saved. A step, a batch or a sample seeds a generator with
 ``fold_in(seed, ...its coordinates...)`` and draws from it; the numbers are then the same whatever ran before,
@@ -14,7 +14,7 @@ _MIX_2 = 0x94D0_49BB_1331_11EB
 
 
 def fold_in(seed: int, *coordinates: int) -> int:
-    """The seed of the place ``coordinates`` in the run ``seed``: an integer in ``0 .. 2**64 - 1``.
+    """Compute the seed of the place ``coordinates`` in the run ``seed``, in ``0 .. 2**64 - 1``.
 
     With G, M1, M2 the constants of splitmix64, all arithmetic modulo 2**64 and x the bits of each coordinate::
 

@@ -1,4 +1,4 @@
-"""Two tensors in the same memory: found by their addresses, without a look at a value."""
+"""Find two tensors in the same memory, by their addresses, without reading a value."""
 
 from collections.abc import Iterator, Mapping
 
@@ -41,7 +41,7 @@ def shared_memory(params: Mapping[str, Tensor], buffers: Mapping[str, Tensor]) -
 
 
 def _has_address(tensor: Tensor) -> bool:
-    """Whether it lies somewhere itself: a sparse tensor does not, nor one that wraps others."""
+    """Whether a tensor has an address: sparse tensors and wrappers have none."""
     plain = type(tensor).__torch_dispatch__ is Tensor.__torch_dispatch__
     return plain and tensor.layout is torch.strided and tensor.numel() > 0
 
@@ -53,7 +53,7 @@ def _span(name: str, tensor: Tensor, is_param: bool) -> _Span:
 
 
 def _overlapping(spans: list[_Span]) -> Iterator[tuple[_Span, _Span]]:
-    """Every two whose bytes overlap, gaps between elements counted in."""
+    """Yield every two whose byte ranges overlap, gaps included."""
     reached: list[_Span] = []
     for span in sorted(spans, key=lambda s: s.start):
         reached = [before for before in reached if before.end > span.start]
@@ -62,14 +62,14 @@ def _overlapping(spans: list[_Span]) -> Iterator[tuple[_Span, _Span]]:
 
 
 def _meet(one: Tensor, other: Tensor) -> bool:
-    """Whether two tensors of one storage have a byte in common: columns of a matrix overlap and do not meet."""
+    """Whether two tensors of one storage share a byte; columns of a matrix overlap but share none."""
     marks = torch.zeros(one.untyped_storage().nbytes(), dtype=torch.bool)
     _bytes_of(marks, one).fill_(True)  # noqa: FBT003  (its only parameter)
     return bool(_bytes_of(marks, other).any())
 
 
 def _bytes_of(marks: Tensor, tensor: Tensor) -> Tensor:
-    """The marks of the bytes that a tensor's elements take."""
+    """Mark the bytes that a tensor's elements take."""
     size = tensor.element_size()
     strides = [size * stride for stride in tensor.stride()]
     return marks.as_strided((*tensor.shape, size), (*strides, 1), size * tensor.storage_offset())
