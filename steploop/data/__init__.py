@@ -13,6 +13,8 @@ if TYPE_CHECKING:
     from steploop.data.order import batch_indices as batch_indices
     from steploop.data.order import batches_per_epoch as batches_per_epoch
     from steploop.data.order import epoch_order as epoch_order
+    from steploop.data.sampling import bucketed_order as bucketed_order
+    from steploop.data.sampling import weighted_order as weighted_order
     from steploop.data.sources.digits import DigitSource as DigitSource
     from steploop.data.sources.digits import load_digits as load_digits
     from steploop.data.sources.images import ImageData as ImageData
@@ -36,6 +38,8 @@ _HOMES = {
     "batch_indices": "order",
     "batches_per_epoch": "order",
     "epoch_order": "order",
+    "bucketed_order": "sampling",
+    "weighted_order": "sampling",
     "DigitSource": "sources.digits",
     "load_digits": "sources.digits",
     "ImageData": "sources.images",

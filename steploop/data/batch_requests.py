@@ -6,23 +6,24 @@ Errors travel back as values: an exception that crosses a process loses its type
 
 import random
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any, Protocol
 
 import attrs
 import numpy as np
 import torch
+from torch import Tensor
 from torch.utils.data import Dataset, Subset, default_collate, get_worker_info
 
 from steploop.core.seeds import fold_in
 from steploop.core.trees import map_tensors
 from steploop.data.accepted import is_tensors
-from steploop.data.order import AMBIENT, SAMPLE
+from steploop.data.order import AMBIENT, SAMPLE, batch_indices
 from steploop.data.worker_start import SentModules
 from steploop.errors import DataError
 
-__all__ = ["Failure", "Fetcher", "MapDataset", "Request", "Transform", "listed"]
+__all__ = ["EpochRequests", "Failure", "Fetcher", "MapDataset", "Request", "Transform", "listed"]
 
 Transform = Callable[[Any, torch.Generator], Any]
 """``(sample, generator) -> sample``; the generator (CPU) is seeded by (seed, epoch, sample index)."""
@@ -45,6 +46,44 @@ class Request:
     epoch: int
     batch: int
     indices: list[int]
+
+
+@attrs.frozen
+class EpochRequests(Sequence[Request]):
+    """The requests of an epoch from a position on, each made when it is looked at.
+
+    Attributes:
+        order: the samples of the whole epoch, shape ``(M,)``.
+        epoch: its number.
+        start: the first batch that is asked for.
+        batches: how many the epoch has.
+        batch_size: see `batch_indices`, as for the rest.
+    """
+
+    order: Tensor
+    epoch: int
+    start: int
+    batches: int
+    batch_size: int
+    drop_last: bool
+    rank: int
+    world_size: int
+
+    def __len__(self) -> int:
+        return self.batches - self.start
+
+    def __getitem__(self, n: Any) -> Any:
+        if not 0 <= n < len(self):
+            raise IndexError(n)
+        rows = batch_indices(
+            self.order,
+            self.start + n,
+            batch_size=self.batch_size,
+            drop_last=self.drop_last,
+            rank=self.rank,
+            world_size=self.world_size,
+        )
+        return Request(epoch=self.epoch, batch=self.start + n, indices=rows.tolist())
 
 
 @attrs.frozen

@@ -8,9 +8,23 @@ import torch
 from torch import Tensor
 
 from steploop.core.trees import map_tensors, to_device
-from steploop.errors import DataError
+from steploop.errors import ConfigError, DataError
 
-__all__ = ["EpochBatches", "ahead_of_use"]
+__all__ = ["EpochBatches", "ahead_of_use", "as_device"]
+
+
+def as_device(device: torch.device | str | None) -> torch.device | None:
+    """Convert the name of a device; None stays None.
+
+    Raises:
+        ConfigError: there is no such device.
+    """
+    try:
+        return None if device is None else torch.device(device)
+    except RuntimeError as error:
+        raise ConfigError(
+            f"device must be a torch device such as 'cpu' or 'cuda:0', got {device!r}"
+        ) from error
 
 
 class EpochBatches(Iterator[Any]):

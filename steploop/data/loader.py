@@ -1,6 +1,6 @@
 """The loader: batches of a dataset, in an order, from any position, the same whoever makes them."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import attrs
@@ -11,10 +11,11 @@ from steploop.core.seeds import fold_in
 from steploop.core.trees import map_tensors
 from steploop.core.validators import boolean, integer, require_int, to_integer
 from steploop.data.accepted import accepted, is_tensors
-from steploop.data.batch_requests import Failure, Fetcher, Request, Transform
+from steploop.data.batch_requests import EpochRequests, Failure, Fetcher, Transform
 from steploop.data.dataset_size import count_dataset, on_device
-from steploop.data.epochs import EpochBatches, ahead_of_use
-from steploop.data.order import BATCH, batch_indices, batches_per_epoch, epoch_order
+from steploop.data.epochs import EpochBatches, ahead_of_use, as_device
+from steploop.data.order import BATCH, batches_per_epoch, epoch_order
+from steploop.data.sampling import Order, checked_order
 from steploop.data.workers import WorkerPool
 from steploop.errors import ConfigError, EmptyDataError
 
@@ -22,42 +23,6 @@ __all__ = ["Augment", "Loader"]
 
 Augment = Callable[[Any, torch.Generator], Any]
 """``(batch, generator) -> batch``; the generator (CPU) is seeded by (seed, epoch, batch number, rank)."""
-
-
-@attrs.frozen
-class _EpochRequests(Sequence[Request]):
-    """The requests of an epoch from a position on, each made when it is looked at."""
-
-    loader: "Loader"
-    epoch: int
-    start: int
-    order: torch.Tensor
-
-    def __len__(self) -> int:
-        return len(self.loader) - self.start
-
-    def __getitem__(self, n: Any) -> Any:
-        if not 0 <= n < len(self):
-            raise IndexError(n)
-        at = self.loader
-        rows = batch_indices(
-            self.order,
-            self.start + n,
-            batch_size=at.batch_size,
-            drop_last=at.drop_last,
-            rank=at.rank,
-            world_size=at.world_size,
-        )
-        return Request(epoch=self.epoch, batch=self.start + n, indices=rows.tolist())
-
-
-def _as_device(device: torch.device | str | None) -> torch.device | None:
-    try:
-        return None if device is None else torch.device(device)
-    except RuntimeError as error:
-        raise ConfigError(
-            f"device must be a torch device such as 'cpu' or 'cuda:0', got {device!r}"
-        ) from error
 
 
 @attrs.frozen(kw_only=True, eq=False)
@@ -93,6 +58,8 @@ class Loader:
         batch_size: samples in a batch, of one process.
         seed: the run's seed.
         shuffle: whether every epoch has an order of its own; else the order of the dataset.
+        order: ``(seed=, epoch=) -> indices`` of the samples to visit, instead of a shuffle: `weighted_order`,
+            `bucketed_order` or any other pure function.
         drop_last: whether an incomplete last batch is left out.
         num_workers: processes that read ahead; 0 reads in this one.
         pin_memory: whether batches pass through page-locked memory; by default where ``device`` is CUDA. Without
@@ -124,6 +91,7 @@ class Loader:
     batch_size: int = attrs.field(converter=to_integer, validator=integer(at_least=1))
     seed: int = attrs.field(converter=to_integer, validator=integer(at_least=0))
     shuffle: bool = attrs.field(default=True, validator=boolean())
+    order: Order | None = None
     drop_last: bool = attrs.field(default=False, validator=boolean())
     num_workers: int = attrs.field(default=0, converter=to_integer, validator=integer(at_least=0))
     pin_memory: bool | None = attrs.field(default=None, validator=attrs.validators.optional(boolean()))
@@ -131,11 +99,12 @@ class Loader:
     transform: Transform | None = None
     augment: Augment | None = None
     collate: Callable[[list[Any]], Any] | None = None
-    device: torch.device | None = attrs.field(default=None, converter=_as_device)
+    device: torch.device | None = attrs.field(default=None, converter=as_device)
     prefetch: int = attrs.field(default=2, converter=to_integer, validator=integer(at_least=1))
     rank: int = attrs.field(default=0, converter=to_integer, validator=integer(at_least=0))
     world_size: int = attrs.field(default=1, converter=to_integer, validator=integer(at_least=1))
     num_samples: int = attrs.field(init=False)
+    samples_per_epoch: int = attrs.field(init=False)
     # The one thing here that is no value: workers that wait for the next epoch. Nothing depends on them but time.
     _kept: list[WorkerPool] = attrs.field(init=False, factory=list, repr=False)
 
@@ -145,10 +114,11 @@ class Loader:
         object.__setattr__(self, "num_samples", count_dataset(self.dataset))
         if self.num_samples == 0:
             raise EmptyDataError("the dataset has no samples: there is nothing to load")
+        object.__setattr__(self, "samples_per_epoch", self._samples_per_epoch())
         if len(self) == 0:
             shared = f" for each of {self.world_size} processes" if self.world_size > 1 else ""
             raise EmptyDataError(
-                f"{self.num_samples} samples with batch_size={self.batch_size} and drop_last={self.drop_last} make "
+                f"{self.samples_per_epoch} samples with batch_size={self.batch_size} and drop_last={self.drop_last} make "
                 f"no batch{shared}; lower batch_size, set drop_last=False, or get more data"
             )
         if self.num_workers > 0 and is_tensors(self.dataset) and on_device(self.dataset):
@@ -160,7 +130,10 @@ class Loader:
     def __len__(self) -> int:
         """Batches in an epoch, for this process."""
         return batches_per_epoch(
-            self.num_samples, batch_size=self.batch_size, drop_last=self.drop_last, world_size=self.world_size
+            self.samples_per_epoch,
+            batch_size=self.batch_size,
+            drop_last=self.drop_last,
+            world_size=self.world_size,
         )
 
     def __iter__(self) -> EpochBatches:
@@ -208,12 +181,36 @@ class Loader:
         """
         require_int("epoch", epoch, minimum=0)
         require_int("batch", batch, minimum=0, maximum=len(self) - 1)
-        request: Request = self._requests(epoch, batch)[0]
-        return request.indices
+        found: list[int] = self._requests(epoch, batch)[0].indices
+        return found
 
-    def _requests(self, epoch: int, start: int) -> _EpochRequests:
-        order = epoch_order(self.num_samples, seed=self.seed, epoch=epoch, shuffle=self.shuffle)
-        return _EpochRequests(self, epoch, start, order)
+    def _requests(self, epoch: int, start: int) -> EpochRequests:
+        return EpochRequests(
+            self._order(epoch, self.samples_per_epoch),
+            epoch=epoch,
+            start=start,
+            batches=len(self),
+            batch_size=self.batch_size,
+            drop_last=self.drop_last,
+            rank=self.rank,
+            world_size=self.world_size,
+        )
+
+    def _samples_per_epoch(self) -> int:
+        if self.order is None:
+            return self.num_samples
+        if not self.shuffle:
+            raise ConfigError(
+                "shuffle=False and order=... were both given: leave shuffle out, the order decides"
+            )
+        return len(self._order(0, None))
+
+    def _order(self, epoch: int, length: int | None) -> torch.Tensor:
+        if self.order is None:
+            return epoch_order(self.num_samples, seed=self.seed, epoch=epoch, shuffle=self.shuffle)
+        return checked_order(
+            self.order, seed=self.seed, epoch=epoch, num_samples=self.num_samples, length=length
+        )
 
     def close(self) -> None:
         """End the workers that were kept for the next epoch."""
@@ -252,7 +249,7 @@ class Loader:
         return wanted and torch.cuda.is_available()
 
     def _batches(
-        self, requests: _EpochRequests, pool: WorkerPool | None, poll: Callable[[], None] | None
+        self, requests: EpochRequests, pool: WorkerPool | None, poll: Callable[[], None] | None
     ) -> Iterator[Any]:
         fetcher = self._fetcher()
         for request in requests:

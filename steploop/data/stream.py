@@ -7,8 +7,7 @@ import attrs
 import torch
 
 from steploop.core.validators import boolean, integer, require_int
-from steploop.data.epochs import EpochBatches, ahead_of_use
-from steploop.data.loader import _as_device
+from steploop.data.epochs import EpochBatches, ahead_of_use, as_device
 from steploop.errors import ConfigError, DataError, EmptyDataError
 
 __all__ = ["Stream"]
@@ -49,7 +48,7 @@ class Stream:
     batches: Callable[[int, int], Iterable[Any]] = attrs.field(kw_only=False, validator=_is_function)
     length: int | None = attrs.field(default=None, validator=attrs.validators.optional(integer(at_least=1)))
     restorable: bool = attrs.field(default=False, validator=boolean())
-    device: torch.device | None = attrs.field(default=None, converter=_as_device)
+    device: torch.device | None = attrs.field(default=None, converter=as_device)
 
     def __len__(self) -> int:
         """Batches in an epoch."""

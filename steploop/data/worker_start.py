@@ -51,11 +51,12 @@ def starting() -> Iterator[None]:
 
     A fork server inherits the delay and keeps it: a signal for the whole process group must not end it.
     """
-    if _start_method() != "fork":
-        # started inside, this helper process of multiprocessing would lift the delay
-        resource_tracker.ensure_running()
     before = signal.pthread_sigmask(signal.SIG_BLOCK, _STOPPING)
     try:
+        if _start_method() != "fork":
+            # this helper process of multiprocessing inherits the delay as well, and its start lifts it here
+            resource_tracker.ensure_running()
+            signal.pthread_sigmask(signal.SIG_BLOCK, _STOPPING)
         with warnings.catch_warnings():
             # our own error says what cannot be sent
             warnings.filterwarnings("ignore", "Got pickle error", UserWarning)

@@ -122,7 +122,12 @@ def smaller(loader: Loader, samples: int, *, batch_size: int | None = None, num_
         data = Subset(data, range(min(samples, loader.num_samples)))
     size = min(batch_size or loader.batch_size, samples, loader.num_samples)
     return attrs.evolve(
-        loader, dataset=data, batch_size=size, num_workers=num_workers, persistent_workers=False
+        loader,
+        dataset=data,
+        batch_size=size,
+        order=None,
+        num_workers=num_workers,
+        persistent_workers=False,
     )
 
 
