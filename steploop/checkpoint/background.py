@@ -14,9 +14,10 @@ import attrs
 import torch
 from torch import Tensor
 
-from steploop.checkpoint.packing import Collected, State, collect
+from steploop.checkpoint.packing import Collected, collect
 from steploop.checkpoint.saving import device_of, write_collected
 from steploop.checkpoint.storage.local import LOCAL, Fs
+from steploop.core.state.several import State
 
 __all__ = ["BackgroundSaver"]
 

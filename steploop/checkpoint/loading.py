@@ -15,12 +15,12 @@ from steploop.checkpoint.format.manifest import (
     read_small,
 )
 from steploop.checkpoint.format.tensor_files import read_tensors
-from steploop.checkpoint.packing import State
 from steploop.checkpoint.provenance import ENVIRONMENT, check_environment, read_environment
 from steploop.checkpoint.saving import device_of
 from steploop.checkpoint.storage.commit import find
 from steploop.checkpoint.storage.local import LOCAL, Fs
 from steploop.checkpoint.unpacking import restore
+from steploop.core.state.several import State
 from steploop.errors import CheckpointDamagedError
 
 __all__ = ["Checkpoint", "load", "load_from", "open_checkpoint"]

@@ -17,8 +17,7 @@ class Migrated:
     """A saved state as values, before it is built.
 
     Attributes:
-        scalars: plain fields of TrainState.
-        records: early stopping, loss scale and the like.
+        plain: the plain values of TrainState, but ``hyper``.
         optimizer: the name of the optimizer's class; compared as text, never looked up.
         groups: the parameter names of each group.
         params: name -> tensor, in the saved order.
@@ -26,10 +25,11 @@ class Migrated:
         hyper: the hyperparameters of each group.
         slots: parameter name -> slot name -> value.
         ema: name -> average, or None.
+        others: further fields of TensorValues that are not empty: extra state, carry.
+        grown: buffer name -> its first shape (None: it was None), of those that have another one.
     """
 
-    scalars: Mapping[str, Any]
-    records: Mapping[str, Any]
+    plain: Mapping[str, Any]
     optimizer: str
     groups: tuple[tuple[str, ...], ...]
     params: Mapping[str, Tensor]
@@ -37,35 +37,48 @@ class Migrated:
     hyper: tuple[Mapping[str, Any], ...]
     slots: Mapping[str, Mapping[str, Any]]
     ema: Mapping[str, Tensor] | None
+    others: Mapping[str, Any]
+    grown: Mapping[str, tuple[int, ...] | None]
 
 
 def differences(saved: Migrated, like: TrainState) -> list[str]:
     """List what keeps a saved state from loading into ``like``; empty if it fits."""
-    machine = like._machine
-    ours = type(machine.optimizer).__name__
+    machine = like.machine
+    ours = machine.optimizer_name
     found = [
-        *_tensor_differences("parameter", saved.params, like._params),
-        *_tensor_differences("buffer", saved.buffers, like._buffers),
+        *_tensor_differences("parameter", saved.params, like.tensors.params),
+        *_tensor_differences("buffer", *_not_grown(saved, like)),
         *_group_differences(saved.groups, machine.group_names),
     ]
     if saved.optimizer != ours:
         found.append(f"optimizer: saved with {saved.optimizer}, but this state has {ours}")
-    elif [sorted(group) for group in saved.hyper] != [sorted(group) for group in like.hyper]:
+    elif not machine.third_party and [sorted(g) for g in saved.hyper] != [sorted(g) for g in like.hyper]:
         found.append(
             f"optimizer: the groups of {ours} have other hyperparameters than here: another version of it"
         )
-    if saved.scalars["precision"] != like.precision:
-        found.append(f"precision: saved as {saved.scalars['precision']}, but this state has {like.precision}")
-    if (saved.records["scale"] is None) != (saved.scalars["precision"] != "fp16"):
+    if saved.plain["precision"] != like.precision:
+        found.append(f"precision: saved as {saved.plain['precision']}, but this state has {like.precision}")
+    if (saved.plain["scale"] is None) != (saved.plain["precision"] != "fp16"):
         found.append("precision: fp16 has a loss scale, and the others have none")
-    if (saved.ema is None) != (like._ema is None):
+    if (saved.ema is None) != (like.tensors.ema is None):
         found.append(
             f"ema: {'not saved, but carried by' if saved.ema is None else 'saved, but not carried by'} this state"
         )
-    elif saved.ema is not None and like._ema is not None:
-        found += _tensor_differences("ema", saved.ema, like._ema, ordered=False)
+    elif saved.ema is not None and like.tensors.ema is not None:
+        found += _tensor_differences("ema", saved.ema, like.tensors.ema, ordered=False)
     strays = [name for name in saved.slots if name not in machine.trainable]
     return found or [f"slots: saved for {name}, which is not trained" for name in strays]
+
+
+def _not_grown(saved: Migrated, like: TrainState) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Saved buffers and ours, without those whose shape depends on data and was, when made, what it is here."""
+    made = like.machine.buffer_shapes
+    names = like.machine.module.buffer_names()
+    grown = {name for name, first in saved.grown.items() if name in names and made.get(name) == first}
+    return (
+        {n: b for n, b in saved.buffers.items() if n not in grown},
+        {n: b for n, b in like.tensors.buffers.items() if n not in grown},
+    )
 
 
 def _tensor_differences(
@@ -117,54 +130,52 @@ def migrated(saved: Migrated, like: TrainState, names: Mapping[str, str | None])
     Raises:
         CheckpointIncompatibleError: something does not fit that is not named.
     """
-    known = {*saved.params, *saved.buffers, *like._params, *like._buffers}
+    known = {*saved.params, *saved.buffers, *like.tensors.params, *like.tensors.buffers}
     if stray := [name for name in names if name not in known]:
         raise CheckpointIncompatibleError(
             f"migrate: neither the checkpoint nor this state has a parameter or buffer {stray[0]!r}."
         )
     if None in names.values() or saved.ema is None:
         like.check_alive("checkpoint.load with migrate")
-    params = _renamed(saved.params, like._params, names)
-    buffers = _renamed(saved.buffers, like._buffers, names)
+    params = _renamed(saved.params, like.tensors.params, names)
+    buffers = _renamed(saved.buffers, like.tensors.buffers, names)
     ema = None
-    if like._ema is not None:
+    if like.tensors.ema is not None:
         ema = (
-            {n: t.clone() for n, t in like._ema.items()}
+            {n: t.clone() for n, t in like.tensors.ema.items()}
             if saved.ema is None
-            else _renamed(saved.ema, like._ema, names)
+            else _renamed(saved.ema, like.tensors.ema, names)
         )
     found = [
-        *_tensor_differences("parameter", params, like._params, ordered=False),
-        *_tensor_differences("buffer", buffers, like._buffers, ordered=False),
-        *_tensor_differences("ema", ema or {}, like._ema or {}, ordered=False),
+        *_tensor_differences("parameter", params, like.tensors.params, ordered=False),
+        *_tensor_differences("buffer", buffers, like.tensors.buffers, ordered=False),
+        *_tensor_differences("ema", ema or {}, like.tensors.ema or {}, ordered=False),
     ]
     if found:
         listed = "\n  ".join(found[:10])
         raise CheckpointIncompatibleError(
             f"migrate does not say what becomes of:\n  {listed}\nGive the saved name its new one, or None for 'not loaded'."
         )
-    machine = like._machine
-    same_class = saved.optimizer == type(machine.optimizer).__name__
+    machine = like.machine
+    same_class = saved.optimizer == machine.optimizer_name
     trainable = set(machine.trainable)
     moved = _moved(saved.slots, names)
     carried = {n: s for n, s in moved.items() if n in trainable} if same_class else {}
     groups = tuple(tuple(_moved(dict.fromkeys(group), names)) for group in saved.groups)
     keeps_hyper = same_class and groups == machine.group_names
     scale = (
-        saved.records["scale"]
-        if saved.records["scale"] is not None and like.scale is not None
-        else like.scale
+        saved.plain["scale"] if saved.plain["scale"] is not None and like.scale is not None else like.scale
     )
     return attrs.evolve(
         saved,
-        scalars={**saved.scalars, "precision": like.precision},
-        records={**saved.records, "scale": scale},
+        plain={**saved.plain, "precision": like.precision, "scale": scale},
         groups=machine.group_names,
         params=params,
         buffers=buffers,
         hyper=saved.hyper if keeps_hyper else like.hyper,
         slots=carried,
         ema=ema,
+        others=saved.others if same_class else {k: v for k, v in saved.others.items() if k != "beside"},
     )
 
 

@@ -14,43 +14,26 @@ from torch import Tensor
 from steploop.checkpoint.format.json_values import check_json, encode
 from steploop.checkpoint.format.layout import TensorSpec, header_bytes, spec_of
 from steploop.core.state.machine import Machine
+from steploop.core.state.parts import field_names, plain_names
+from steploop.core.state.several import State, members
 from steploop.core.state.shared_memory import shared_memory
 from steploop.core.state.train_state import TrainState
 from steploop.errors import CheckpointUnsupportedError, ConfigError, StepOrderError
 
 __all__ = [
-    "IN_FLIGHT",
     "MODEL_FILE",
     "OPTIMIZER_FILE",
-    "RECORDS",
-    "SCALARS",
+    "OWN_FIELDS",
     "Collected",
-    "State",
     "collect",
-    "members",
+    "named_members",
 ]
-
-# One state, or several by name (the two networks of a GAN).
-State = TrainState | Mapping[str, TrainState]
 
 MODEL_FILE: Final = "model.safetensors"
 OPTIMIZER_FILE: Final = "optimizer.safetensors"
 
-# Every field of TrainState stands in exactly one of these; a test fails for one that does not.
-SCALARS: Final = (
-    "seed", "epoch", "batch", "attempted_steps", "applied_steps", "nonfinite_steps", "precision",
-)  # fmt: skip
-RECORDS: Final = (
-    "scale",
-    "early_stopping",
-    "plateau",
-    "best",
-)  # frozen attrs records of plain values, or None
-TENSORS: Final = ("_params", "_buffers", "_slots", "_ema", "hyper")
-IN_FLIGHT: Final = (
-    "_machine", "_lease", "_generation", "_leaves", "_known", "_graph", "_old_buffers", "_grads", "loss", "outputs", "grad_norm",
-    "clipped_norm", "finite",
-)  # fmt: skip
+# Values in tensors that stand in files and fields of their own; what else a state holds is stored under its name.
+OWN_FIELDS: Final = ("params", "buffers", "slots", "ema")
 
 _LAST_FLOAT32_COUNT: Final = 1 << 24  # float32 has 24 bits: 16,777,216 + 1 is 16,777,216
 
@@ -74,20 +57,21 @@ class Collected:
     trained: tuple[str, ...]
 
 
-def members(state: State) -> dict[str, TrainState]:
-    """Return the states by name; a single state has the empty name.
+def named_members(state: State) -> dict[str, TrainState]:
+    """The states by name; a single one under the empty name.
 
     Raises:
         ConfigError: there is none, or a name is not an identifier, as the name of a submodule has to be.
     """
-    if not isinstance(state, Mapping):
-        return {"": state}
-    if not state or not all(isinstance(name, str) and name.isidentifier() for name in state):
+    found = members(state)
+    if isinstance(state, Mapping) and (
+        not found or not all(isinstance(n, str) and n.isidentifier() for n in found)
+    ):
         raise ConfigError(
             f"checkpoint: expected a TrainState or a mapping of names to TrainStates, but got the names {list(state)}. "
             "A name has to be an identifier, such as 'generator'."
         )
-    return dict(state)
+    return found
 
 
 def collect(state: State) -> Collected:
@@ -101,11 +85,11 @@ def collect(state: State) -> Collected:
     tensors: dict[str, dict[str, Tensor]] = {MODEL_FILE: {}, OPTIMIZER_FILE: {}}
     aliases: dict[str, str] = {}
     parts, trained = {}, []
-    for name, one in members(state).items():
+    for name, one in named_members(state).items():
         prefix = f"{name}." if name else ""
         parts[name] = _collect_one(one, prefix, tensors)
-        aliases |= {prefix + alias: prefix + target for alias, target in tied_names(one._machine).items()}
-        trained += [prefix + trainable for trainable in one._machine.trainable]
+        aliases |= {prefix + alias: prefix + target for alias, target in tied_names(one.machine).items()}
+        trained += [prefix + trainable for trainable in one.machine.trainable]
     specs = {file: {name: spec_of(name, t) for name, t in table.items()} for file, table in tensors.items()}
     metadata = {
         file: _metadata(table, aliases if file == MODEL_FILE else {}) for file, table in specs.items()
@@ -125,7 +109,7 @@ def _metadata(specs: Mapping[str, TensorSpec], aliases: Mapping[str, str]) -> st
 
 def _collect_one(state: TrainState, prefix: str, tensors: dict[str, dict[str, Tensor]]) -> dict[str, Any]:
     state.check_alive("checkpoint.save")
-    if state._grads is not None:
+    if state.flight.grads is not None:
         raise StepOrderError(
             "checkpoint.save: this state holds gradients that no optimizer step has used, and a checkpoint holds none. "
             "Save the state that optimizer_step returns."
@@ -133,32 +117,52 @@ def _collect_one(state: TrainState, prefix: str, tensors: dict[str, dict[str, Te
     state = state.settle()
     _refuse_shared_memory(state)
     _warn_of_full_counters(state)
-    machine = state._machine
+    machine = state.machine
     transient = _non_persistent(machine)
     model, rest = tensors[MODEL_FILE], tensors[OPTIMIZER_FILE]
-    model |= {prefix + name: p for name, p in state._params.items()}
-    model |= {prefix + name: b for name, b in state._buffers.items() if name not in transient}
+    model |= {prefix + name: p for name, p in state.tensors.params.items()}
+    model |= {prefix + name: b for name, b in state.tensors.buffers.items() if name not in transient}
     held: dict[str, Tensor] = {}
-    values = {key: getattr(state, key) for key in SCALARS}
-    values |= {key: _record(getattr(state, key)) for key in RECORDS}
-    values |= {
-        "optimizer": type(machine.optimizer).__name__,
-        "groups": [list(names) for names in machine.group_names],
-        "params": list(state._params),
-        "buffers": list(state._buffers),
-        "hyper": encode([dict(group) for group in state.hyper], "hyper", held),
-        "slots": encode(state._slots, "slots", held),
-        "ema": None if state._ema is None else encode(state._ema, "ema", held),
-        "transient_buffers": encode(
-            {n: b for n, b in state._buffers.items() if n in transient}, "buffers", held
-        ),
+    values: dict[str, Any] = {
+        name: plain if plain is None or isinstance(plain, (bool, int, float, str)) else _record(plain)
+        for name in plain_names(type(state))
+        if name != "hyper"
+        for plain in [getattr(state, name)]
     }
+    buffers = state.tensors.buffers
+    values |= {
+        "optimizer": machine.optimizer_name,
+        "groups": [list(names) for names in machine.group_names],
+        "params": list(state.tensors.params),
+        "buffers": list(buffers),
+        "hyper": encode([dict(group) for group in state.hyper], "hyper", held),
+        "slots": encode(state.tensors.slots, "slots", held),
+        "ema": None if state.tensors.ema is None else encode(state.tensors.ema, "ema", held),
+        "transient_buffers": encode({n: b for n, b in buffers.items() if n in transient}, "buffers", held),
+    }
+    # fields that most states leave empty are there only where they are not
+    for name in field_names(type(state.tensors)):
+        if name not in OWN_FIELDS and (value := getattr(state.tensors, name)) is not None and value != {}:
+            values[name] = encode(value, name, held)
+    if grown := _grown(machine, buffers):
+        values["grown"] = grown
     rest |= {prefix + name: tensor for name, tensor in held.items()}
     return values
 
 
-def _record(value: Any) -> dict[str, Any] | None:
-    return None if value is None else {key: encode(v, key, {}) for key, v in attrs.asdict(value).items()}
+def _record(value: Any) -> dict[str, Any]:
+    """A frozen record of plain values (a loss scale, say) as an object."""
+    return {key: encode(v, key, {}) for key, v in attrs.asdict(value).items()}
+
+
+def _grown(machine: Machine, buffers: Mapping[str, Tensor]) -> dict[str, Any]:
+    """Name -> shape when the state was made, or null, of each buffer that has another one now."""
+    made = machine.buffer_shapes
+    return {
+        name: None if name not in made else list(made[name])
+        for name, b in buffers.items()
+        if made.get(name) != tuple(b.shape)
+    }
 
 
 def tied_names(machine: Machine) -> dict[str, str]:
@@ -179,7 +183,7 @@ def _non_persistent(machine: Machine) -> set[str]:
 
 def _refuse_shared_memory(state: TrainState) -> None:
     """Refuse tensors that share memory: they would come back untied."""
-    if (shared := shared_memory(state._params, state._buffers)) is not None:
+    if (shared := shared_memory(state.tensors.params, state.tensors.buffers)) is not None:
         raise CheckpointUnsupportedError(
             f"{shared[0]!r} and {shared[1]!r} lie in the same memory but are two tensors, and loading would untie them. "
             "Assign the same Parameter in both places, or copy one with clone()."
@@ -188,7 +192,7 @@ def _refuse_shared_memory(state: TrainState) -> None:
 
 def _warn_of_full_counters(state: TrainState) -> None:
     """Warn that torch's float32 step counts stop at 2**24, and with them the bias correction."""
-    steps = (slot["step"] for slot in state._slots.values() if isinstance(slot.get("step"), Tensor))
+    steps = (slot["step"] for slot in state.tensors.slots.values() if isinstance(slot.get("step"), Tensor))
     step = next(steps, None)
     if step is not None and step.numel() == 1 and step.item() >= _LAST_FLOAT32_COUNT:
         warnings.warn(

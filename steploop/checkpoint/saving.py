@@ -9,10 +9,11 @@ import torch
 from steploop.checkpoint.finiteness import refuse_nonfinite
 from steploop.checkpoint.format.manifest import MANIFEST, Manifest
 from steploop.checkpoint.format.tensor_files import FileRecord, hash_tensors, write_tensors
-from steploop.checkpoint.packing import Collected, State, collect, members
+from steploop.checkpoint.packing import Collected, collect, named_members
 from steploop.checkpoint.provenance import ENVIRONMENT, environment_bytes
 from steploop.checkpoint.storage.commit import commit, write_bytes, write_file
 from steploop.checkpoint.storage.local import LOCAL, FileWriter, Fs
+from steploop.core.state.several import State
 from steploop.errors import CheckpointWriteError
 
 __all__ = ["digest", "save", "write_collected"]
@@ -59,7 +60,7 @@ def save(state: State, directory: Path | str, *, overwrite: bool = False, requir
 
 def device_of(state: State) -> torch.device:
     """Return the device of the state, or of the first of several."""
-    return next(iter(members(state).values())).device
+    return next(iter(named_members(state).values())).device
 
 
 def write_collected(

@@ -12,11 +12,12 @@ from typing import Final
 
 from steploop.checkpoint.background import BackgroundSaver
 from steploop.checkpoint.loading import Checkpoint, load_from, open_checkpoint
-from steploop.checkpoint.packing import State, collect, members
+from steploop.checkpoint.packing import collect, named_members
 from steploop.checkpoint.saving import device_of, write_collected
 from steploop.checkpoint.storage.commit import write_error
 from steploop.checkpoint.storage.litter import discard, make_directories, probe, sweep
 from steploop.checkpoint.storage.local import LOCAL, Fs
+from steploop.core.state.several import State
 from steploop.errors import CheckpointDamagedError, ConfigError
 
 __all__ = ["CheckpointStore", "DamagedCheckpointWarning", "step_of"]
@@ -36,7 +37,7 @@ class DamagedCheckpointWarning(UserWarning):
 
 def step_of(state: State) -> int:
     """Return the number of optimizer steps taken, by the first of several states."""
-    return next(iter(members(state).values())).step
+    return next(iter(named_members(state).values())).step
 
 
 class CheckpointStore:
@@ -115,7 +116,7 @@ class CheckpointStore:
             CheckpointWriteError: it could not be written; in the background: the one before it could not.
             NonFiniteError: a trained parameter is not finite; in the background: of the one before it.
         """
-        lead = next(iter(members(state).values()))
+        lead = next(iter(named_members(state).values()))
         if best:
             self._best = step_of(state)
         elif lead.best is not None:

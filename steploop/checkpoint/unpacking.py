@@ -4,30 +4,25 @@ Nothing is loaded into anything: a difference raises, and the caller's state is 
 """
 
 from collections.abc import Mapping
-from typing import Any, Final, get_args
+from typing import Any, Final, get_args, get_type_hints
 
 import attrs
-from torch import Tensor, nn
+from torch import Tensor
 
 from steploop.checkpoint.format.json_values import decode
 from steploop.checkpoint.migration import Migrated, differences, migrated
-from steploop.checkpoint.packing import MODEL_FILE, OPTIMIZER_FILE, RECORDS, SCALARS, State, members
-from steploop.core.early_stopping import Best, StoppingState
-from steploop.core.plateau import PlateauState
-from steploop.core.precision import LossScale, Precision
+from steploop.checkpoint.packing import MODEL_FILE, OPTIMIZER_FILE, OWN_FIELDS, named_members
+from steploop.core.precision import Precision
+from steploop.core.state.copying import leaf_like
 from steploop.core.state.ownership import Lease
+from steploop.core.state.parts import InFlight, field_names, plain_names
+from steploop.core.state.several import State
 from steploop.core.state.train_state import TrainState
 from steploop.core.trees import map_tensors
 from steploop.errors import CheckpointDamagedError, CheckpointIncompatibleError, ConfigError
 
 __all__ = ["restore"]
 
-_RECORD_TYPES: Final[Mapping[str, type[Any]]] = {
-    "scale": LossScale,
-    "early_stopping": StoppingState,
-    "plateau": PlateauState,
-    "best": Best,
-}
 _MOST_STEPS: Final = 1 << 53  # beyond, a float64 (a schedule's argument) skips numbers
 _LISTED: Final = 10
 
@@ -56,7 +51,7 @@ def restore(
         or not isinstance(saved["states"], dict)
     ):
         raise CheckpointDamagedError("The state in the manifest is not what steploop writes.")
-    parts, ours = saved["states"], members(like)
+    parts, ours = saved["states"], named_members(like)
     if saved["several"] is not isinstance(like, Mapping) or parts.keys() != ours.keys():
         raise CheckpointIncompatibleError(
             f"The checkpoint holds {_listed(parts, several=saved['several'])}, and it is loaded into "
@@ -64,7 +59,7 @@ def restore(
         )
     restored, found = {}, []
     for name, one in ours.items():
-        part = _read_part(parts[name], tensors, f"{name}." if name else "")
+        part = _read_part(parts[name], tensors, f"{name}." if name else "", one)
         problems = differences(part, one) if migrate is None else []
         found += [f"{name}: {problem}" if name else problem for problem in problems]
         if not problems:
@@ -94,31 +89,24 @@ def _own(migrate: Mapping[str, str | None], name: str) -> Mapping[str, str | Non
     return {old: None if new is None else new.removeprefix(prefix) for old, new in cut.items()}
 
 
-def _read_part(values: Any, tensors: Mapping[str, Mapping[str, Tensor]], prefix: str) -> Migrated:
+def _read_part(
+    values: Any, tensors: Mapping[str, Mapping[str, Tensor]], prefix: str, like: TrainState
+) -> Migrated:
     """Check the values of one saved state and return them."""
-    expected = {
-        *SCALARS,
-        *RECORDS,
-        "optimizer",
-        "groups",
-        "params",
-        "buffers",
-        "hyper",
-        "slots",
-        "ema",
-        "transient_buffers",
-    }
-    if not isinstance(values, dict) or values.keys() != expected:
-        raise CheckpointDamagedError(
-            "A state in the manifest has fields that steploop does not write, or lacks some."
-        )
+    plain = [name for name in plain_names(type(like)) if name != "hyper"]
+    fields = ["optimizer", "groups", "params", "buffers", "hyper", "slots", "ema", "transient_buffers"]
+    types = get_type_hints(type(like))
+    optional = [name for name in field_names(type(like.tensors)) if name not in OWN_FIELDS]
+    known = {*plain, *fields}
+    if not isinstance(values, dict) or not known <= values.keys() <= known | {*optional, "grown"}:
+        raise CheckpointDamagedError("A state in the manifest has other fields than steploop writes.")
     held = {
         n.removeprefix(prefix): t for n, t in tensors.get(OPTIMIZER_FILE, {}).items() if n.startswith(prefix)
     }
     model = {
         n.removeprefix(prefix): t for n, t in tensors.get(MODEL_FILE, {}).items() if n.startswith(prefix)
     }
-    part = {key: decode(values[key], key, held) for key in expected - {*SCALARS, *RECORDS}}
+    part = {key: decode(values[key], key, held) for key in fields}
     transient, slots, ema = part["transient_buffers"], part["slots"], part["ema"]
     names = [
         part["params"],
@@ -147,8 +135,7 @@ def _read_part(values: Any, tensors: Mapping[str, Mapping[str, Tensor]], prefix:
     if missing := [name for name in (*part["params"], *part["buffers"]) if name not in values_of]:
         raise CheckpointDamagedError(f"The manifest names {missing[0]!r}, but no file holds it.")
     return Migrated(
-        scalars={key: _scalar(key, values[key]) for key in SCALARS},
-        records={key: _record(key, values[key]) for key in RECORDS},
+        plain={key: _plain(key, values[key], types[key]) for key in plain},
         optimizer=part["optimizer"],
         groups=tuple(tuple(some) for some in part["groups"]),
         params={name: values_of[name] for name in part["params"]},
@@ -156,7 +143,21 @@ def _read_part(values: Any, tensors: Mapping[str, Mapping[str, Tensor]], prefix:
         hyper=tuple(part["hyper"]),
         slots=slots,
         ema=ema,
+        others={key: decode(values[key], key, held) for key in optional if key in values},
+        grown=_shapes(values.get("grown", {})),
     )
+
+
+def _shapes(value: Any) -> dict[str, tuple[int, ...] | None]:
+    """The first shapes of buffers that have grown."""
+    if not _named(value) or not all(
+        shape is None or (isinstance(shape, list) and all(type(n) is int for n in shape))
+        for shape in value.values()
+    ):
+        raise CheckpointDamagedError(
+            "The shapes of grown buffers in the manifest are not what steploop writes."
+        )
+    return {name: None if shape is None else tuple(shape) for name, shape in value.items()}
 
 
 def _named(value: Any) -> bool:
@@ -167,13 +168,17 @@ def _table_of(value: Any, kind: type) -> bool:
     return _named(value) and all(isinstance(entry, kind) for entry in value.values())
 
 
-def _scalar(key: str, value: Any) -> Any:
+def _plain(key: str, value: Any, kind: Any) -> Any:
+    """A plain value of a state, checked by the type that its field has: nothing in a file names a type."""
     if key == "precision":
         if value not in get_args(Precision):
             raise CheckpointDamagedError(
                 f"precision is {str(value)[:80]!r} in the manifest; expected fp32, bf16 or fp16."
             )
         return value
+    kinds = [part for part in get_args(kind) if attrs.has(part)]
+    if kinds:
+        return None if value is None else _record(key, value, kinds[0])
     if type(value) is not int or not 0 <= value < (1 << 63 if key == "seed" else _MOST_STEPS):
         raise CheckpointDamagedError(
             f"{key} is {str(value)[:80]!r} in the manifest; expected a count below 2**53."
@@ -181,14 +186,11 @@ def _scalar(key: str, value: Any) -> Any:
     return value
 
 
-def _record(key: str, value: Any) -> Any:
-    """Make a record of plain values, of the field's own type: no file names a type."""
-    if value is None:
-        return None
-    kind = _RECORD_TYPES[key]
+def _record(key: str, value: Any, kind: type[Any]) -> Any:
+    """A record of plain values."""
     if not isinstance(value, dict) or value.keys() != {field.name for field in attrs.fields(kind)}:
         raise CheckpointDamagedError(
-            f"{key} is {str(value)[:80]!r} in the manifest, which steploop never writes."
+            f"{key} is {str(value)[:80]!r} in the manifest, which no steploop writes."
         )
     plain = {name: decode(v, f"{key}.{name}", {}) for name, v in value.items()}
     if any(v is not None and not isinstance(v, (bool, int, float)) for v in plain.values()):
@@ -203,8 +205,8 @@ def _record(key: str, value: Any) -> Any:
 
 def _build(part: Migrated, like: TrainState) -> TrainState:
     """Build a state with its own lease, in the order of ``like``, in which norms are summed."""
-    device, machine = like.device, like._machine
-    params = {name: _leaf(part.params[name].to(p.device), p) for name, p in like._params.items()}
+    device, machine = like.device, like.machine
+    params = {name: leaf_like(p, part.params[name].to(p.device)) for name, p in like.tensors.params.items()}
     fused = {
         n: _counts_on_device(group)
         for names, group in zip(machine.group_names, part.hyper, strict=True)
@@ -217,25 +219,31 @@ def _build(part: Migrated, like: TrainState) -> TrainState:
             key: value if key == "step" and not fused[name] else map_tensors(lambda t: t.to(device), value)
             for key, value in slot.items()
         }
+
+    def to_device(tree: Any) -> Any:
+        return map_tensors(lambda t: t.to(device), tree)
+
+    averages = [*like.tensors.params, *like.tensors.buffers]
+    tensors = type(like.tensors)(
+        params=params,
+        buffers={
+            name: part.buffers[name].to(device)
+            for name in machine.module.buffer_names()
+            if name in part.buffers
+        },
+        slots=slots,
+        ema=None if part.ema is None else {n: part.ema[n].to(device) for n in averages if n in part.ema},
+        leaves=tuple(params[name] for name in machine.trainable),
+        **{name: to_device(value) for name, value in part.others.items()},
+    )
     return like.replace(
-        _params=params,
-        _buffers={name: part.buffers[name].to(b.device) for name, b in like._buffers.items()},
-        _slots=slots,
-        _ema=None if part.ema is None else {name: part.ema[name].to(device) for name in like._params},
-        _lease=Lease(),
-        _generation=0,
-        _leaves=tuple(params[name] for name in machine.trainable),
-        _known=(0, 0),
-        hyper=part.hyper,
-        **part.scalars, **part.records,
-        _graph=None, _old_buffers=None, _grads=None, loss=None, outputs=None, grad_norm=None, clipped_norm=None, finite=None,
-    )  # fmt: skip
-
-
-def _leaf(values: Tensor, like: Tensor) -> Tensor:
-    if isinstance(like, nn.Parameter):
-        return nn.Parameter(values, requires_grad=like.requires_grad)
-    return values.requires_grad_(like.requires_grad)
+        tensors=tensors,
+        flight=InFlight(),
+        lease=Lease(),
+        generation=0,
+        hyper=to_device(part.hyper),
+        **part.plain,
+    )
 
 
 def _counts_on_device(group: Mapping[str, Any]) -> bool:

@@ -12,13 +12,15 @@ from steploop.compilation.cleanup import restored
 from steploop.compilation.flattening import replace_tensors
 from steploop.compilation.graph_outputs import collect
 from steploop.compilation.inductor import capture, fake_mode
-from steploop.compilation.leaves import Place, counted_on_host, places, refuse_overlap
+from steploop.compilation.leaves import Place, counted_on_host, places, refuse_overlap, with_tensors
 from steploop.compilation.optimizer_calls import TensorScalars
 from steploop.compilation.plans import COUNTERS, HostValue, StatePlan, StepPlan
 from steploop.compilation.traced_state import Notes, OwnedCount, TracedState
-from steploop.core.schedules import Rates, Schedule
+from steploop.core.schedules import Schedule
 from steploop.core.state.ownership import Lease
+from steploop.core.state.parts import InFlight
 from steploop.core.state.train_state import TrainState, read_host
+from steploop.core.steps.set_rates import values_at
 from steploop.errors import CompileError
 
 __all__ = ["trace_step"]
@@ -52,8 +54,9 @@ class _StepTrace:
         """Leave the schedule to the host: before the graph, or after it if the optimizer has stepped."""
         count: OwnedCount = state.attempted_steps
         # run once here: what it reads of the traced state is noted, and what it raises has the user's line
-        value = learning_rate(read_host(self.states[count.owner].applied_steps) + count.offset)
-        if isinstance(value, Rates) and value.momentum is not None:
+        step = read_host(self.states[count.owner].applied_steps) + count.offset
+        values = values_at(state.machine, learning_rate, step)
+        if any(value is not None and value[1] is not None for value in values):
             self.cycles_momentum = True
         (self.after if count.offset else self.before)[count.owner].append(learning_rate)
         return state
@@ -89,7 +92,9 @@ class _StepTrace:
         """Return the hyperparameters; those that a schedule sets are inputs of the graph."""
         state = self.states[owner]
         dtype = (
-            torch.float64 if any(p.dtype == torch.float64 for p in state._params.values()) else torch.float32
+            torch.float64
+            if any(p.dtype == torch.float64 for p in state.tensors.params.values())
+            else torch.float32
         )
         groups = []
         for index, group in enumerate(state.hyper):
@@ -103,7 +108,7 @@ class _StepTrace:
                 )
             elif self.cycled and "momentum" in group:
                 traced["momentum"] = self._number(HostValue(owner, _reader(index, "momentum")), dtype)
-            own = state._machine.optimizer.param_groups[index]
+            own = state.machine.optimizer.param_groups[index]
             if "capturable" in own:
                 traced["capturable"] = True  # step counts stay tensors
             if "foreach" in own:
@@ -118,7 +123,6 @@ class _StepTrace:
     ) -> TracedState:
         """Make the state ``owner`` over these fake tensors."""
         state = self.states[owner]
-        params = {name: tensors["_params", name, None] for name in state._params}
         scale = state.scale
         if scale is not None:
             factor = (
@@ -130,24 +134,16 @@ class _StepTrace:
         traced = object.__new__(TracedState)
         traced.__dict__.update(state.__dict__)
         traced.__dict__.update(
-            _params=params,
-            _buffers={name: tensors["_buffers", name, None] for name in state._buffers},
-            _slots={
-                name: {key: tensors.get(("_slots", name, key), value) for key, value in slot.items()}
-                for name, slot in state._slots.items()
-            },
-            _ema=None if state._ema is None else {name: tensors["_ema", name, None] for name in state._ema},
-            _leaves=tuple(params[name] for name in state._machine.trainable),
-            _lease=Lease(),
-            _generation=0,
+            tensors=with_tensors(state, tensors),
+            flight=InFlight(),
+            lease=Lease(),
+            generation=0,
             hyper=self._hyper(owner),
             scale=scale,
             attempted_steps=OwnedCount(self, "attempted_steps", owner, self.notes),
             batch=OwnedCount(self, "batch", owner, self.notes),
             applied_steps=counters["applied_steps"],
             nonfinite_steps=counters["nonfinite_steps"],
-            _graph=None, _grads=None, _old_buffers=None,
-            loss=None, outputs=None, grad_norm=None, clipped_norm=None, finite=None,
         )  # fmt: skip
         return traced
 
@@ -229,7 +225,7 @@ def trace_step(
     with ExitStack() as stack:
         for state in states.values():
             refuse_overlap(state)
-            stack.enter_context(restored(state._machine))
+            stack.enter_context(restored(state.machine))
         graph = capture(run, fakes, mode, trace.scalars)
     if trace.cycles_momentum and not cycled:
         return trace_step(train_step, states, batch, tensors, cycled=True)

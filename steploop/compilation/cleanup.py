@@ -1,4 +1,4 @@
-"""Restore a module and an optimizer after a trace, which lends them fake tensors."""
+"""Put a module and an optimizer back as they were: tracing lends them fake tensors and other hyperparameters."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,18 +10,9 @@ __all__ = ["restored"]
 
 @contextmanager
 def restored(machine: Machine) -> Iterator[None]:
-    """Restore a module and an optimizer after a trace, which lends them fake tensors."""
-    module, optimizer = machine.module, machine.optimizer
-    params, buffers, modes = module.params(), module.buffers(), module.modes()
-    groups = [{**group, "params": list(group["params"])} for group in optimizer.param_groups]
-    held = (module.holder._lease, machine.holder._lease, machine._hyper, optimizer.state)
+    """Put the machine back on leaving."""
+    put_back = machine.keep()
     try:
         yield
     finally:
-        module.place_params(params)
-        module.place_buffers(buffers)
-        module.restore_modes(modes)
-        module.holder._lease, machine.holder._lease, machine._hyper, optimizer.state = held
-        for group, before in zip(optimizer.param_groups, groups, strict=True):
-            group["params"][:] = before.pop("params")
-            group.update(before)
+        put_back()

@@ -87,7 +87,7 @@ class CompiledStep:
         single = isinstance(state, TrainState)
         states = [state] if single else list(state.values())
         for one in states:
-            if one._generation != one._lease.generation:
+            if one.generation != one.lease.generation:
                 one.check_alive("train_step")
         graph = self._current.get(key)
         if graph is None or not self._bound.holds(states) or not graph.reads_as_traced(states):
@@ -136,7 +136,7 @@ class CompiledStep:
 
     def _worth_compiling(self, states: list[TrainState], key: Any) -> bool:
         """Whether to make a graph now; a run's first step, which makes the slots, runs eagerly."""
-        if any(s.attempted_steps == 0 and not any(s._slots.values()) for s in states):
+        if any(s.attempted_steps == 0 and not any(s.tensors.slots.values()) for s in states):
             return False
         if key in self._graphs or not self._graphs:
             return True

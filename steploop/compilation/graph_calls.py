@@ -13,13 +13,12 @@ from steploop.compilation.leaves import constants_of, counted_on_host, signature
 from steploop.compilation.next_state import Advance
 from steploop.compilation.plans import StepPlan
 from steploop.core.state.train_state import TrainState
-from steploop.core.steps.forward_pass import SeededGenerators
+from steploop.core.steps.forward_pass import seeded_generators
 from steploop.core.steps.set_rates import schedule
 
 __all__ = ["Bound", "CompiledGraph"]
 
 _GENERATIONS = itertools.count()
-_SPENDER = "a compiled train step"
 
 
 class Bound:
@@ -39,22 +38,14 @@ class Bound:
         """Whether these are the bound states, with the same tensors and hyperparameters."""
         if len(states) != len(self._held):
             return False
-        for state, (lease, params, buffers, slots, ema, hyper) in zip(states, self._held, strict=True):
-            fields = state.__dict__
-            if (
-                fields["_lease"] is not lease
-                or fields["_params"] is not params
-                or fields["_buffers"] is not buffers
-                or fields["_slots"] is not slots
-                or fields["_ema"] is not ema
-                or fields["hyper"] is not hyper
-            ):
+        for state, (lease, tensors, hyper) in zip(states, self._held, strict=True):
+            if state.lease is not lease or state.tensors is not tensors or state.hyper is not hyper:
                 return False
         return True
 
     def take(self, states: Sequence[TrainState], *, same_tensors: bool) -> None:
         """Bind these states; if their tensors changed, remake every list of inputs."""
-        self._held = [(s._lease, s._params, s._buffers, s._slots, s._ema, s.hyper) for s in states]
+        self._held = [(s.lease, s.tensors, s.hyper) for s in states]
         if not same_tensors:
             self.generation = next(_GENERATIONS)
 
@@ -110,11 +101,10 @@ class CompiledGraph:
         if self._donated:
             # whatever ends the call before its time may leave the tensors half updated: then nobody may use them
             for state in states:
-                state._lease.generation += 1
-                state._lease.spender = "a compiled train step"
+                state.lease.tear()
         if self.plan.graph.random:
             first = states[0]
-            with SeededGenerators(first._machine, first.seed, first.attempted_steps, 0):
+            with seeded_generators(first.machine, first.seed, first.attempted_steps, 0):
                 given = self.run(inputs)
         else:
             given = self.run(inputs)

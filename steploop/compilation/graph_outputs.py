@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from steploop.compilation.flattening import Reference
-from steploop.compilation.leaves import Place, counted_on_host, places
+from steploop.compilation.leaves import Place, counted_on_host, name_of, places, plain_leaves
 from steploop.compilation.plans import StatePlan
 from steploop.compilation.traced_state import OwnedCount, TracedState
 from steploop.core.schedules import Schedule
@@ -55,6 +55,7 @@ def collect(
     donated = not old.alive
     tensors: dict[Place, Reference] = {}
     _check_slots(real, new)
+    _check_plain(real, old, new)
     went = dict(places(new))
     if list(came) != list(went):
         raise CompileError(
@@ -65,7 +66,7 @@ def collect(
             result = went[place]
             if (result.shape, result.dtype) != (tensor.shape, tensor.dtype):
                 raise CompileError(
-                    f"changed the shape or dtype of {place[1]}, from {tuple(tensor.shape)} {tensor.dtype} to {tuple(result.shape)} {result.dtype}."
+                    f"changed the shape or dtype of {name_of(place)}, from {tuple(tensor.shape)} {tensor.dtype} to {tuple(result.shape)} {result.dtype}."
                 )
             if not donated:
                 tensors[place] = _give(result, given)
@@ -102,26 +103,47 @@ def _give(tensor: Tensor, given: list[Tensor]) -> Reference:
 
 
 def _check_finished(new: TracedState) -> None:
-    if new._graph is not None or new._grads is not None:
-        missing = "optimizer_step" if new._grads is not None else "backward_scaled and optimizer_step"
+    if new.flight.graph is not None or new.flight.grads is not None:
+        missing = "optimizer_step" if new.flight.grads is not None else "backward_scaled and optimizer_step"
         raise CompileError(f"returned a state in the middle of a step. Call {missing} before returning it.")
 
 
 def _check_slots(old: TrainState, new: TracedState) -> None:
     """Check that the slots' structure, and the plain numbers in them, did not change."""
-    for name, slot in new._slots.items():
-        before = old._slots.get(name, {})
+    for name, slot in new.tensors.slots.items():
+        before = old.tensors.slots.get(name, {})
         if list(before) != list(slot):
             raise SlotsGrew(f"the optimizer made new slots for {name}")
         for key, value in slot.items():
             if not isinstance(value, Tensor) and value is not before[key] and value != before[key]:
-                optimizer = type(new._machine.optimizer).__name__
+                optimizer = type(new.machine.optimizer).__name__
                 raise CompileError(
                     f"uses {optimizer}, which counts in a Python number ({key!r} of {name}); a graph would count it once. "
                     "Take an optimizer of torch.optim that can be captured (see help(steploop.compile))."
                 )
             if isinstance(value, Tensor) is not isinstance(before[key], Tensor):
                 raise SlotsGrew(f"the optimizer made new slots for {name}")
+
+
+def _check_plain(real: TrainState, old: TracedState, new: TracedState) -> None:
+    """What the state holds in plain values must be as it was: a graph would change it once."""
+    before, after = plain_leaves(real), plain_leaves(new)
+    for place, value in after.items():
+        if place[0] != "slots" and (place not in before or before[place] != value):
+            raise CompileError(
+                f"changes {name_of(place)}, which is a {type(value).__name__}; a graph would change it once. Keep it as a tensor."
+            )
+    for index, (was, now) in enumerate(zip(old.hyper, new.hyper, strict=True)):
+        changed = [
+            k
+            for k, v in now.items()
+            if k not in was or (v is not was[k] and not isinstance(v, Tensor) and v != was[k])
+        ]
+        if changed:
+            raise CompileError(
+                f"uses {type(new.machine.optimizer).__name__}, which counts in its groups ({changed[0]!r} of group {index}); a graph "
+                "would count it once. Take an optimizer of torch.optim that can be captured (see help(steploop.compile))."
+            )
 
 
 def _offset(new: TracedState, name: str) -> int:
@@ -135,4 +157,4 @@ def _offset(new: TracedState, name: str) -> int:
 
 def _difference(came: Mapping[Place, Tensor], went: Mapping[Place, Tensor]) -> str:
     changed = [place for place in (*came, *went) if (place in came) != (place in went)]
-    return changed[0][1] if changed else "their order"
+    return name_of(changed[0]) if changed else "their order"

@@ -6,13 +6,26 @@ from typing import Any
 
 from torch import Tensor
 
+from steploop.core.state.parts import TensorValues, field_names
 from steploop.core.state.train_state import TrainState
+from steploop.core.trees import paths, with_leaves
 from steploop.errors import CompileError
 
-__all__ = ["Place", "constants_of", "counted_on_host", "places", "refuse_overlap", "signature", "tensor_at"]
+__all__ = [
+    "Place",
+    "constants_of",
+    "counted_on_host",
+    "name_of",
+    "places",
+    "plain_leaves",
+    "refuse_overlap",
+    "signature",
+    "tensor_at",
+    "with_tensors",
+]
 
-# (field, parameter or buffer name, slot name or None)
-Place = tuple[str, str, str | None]
+# (part of TensorValues, keys and indices that lead to the tensor)
+Place = tuple[str, tuple[Any, ...]]
 
 
 def counted_on_host(state: TrainState) -> bool:
@@ -20,36 +33,64 @@ def counted_on_host(state: TrainState) -> bool:
     return state.device.type == "cpu"
 
 
+def _leaves(state: TrainState) -> Iterator[tuple[Place, Any]]:
+    """Every tensor and plain value of the state's tensors under its place, in one order for every like state."""
+    tensors = state.tensors
+    for field in field_names(type(tensors)):
+        tree = getattr(tensors, field)
+        if tree is not None:
+            yield from (((field, path), leaf) for path, leaf in paths(tree))
+
+
 def places(state: TrainState) -> Iterator[tuple[Place, Tensor]]:
-    """Map places to the tensors that a step may change, in an order equal for like states."""
-    for name, tensor in state._params.items():
-        yield ("_params", name, None), tensor
-    for name, tensor in state._buffers.items():
-        yield ("_buffers", name, None), tensor
-    for name, slot in state._slots.items():
-        for key, value in slot.items():
-            if isinstance(value, Tensor):
-                yield ("_slots", name, key), value
-            elif isinstance(value, (list, tuple, dict)):
-                raise CompileError(
-                    f"uses {type(state._machine.optimizer).__name__}, which keeps a {type(value).__name__} ({key!r}) for {name}, "
-                    "and a graph cannot update that. Take another optimizer (see help(steploop.compile))."
-                )
-    for name, tensor in (state._ema or {}).items():
-        yield ("_ema", name, None), tensor
+    """Every tensor that a step may change, under its place, in an order that is the same for every like state."""
+    for place, leaf in _leaves(state):
+        if place[0] == "slots" and len(place[1]) > 2:
+            name, key = place[1][:2]
+            kind = type(state.tensors.slots[name][key]).__name__
+            raise CompileError(
+                f"uses {type(state.machine.optimizer).__name__}, which keeps a {kind} ({key!r}) for {name}, "
+                "and a graph cannot update that. Take another optimizer (see help(steploop.compile))."
+            )
+        if isinstance(leaf, Tensor):
+            yield place, leaf
+
+
+def plain_leaves(state: TrainState) -> dict[Place, Any]:
+    """The values in the state's tensors that are none: a graph holds for these only."""
+    return {place: leaf for place, leaf in _leaves(state) if not isinstance(leaf, Tensor)}
+
+
+def name_of(place: Place) -> str:
+    """What a message calls a place."""
+    field, path = place
+    name = ".".join(map(str, path))
+    return name if field in {"params", "buffers", "slots"} else f"{field} {name}".strip()
 
 
 def tensor_at(state: TrainState, place: Place) -> Tensor:
-    """Return the tensor of ``state`` at ``place``."""
-    field, name, key = place
-    held = state.__dict__[field][name]
-    return held if key is None else held[key]  # type: ignore[no-any-return]  # places hold tensors
+    """The tensor of ``state`` at ``place``."""
+    held = getattr(state.tensors, place[0])
+    for key in place[1]:
+        held = held[key]
+    return held  # type: ignore[no-any-return]  # places hold tensors
+
+
+def with_tensors(state: TrainState, tensors: Mapping[Place, Tensor]) -> TensorValues:
+    """The state's values with other tensors at their places."""
+    fields: dict[str, dict[tuple[Any, ...], Tensor]] = {}
+    for (field, path), tensor in tensors.items():
+        fields.setdefault(field, {})[path] = tensor
+    values = state.tensors
+    changes = {field: with_leaves(getattr(values, field), leaves) for field, leaves in fields.items()}
+    params = changes.get("params", values.params)
+    return values.replace(**changes, leaves=tuple(params[name] for name in state.machine.trainable))
 
 
 def refuse_overlap(state: TrainState) -> None:
     """Raise CompileError if two tensors share memory: a graph would miss the change of one."""
     spans = sorted(
-        (t.data_ptr(), t.data_ptr() + t.numel() * t.element_size(), place[1])
+        (t.data_ptr(), t.data_ptr() + t.numel() * t.element_size(), name_of(place))
         for place, t in places(state)
         if t.numel()
     )
@@ -82,20 +123,14 @@ def signature(state: TrainState) -> tuple[Any, ...]:
     """Describe a state so that equal descriptions can run the same graph."""
     scale = state.scale
     return (
-        state._machine,
+        state.machine,
         state.precision,
         None
         if scale is None
         else (scale.growth_factor, scale.backoff_factor, scale.growth_interval, scale.floor),
-        state._ema is None,
         tuple(
             (place, tuple(t.shape), t.stride(), t.dtype, t.device, t.requires_grad)
             for place, t in places(state)
         ),
-        tuple(
-            (name, key, value)
-            for name, slot in state._slots.items()
-            for key, value in slot.items()
-            if not isinstance(value, Tensor)
-        ),
+        tuple((place, type(value), value) for place, value in plain_leaves(state).items()),
     )

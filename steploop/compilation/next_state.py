@@ -4,16 +4,21 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import attrs
-from torch import Tensor, nn
+from torch import Tensor
 
 from steploop.compilation.flattening import Build, Reference, builder
+from steploop.compilation.leaves import with_tensors
 from steploop.compilation.plans import StatePlan
+from steploop.core.state.copying import leaf_like
 from steploop.core.state.ownership import Lease
+from steploop.core.state.parts import InFlight
 from steploop.core.state.train_state import TrainState
 
 __all__ = ["Advance"]
 
-_EMPTY = {"_graph": None, "_grads": None, "_old_buffers": None}
+_FLIGHT = InFlight()
+_SPENDER = "a compiled train step"
+_IN_FLIGHT = frozenset({"loss", "outputs", "grad_norm", "clipped_norm", "finite"})
 
 
 class Advance:
@@ -26,7 +31,7 @@ class Advance:
 
     def __init__(self, plan: StatePlan, where: Sequence[int]) -> None:
         self._plan = plan
-        self._constant = {**_EMPTY, **plan.changed}
+        self._constant = dict(plan.changed)
         self._given: list[tuple[str, Build]] = [
             (name, builder(_moved(value, where))) for name, value in plan.given.items()
         ]
@@ -36,13 +41,14 @@ class Advance:
         """Update counters and loss scale, and pass the tensors on."""
         plan = self._plan
         changes = self._constant.copy()
+        flight: dict[str, Any] = {}
         for name, build in self._given:
-            changes[name] = build(given)
+            (flight if name in _IN_FLIGHT else changes)[name] = build(given)
         attempted = state.attempted_steps
         if plan.attempts:
             changes["attempted_steps"] = attempted + plan.attempts
             if plan.on_host:
-                changes["finite"] = finite = changes["finite"].item()  # already computed, on the CPU: no wait
+                flight["finite"] = finite = flight["finite"].item()  # already computed, on the CPU: no wait
                 if finite:
                     changes["applied_steps"] = state.applied_steps + 1
                     changes["nonfinite_steps"] = 0
@@ -53,39 +59,29 @@ class Advance:
         if plan.batches:
             changes["batch"] = state.batch + plan.batches
         if not plan.on_host:
-            _count_on_device(state, changes)
+            _count_on_device(state, changes, flight)
         if plan.donated:
-            changes["_generation"] = state._lease.generation  # the call counted it on before the graph ran
+            changes["generation"] = state.lease.hand_on(_SPENDER)  # the call tore it before the graph ran
         else:
             changes |= self._copies(state, given)
-        return state.replace(**changes)
+        return state.replace(flight=_FLIGHT.replace(**flight), **changes)
 
     def _copies(self, state: TrainState, given: Sequence[Tensor]) -> dict[str, Any]:
         """Copy the fields that hold tensors, for a step that keeps the old state."""
-        fields: dict[str, Any] = {"_params": {}, "_buffers": {}, "_ema": None if state._ema is None else {}}
-        slots = {name: dict(slot) for name, slot in state._slots.items()}
-        for (field, name, key), index in self._tensors:
-            tensor = given[index]
-            if key is not None:
-                slots[name][key] = tensor
-            elif field == "_params":
-                fields[field][name] = _leaf_like(state._params[name], tensor)
-            else:
-                fields[field][name] = tensor
-        leaves = tuple(fields["_params"][name] for name in state._machine.trainable)
-        return {**fields, "_slots": slots, "_leaves": leaves, "_lease": Lease(), "_generation": 0}
+        params = state.tensors.params
+        tensors = {
+            place: leaf_like(params[place[1][0]], given[index]) if place[0] == "params" else given[index]
+            for place, index in self._tensors
+        }
+        return {"tensors": with_tensors(state, tensors), "lease": Lease(), "generation": 0}
 
 
-def _leaf_like(param: Tensor, tensor: Tensor) -> Tensor:
-    if isinstance(param, nn.Parameter):
-        return nn.Parameter(tensor, requires_grad=param.requires_grad)
-    return tensor.requires_grad_(param.requires_grad)
-
-
-def _count_on_device(state: TrainState, changes: dict[str, Any]) -> None:
+def _count_on_device(state: TrainState, changes: dict[str, Any], flight: dict[str, Any]) -> None:
     """Put the graph's counts into the state's fields, without reading them."""
     if isinstance(state.applied_steps, int):
-        changes["_known"] = (state.applied_steps, state.attempted_steps)
+        flight["known"] = (state.applied_steps, state.attempted_steps)
+    else:
+        flight["known"] = state.flight.known
     if state.scale is not None:
         scale, tracker = changes["scale"]
         changes["scale"] = attrs.evolve(state.scale, scale=scale, growth_tracker=tracker)

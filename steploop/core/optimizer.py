@@ -2,6 +2,7 @@
 
 import fnmatch
 import inspect
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 
 from steploop.errors import ConfigError
 
-__all__ = ["Optimizer", "Selector"]
+__all__ = ["Optimizer", "OptimizerSet", "Selector", "check_rate"]
 
 # Which parameters a group takes: name patterns as in fnmatch ("head.*"), or a predicate on (name, parameter).
 Selector = str | Sequence[str] | Callable[[str, Tensor], bool]
@@ -37,14 +38,16 @@ class Optimizer:
         no_decay: the parameters whose ``weight_decay`` is 0: name patterns, a predicate on (name, parameter),
             or True for all vectors and scalars (biases and normalisation), which is what most recipes mean.
         groups: pairs (selector, hyperparameters): the parameters that the selector takes get these
-            hyperparameters instead. The first selector that takes a parameter has it.
+            hyperparameters instead. The first selector that takes a parameter has it. Instead of hyperparameters,
+            another ``Optimizer(...)``: its class trains these parameters (Muon for matrices, AdamW for the rest).
         hyperparameters: passed to ``torch_class``; the learning rate is ``lr``.
 
     A group's ``lr`` is kept in proportion: where ``schedule`` sets the rate to f(step), a group gets
     f(step) * lr_of_group / lr.
 
     Raises:
-        ConfigError: torch refuses a hyperparameter, or a selector takes no parameter.
+        ConfigError: the class refuses a hyperparameter, a rate is negative, nan or infinite, or a selector takes no
+            parameter.
 
     Example:
         >>> Optimizer(torch.optim.AdamW, lr=3e-4, weight_decay=0.1, no_decay=True)
@@ -54,14 +57,14 @@ class Optimizer:
     torch_class: type[torch.optim.Optimizer]
     hyperparameters: Mapping[str, Any]
     no_decay: Selector | bool
-    groups: tuple[tuple[Selector, Mapping[str, Any]], ...]
+    groups: tuple[tuple[Selector, "Mapping[str, Any] | Optimizer"], ...]
 
     def __init__(
         self,
         torch_class: type[torch.optim.Optimizer],
         *,
         no_decay: Selector | bool = False,
-        groups: Sequence[tuple[Selector, Mapping[str, Any]]] = (),
+        groups: "Sequence[tuple[Selector, Mapping[str, Any] | Optimizer]]" = (),
         **hyperparameters: Any,
     ) -> None:
         if not (inspect.isclass(torch_class) and issubclass(torch_class, torch.optim.Optimizer)):
@@ -70,8 +73,16 @@ class Optimizer:
                 "Pass the class itself, as in Optimizer(torch.optim.SGD, lr=0.1)."
             )
         self.__attrs_init__(
-            torch_class, dict(hyperparameters), no_decay, tuple((s, dict(h)) for s, h in groups)
+            torch_class,
+            dict(hyperparameters),
+            no_decay,
+            tuple((s, h if isinstance(h, Optimizer) else dict(h)) for s, h in groups),
         )
+        for _, own in self.groups:
+            if isinstance(own, Optimizer) and own.groups:
+                raise ConfigError(
+                    f"{self!r}: an Optimizer within a group has no groups of its own. Write them side by side."
+                )
 
     def __repr__(self) -> str:
         """As it was written."""
@@ -80,8 +91,8 @@ class Optimizer:
         parts += [f"groups={list(self.groups)!r}"] if self.groups else []
         return f"Optimizer({', '.join([self.torch_class.__name__, *parts])})"
 
-    def _partition(self, params: Mapping[str, Tensor]) -> list[tuple[list[str], dict[str, Any]]]:
-        """Names and hyperparameters of each group; every parameter in exactly one, empty groups refused."""
+    def _partition(self, params: Mapping[str, Tensor]) -> list[tuple[int, list[str], dict[str, Any]]]:
+        """Index of the selector (-1: none), names and hyperparameters of each group; every parameter in exactly one."""
         exempt: Selector = _is_vector if self.no_decay is True else self.no_decay or ()
         chosen: dict[tuple[int, bool], list[str]] = {}
         for name, param in params.items():
@@ -102,31 +113,112 @@ class Optimizer:
         # the ungrouped first, then the groups as written; within each, decayed before not decayed
         out = []
         for (index, without), names in sorted(chosen.items()):
-            own = dict(self.groups[index][1]) if index >= 0 else {}
-            out.append((names, own | {"weight_decay": 0.0} if without else own))
+            given = self.groups[index][1] if index >= 0 else {}
+            own = {} if isinstance(given, Optimizer) else dict(given)
+            out.append((index, names, own | {"weight_decay": 0.0} if without else own))
         return out
 
     def build(
         self, params: Mapping[str, nn.Parameter]
     ) -> tuple[torch.optim.Optimizer, tuple[tuple[str, ...], ...]]:
-        """The live optimizer over ``params``, and the parameter names of each of its groups."""
+        """Make the live optimizer over ``params``; the parameter names of each of its groups."""
         if not params:
             raise ConfigError(
                 "Optimizer: the model has no parameter that requires a gradient, so there is nothing to train."
             )
-        groups = self._partition(params)
-        described = [{"params": [params[name] for name in names], **own} for names, own in groups]
+        by_class = self._by_class(params)
+        live = [self._description(key)._live(params, groups) for key, groups in by_class.items()]
+        optimizer = live[0] if len(live) == 1 else OptimizerSet(live)
+        return optimizer, tuple(tuple(names) for groups in by_class.values() for _, names, _ in groups)
+
+    def labels(self, params: Mapping[str, Tensor]) -> tuple[str | None, ...]:
+        """The selector of each group as it was written, if that is a text; in the order that ``build`` gives them."""
+        selectors = [
+            self.groups[index][0] if index >= 0 else None
+            for groups in self._by_class(params).values()
+            for index, _, _ in groups
+        ]
+        return tuple(selector if isinstance(selector, str) else None for selector in selectors)
+
+    def _by_class(
+        self, params: Mapping[str, Tensor]
+    ) -> dict[int, list[tuple[int, list[str], dict[str, Any]]]]:
+        """The groups of each class: this one's under -1, then those of others, under their index, as written."""
+        found: dict[int, list[tuple[int, list[str], dict[str, Any]]]] = {}
+        for index, names, own in self._partition(params):
+            other = index >= 0 and isinstance(self.groups[index][1], Optimizer)
+            found.setdefault(index if other else -1, []).append((index, names, own))
+        return found
+
+    def _description(self, index: int) -> "Optimizer":
+        """The description whose class trains a group."""
+        other = self.groups[index][1] if index >= 0 else self
+        return other if isinstance(other, Optimizer) else self
+
+    def _live(
+        self, params: Mapping[str, nn.Parameter], groups: list[tuple[int, list[str], dict[str, Any]]]
+    ) -> torch.optim.Optimizer:
+        """The optimizer of this class over its groups."""
+        described = [{"params": [params[name] for name in names], **own} for _, names, own in groups]
         try:
             optimizer = self.torch_class(described, **self.hyperparameters)
         except (TypeError, ValueError) as error:
             raise ConfigError(f"{self!r}: {self.torch_class.__name__} refuses this: {error}") from error
-        unknown = {key for _, own in groups for key in own} - set(optimizer.defaults)
+        unknown = sorted({key for _, _, own in groups for key in own} - set(optimizer.defaults))
         if unknown:
             known = ", ".join(sorted(optimizer.defaults))
             raise ConfigError(
-                f"{self!r}: {sorted(unknown)} is no hyperparameter of {self.torch_class.__name__}, which has {known}."
+                f"{self!r}: {self.torch_class.__name__} has no hyperparameter {', '.join(map(repr, unknown))}. It has: {known}."
             )
-        return optimizer, tuple(tuple(names) for names, _ in groups)
+        for group in optimizer.param_groups:
+            check_rate(f"{self!r}: lr", group.get("lr"))
+        return optimizer
+
+
+class OptimizerSet(torch.optim.Optimizer):
+    """Several optimizers over different parameters that step as one; their groups stand one behind the other."""
+
+    def __init__(self, members: Sequence[torch.optim.Optimizer]) -> None:
+        self.members: tuple[torch.optim.Optimizer, ...] = ()
+        super().__init__([{"params": group["params"]} for m in members for group in m.param_groups], {})
+        self.members = tuple(members)
+        self.param_groups = [group for member in members for group in member.param_groups]
+        self.defaults = members[0].defaults
+
+    @property
+    def state(self) -> Any:
+        """One dictionary for all: each member looks up its own parameters."""
+        return self._state
+
+    @state.setter
+    def state(self, state: Any) -> None:
+        self._state = state
+        for member in self.members:
+            member.state = state
+
+    @property
+    def _step_supports_amp_scaling(self) -> bool:
+        return all(getattr(member, "_step_supports_amp_scaling", False) for member in self.members)
+
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        """Step every member."""
+        if closure is not None:
+            raise ConfigError(
+                "Optimizers of several classes cannot evaluate the loss again: none of them takes a closure."
+            )
+        scaling = {k: getattr(self, k) for k in ("grad_scale", "found_inf") if hasattr(self, k)}
+        for member in self.members:
+            for key, value in scaling.items():
+                setattr(member, key, value)
+            member.step()
+            for key in scaling:
+                delattr(member, key)
+
+
+def check_rate(what: str, rate: Any) -> None:
+    """Raise ConfigError if a learning rate is a number that is negative, nan or infinite."""
+    if isinstance(rate, (int, float)) and not 0.0 <= rate < math.inf:
+        raise ConfigError(f"{what} must be a finite number >= 0, but is {rate!r}.")
 
 
 def _some(names: list[str]) -> str:

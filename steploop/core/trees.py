@@ -2,7 +2,7 @@
 
 import copy
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping, MutableMapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping
 from types import MappingProxyType
 from typing import Any
 
@@ -11,7 +11,25 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
-__all__ = ["count_samples", "first_difference", "map_tensors", "named_leaves", "shapes", "to_device"]
+__all__ = [
+    "UNCOUNTED",
+    "count_samples",
+    "first_difference",
+    "map_tensors",
+    "named_leaves",
+    "paths",
+    "shapes",
+    "to_device",
+    "unkeepable",
+    "with_leaves",
+]
+
+
+# What to do where the samples of a batch cannot be counted; the caller's name goes before.
+UNCOUNTED = (
+    "cannot count the samples of this batch: it has no tensor with an axis, its tensors differ in their first axis, or it is "
+    "a list of things. Return (loss, outputs, weight) from the objective, with the number of samples as weight."
+)
 
 
 def map_tensors(  # noqa: PLR0911  (one return for each kind of node)
@@ -74,21 +92,49 @@ def _mapping_like(tree: Mapping[Any, Any], items: dict[Any, Any]) -> Any:
         return items
 
 
+def _children(tree: Any) -> Iterable[tuple[Any, Any]] | None:
+    """What a node holds, with its keys; None for a leaf."""
+    if isinstance(tree, Mapping):
+        return tree.items()
+    if isinstance(tree, (list, tuple)):
+        return enumerate(tree)
+    if attrs.has(type(tree)):
+        return ((f.name, getattr(tree, f.name)) for f in attrs.fields(type(tree)))
+    if _is_dataclass(tree):
+        return ((f.name, getattr(tree, f.name)) for f in dataclasses.fields(tree))
+    return None
+
+
 def named_leaves(tree: Any, name: str = "") -> Iterator[tuple[str, Any]]:
     """Every leaf under its dotted name, in the tree's own order."""
-    if isinstance(tree, Mapping):
-        items: Any = tree.items()
-    elif isinstance(tree, (list, tuple)):
-        items = enumerate(tree)
-    elif attrs.has(type(tree)):
-        items = ((f.name, getattr(tree, f.name)) for f in attrs.fields(type(tree)))
-    elif _is_dataclass(tree):
-        items = ((f.name, getattr(tree, f.name)) for f in dataclasses.fields(tree))
-    else:
+    children = _children(tree)
+    if children is None:
         yield name, tree
         return
-    for key, value in items:
+    for key, value in children:
         yield from named_leaves(value, f"{name}.{key}" if name else str(key))
+
+
+def paths(tree: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[tuple[Any, ...], Any]]:
+    """Every leaf of mappings, lists and tuples under the keys and indices that lead to it."""
+    if isinstance(tree, Mapping):
+        items: Any = tree.items()
+    elif type(tree) in {list, tuple}:
+        items = enumerate(tree)
+    else:
+        yield path, tree
+        return
+    for key, value in items:
+        yield from paths(value, (*path, key))
+
+
+def with_leaves(tree: Any, leaves: Mapping[tuple[Any, ...], Any], path: tuple[Any, ...] = ()) -> Any:
+    """The same tree with other leaves where ``leaves`` has some for their paths."""
+    if isinstance(tree, Mapping):
+        return {key: with_leaves(value, leaves, (*path, key)) for key, value in tree.items()}
+    if type(tree) in {list, tuple}:
+        return type(tree)(with_leaves(value, leaves, (*path, i)) for i, value in enumerate(tree))
+    return leaves.get(path, tree)
 
 
 def to_device(tree: Any, device: torch.device, *, non_blocking: bool = True) -> Any:
@@ -107,13 +153,58 @@ def shapes(tree: Any) -> str:
 
 
 def count_samples(batch: Any) -> int | None:
-    """The size of the first tensor's first axis, or None where there is no tensor with an axis."""
-    if isinstance(batch, (tuple, list)) and batch and isinstance(batch[0], Tensor) and batch[0].dim() > 0:
-        return batch[0].shape[0]  # (inputs, targets), without a walk
-    for _, leaf in named_leaves(batch):
-        if isinstance(leaf, Tensor) and leaf.dim() > 0:
-            return leaf.shape[0]
-    return None
+    """The number of samples of a batch: the length of the first axis of all its tensors.
+
+    None where that would be a guess: there is no tensor with an axis, the first axes differ (time-first tensors,
+    graphs, packed sequences), or tensors stand in a list of things (images of their own sizes).
+    """
+    if type(batch) is tuple and len(batch) == 2:  # (inputs, targets), without a walk
+        first, second = batch
+        if type(first) is Tensor and type(second) is Tensor and first.dim() and second.dim():
+            return first.shape[0] if first.shape[0] == second.shape[0] else None
+    if type(batch) is list and _is_list_of_things(batch):
+        return None
+    sizes: set[int | None] = set()
+    _collect_sizes(batch, sizes, outermost=True)
+    return sizes.pop() if len(sizes) == 1 else None
+
+
+def _is_list_of_things(batch: list[Any]) -> bool:
+    """Whether a batch that is a list holds samples and not fields: a DataLoader gives fields as a list, too."""
+    fields = all(isinstance(item, Tensor) for item in batch)
+    alike = fields and len(batch) > 2 and len({item.shape for item in batch}) == 1
+    return alike or (not fields and not any(isinstance(item, Tensor) for item in batch) and len(batch) > 0)
+
+
+def _collect_sizes(tree: Any, sizes: set[int | None], *, outermost: bool = False) -> None:
+    if isinstance(tree, Tensor):
+        if tree.dim():
+            sizes.add(tree.size(0))
+    elif isinstance(tree, list) and not outermost:
+        if any(isinstance(leaf, Tensor) for _, leaf in named_leaves(tree)):
+            sizes.add(None)
+    else:
+        for _, value in _children(tree) or ():
+            _collect_sizes(value, sizes)
+
+
+def unkeepable(tree: Any, name: str = "") -> tuple[str, Any] | None:
+    """The dotted name and value of the first leaf that neither a state nor a checkpoint can hold; None if there is none.
+
+    They hold None, bool, int, float, str, tensors, and lists, tuples and mappings of them.
+    """
+    if tree is None or isinstance(tree, (bool, str, float, Tensor)) or type(tree) is int:
+        return None
+    if type(tree) in {list, tuple}:
+        items: Any = enumerate(tree)
+    elif isinstance(tree, Mapping):
+        bad = [key for key in tree if key is not None and not isinstance(key, (bool, int, float, str))]
+        if bad:
+            return f"{name}[{type(bad[0]).__name__}]", bad[0]
+        items = tree.items()
+    else:
+        return name, tree
+    return next((found for key, value in items if (found := unkeepable(value, f"{name}.{key}"))), None)
 
 
 def _tensor_difference(name: str, a: Tensor, b: Tensor) -> str | None:

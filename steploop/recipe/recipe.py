@@ -8,15 +8,13 @@ import attrs
 
 from steploop.core.early_stopping import EarlyStopping, Mode
 from steploop.core.plateau import ReduceLROnPlateau
-from steploop.core.state.train_state import TrainState
+from steploop.core.state.several import State
 from steploop.core.steps.forward_pass import Objective
 from steploop.errors import ConfigError
 from steploop.recipe.html_tables import html_table
 
-__all__ = ["Batches", "Logger", "Recipe", "State", "TrainStep"]
+__all__ = ["Batches", "Logger", "Recipe", "TrainStep"]
 
-# A run trains one state, or several by name (a generator and a discriminator, say).
-State = TrainState | Mapping[str, TrainState]
 TrainStep = Callable[[Any, Any], Any]
 
 

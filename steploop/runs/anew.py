@@ -9,12 +9,13 @@ import torch
 
 from steploop.core.early_stopping import StoppingState
 from steploop.core.plateau import PlateauState
+from steploop.core.state.several import State, members
 from steploop.core.state.train_state import TrainState
 from steploop.errors import ConfigError, NonFiniteError, SteploopError
-from steploop.recipe.recipe import Recipe, State
+from steploop.recipe.recipe import Recipe
 from steploop.runs.contract import as_json
 from steploop.runs.generators import generators_kept
-from steploop.runs.members import arranged, lead, members, with_lead
+from steploop.runs.members import arranged, lead, with_lead
 
 __all__ = ["with_folds", "with_hyperparameters", "with_loss_scales"]
 

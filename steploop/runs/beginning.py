@@ -9,14 +9,15 @@ from typing import Any
 import attrs
 
 from steploop.checkpoint import CheckpointStore, digest
+from steploop.core.state.several import State, members
 from steploop.errors import CheckpointIncompatibleError, ConfigError
 from steploop.recipe.config_values import configure
-from steploop.recipe.recipe import Recipe, State
+from steploop.recipe.recipe import Recipe
 from steploop.runs.anew import with_folds, with_hyperparameters, with_loss_scales
 from steploop.runs.contract import Change, phase_record, refuse_inexact, sentence
 from steploop.runs.data_changes import begins_anew, changed_data, changed_order
 from steploop.runs.environment import versions
-from steploop.runs.members import arranged, at_position, attempted_steps, lead, members
+from steploop.runs.members import arranged, at_position, attempted_steps, lead
 from steploop.runs.monitoring import prepared, stopped
 from steploop.runs.requests import Request
 from steploop.runs.trial_evaluation import Weights, try_evaluation

@@ -14,12 +14,12 @@ import torch
 from torch import Tensor
 
 from steploop.core.precision import LossScale
+from steploop.core.state.several import State, members
 from steploop.core.state.train_state import TrainState
 from steploop.core.trees import named_leaves
 from steploop.errors import CheckpointIncompatibleError
-from steploop.recipe.recipe import Batches, Recipe, State
+from steploop.recipe.recipe import Batches, Recipe
 from steploop.runs.fingerprints import fingerprint
-from steploop.runs.members import members
 
 __all__ = [
     "Change",

@@ -70,7 +70,7 @@ class LayerNorms:
     def __init__(self, states: Mapping[str, TrainState] | TrainState, *, depth: int = 1) -> None:
         _check_depth(depth)
         self._machines = {
-            name: state._machine
+            name: state.machine
             for name, state in (states.items() if isinstance(states, Mapping) else [("", states)])
         }
         self._depth = depth

@@ -12,15 +12,15 @@ from typing import Any
 
 from steploop.checkpoint import digest
 from steploop.core.interruption import Interrupted
+from steploop.core.state.several import State, members
 from steploop.errors import EmptyDataError, NonFiniteError
-from steploop.recipe.recipe import Recipe, State
+from steploop.recipe.recipe import Recipe
 from steploop.runs.layer_norms import LayerNorms
 from steploop.runs.members import (
     arranged,
     at_position,
     attempted_steps,
     lead,
-    members,
     next_epoch,
     place_of,
 )

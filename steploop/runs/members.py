@@ -3,9 +3,9 @@
 from collections.abc import Mapping
 from typing import Any
 
+from steploop.core.state.several import State
 from steploop.core.state.train_state import TrainState
 from steploop.errors import StepOrderError
-from steploop.recipe.recipe import State
 
 __all__ = [
     "arranged",
@@ -13,16 +13,10 @@ __all__ = [
     "attempted_steps",
     "epoch_of",
     "lead",
-    "members",
     "next_epoch",
     "place_of",
     "with_lead",
 ]
-
-
-def members(state: State) -> dict[str, TrainState]:
-    """Name -> state; a single one has the name ``""``."""
-    return dict(state) if isinstance(state, Mapping) else {"": state}
 
 
 def arranged(state: Any, names: tuple[str, ...]) -> State:

@@ -4,9 +4,10 @@ import math
 from collections.abc import Mapping
 
 from steploop.core.early_stopping import keep_best
+from steploop.core.state.several import State
 from steploop.errors import ConfigError
 from steploop.recipe.config_values import nearest
-from steploop.recipe.recipe import Recipe, State
+from steploop.recipe.recipe import Recipe
 from steploop.runs.members import lead, with_lead
 
 __all__ = ["fold_metrics", "prepared", "refuse_missing", "stopped"]

@@ -5,7 +5,8 @@ from typing import Any, Literal
 
 import attrs
 
-from steploop.recipe.recipe import Logger, Recipe, State
+from steploop.core.state.several import State
+from steploop.recipe.recipe import Logger, Recipe
 from steploop.runs.beginning import Beginning, begin
 from steploop.runs.capsules.capsule_writer import CapsuleWriter
 from steploop.runs.compile_option import compiled

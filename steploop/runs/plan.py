@@ -5,8 +5,8 @@ from typing import Any, Literal, Protocol
 
 import attrs
 
+from steploop.core.state.several import State
 from steploop.core.validators import integer
-from steploop.recipe.recipe import State
 from steploop.runs.capsules.capsule_writer import Skipped
 
 __all__ = ["Ending", "Journal", "Keeper", "Plan", "Witness", "lines_every"]

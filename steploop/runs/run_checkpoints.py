@@ -5,7 +5,7 @@ from pathlib import Path
 
 from steploop.checkpoint import CheckpointStore
 from steploop.checkpoint.store import step_of
-from steploop.recipe.recipe import State
+from steploop.core.state.several import State
 from steploop.runs.members import attempted_steps, lead
 
 __all__ = ["CheckpointKeeper"]

@@ -4,9 +4,9 @@ import shlex
 from pathlib import Path
 from typing import Any
 
+from steploop.core.state.several import State
 from steploop.data.batch_requests import listed
 from steploop.errors import NonFiniteError
-from steploop.recipe.recipe import State
 from steploop.runs.members import place_of
 from steploop.runs.plan import Journal, Witness
 from steploop.runs.text_names import readable

@@ -5,12 +5,13 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from steploop import __version__
+from steploop.core.state.several import members
 from steploop.recipe.recipe import Recipe
 from steploop.runs.beginning import Beginning
 from steploop.runs.directory import RunDirectory, json_bytes, read_json, write_durably
 from steploop.runs.environment import git_commit, versions
 from steploop.runs.logs.screens import Screen
-from steploop.runs.members import lead, members
+from steploop.runs.members import lead
 from steploop.runs.requests import Request
 
 __all__ = ["announce", "record", "record_phase"]

@@ -5,11 +5,10 @@ from typing import Any
 
 from torch import Tensor
 
+from steploop.core.state.several import State, members
 from steploop.core.state.train_state import TrainState
 from steploop.core.steps.evaluation import Metric
 from steploop.core.steps.update import check_nonfinite
-from steploop.recipe.recipe import State
-from steploop.runs.members import members
 
 __all__ = ["MAX_NONFINITE_STEPS", "read_step"]
 

@@ -7,11 +7,12 @@ from typing import Any
 import attrs
 
 from steploop.core.early_stopping import Best
+from steploop.core.state.several import State, members
 from steploop.recipe.html_tables import html_table
-from steploop.recipe.recipe import Recipe, State
+from steploop.recipe.recipe import Recipe
 from steploop.runs.curves_html import curves_html
 from steploop.runs.logs.progress_text import counted, duration, format_values
-from steploop.runs.members import attempted_steps, epoch_of, lead, members
+from steploop.runs.members import attempted_steps, epoch_of, lead
 from steploop.runs.metric_values import plain_metrics
 from steploop.runs.plan import Ending
 from steploop.runs.requests import Request

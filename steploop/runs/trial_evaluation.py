@@ -3,9 +3,10 @@
 import warnings
 from typing import Literal
 
+from steploop.core.state.several import State
 from steploop.core.steps.trial import trial_evaluations
 from steploop.errors import SteploopError
-from steploop.recipe.recipe import Recipe, State
+from steploop.recipe.recipe import Recipe
 from steploop.runs.generators import generators_kept
 from steploop.runs.metric_values import read_metrics
 from steploop.runs.monitoring import refuse_missing

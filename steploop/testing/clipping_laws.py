@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from steploop.core.optimizer import Optimizer
-from steploop.core.state.train_state import Gradients, TrainState
+from steploop.core.state.parts import Gradients, InFlight
+from steploop.core.state.train_state import TrainState
 from steploop.core.steps.clip import unscale_and_clip
 from steploop.core.steps.update import optimizer_step
 from steploop.core.trees import map_tensors
@@ -56,7 +57,9 @@ def holding(
         value = torch.ones_like(g) if params is None else params[name]
         module.register_parameter(name, nn.Parameter(value.detach().clone()))
     state = TrainState.create(module, options.pop("optimizer", Optimizer(torch.optim.SGD, lr=0.1)), **options)
-    return state.replace(_grads=Gradients([g.clone() for g in grads.values()]), loss=torch.zeros(()))
+    return state.replace(
+        flight=InFlight(grads=Gradients([g.clone() for g in grads.values()]), loss=torch.zeros(()))
+    )
 
 
 def steploop_clip(kind: str, params: Mapping[str, Tensor] | None = None) -> Clip:

@@ -19,7 +19,7 @@ def hidden_values(state: State) -> dict[str, Any]:
     return {
         f"{name}: {place}" if name else place: value
         for name, one in members(state).items()
-        for place, value in _of_machines(one._machine.model, one._machine.optimizer)
+        for place, value in _of_machines(one.machine.model, one.machine.optimizer)
     }
 
 

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from steploop.core.optimizer import Optimizer
 from steploop.core.precision import LossScale
-from steploop.core.state.train_state import Gradients, TrainState
+from steploop.core.state.parts import Gradients, InFlight
+from steploop.core.state.train_state import TrainState
 from steploop.core.steps.clip import unscale_and_clip
 from steploop.core.steps.update import optimizer_step
 from steploop.testing.clipping_laws import holding
@@ -153,7 +154,7 @@ def check_scaled_steps_follow_torch(
             p.grad = tree[name].clone()
         _torch_step(scaler, theirs)
         state = state.replace(
-            _grads=Gradients([g.clone() for g in tree.values()]), grad_norm=None, loss=torch.zeros(())
+            flight=InFlight(grads=Gradients([g.clone() for g in tree.values()]), loss=torch.zeros(()))
         )
         state = optimizer_step(unscale_and_clip(state, max_norm=math.inf), max_nonfinite_steps=10**9)
         after = values(state)

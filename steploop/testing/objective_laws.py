@@ -35,7 +35,7 @@ def check_every_parameter_is_reached(step: Step, state: State, batches: Sequence
         >>> check_every_parameter_is_reached(train_step, state, batches)
     """
     current = clone(state)
-    unreached = {(part, name) for part, s in members(current).items() for name in s._machine.trainable}
+    unreached = {(part, name) for part, s in members(current).items() for name in s.machine.trainable}
     for batch in batches:
         watched = [
             leaf.register_hook(_Watch(unreached, (part, name)))  # type: ignore[no-untyped-call]  # torch has no types

@@ -191,7 +191,7 @@ def _other_generators(_: State) -> Iterator[None]:
 
 @contextmanager
 def _models_in_eval_mode(state: State) -> Iterator[None]:
-    modules = [module for s in members(state).values() for module in s._machine.model.modules()]
+    modules = [module for s in members(state).values() for module in s.machine.model.modules()]
     before = [module.training for module in modules]
     for module in modules:
         module.training = False

@@ -10,6 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from steploop.core.state.parts import field_names, plain_names
+from steploop.core.state.several import State, clone, members
 from steploop.core.state.train_state import TrainState
 from steploop.core.trees import first_difference, map_tensors
 
@@ -26,19 +28,7 @@ __all__ = [
     "values",
 ]
 
-# One state, or several by name, as a step of a GAN takes them.
-State = TrainState | Mapping[str, TrainState]
 Step = Callable[[Any, Any], Any]
-
-_SAVED = (
-    "params", "buffers", "slots", "hyper", "seed", "epoch", "batch", "attempted_steps", "applied_steps", "nonfinite_steps",
-    "precision", "scale", "early_stopping", "plateau", "best", "ema",
-)  # fmt: skip
-
-
-def members(state: State) -> dict[str, TrainState]:
-    """Return the states by name; a single state has the empty name."""
-    return dict(state) if isinstance(state, Mapping) else {"": state}
 
 
 def values(state: State) -> dict[str, Any]:
@@ -48,10 +38,14 @@ def values(state: State) -> dict[str, Any]:
         >>> values(state)["applied_steps"]
         0
     """
-    trees = {
-        name: {field: getattr(s.settle(), field) for field in _SAVED} for name, s in members(state).items()
-    }
+    trees = {name: _values(one.settle()) for name, one in members(state).items()}
     return trees if isinstance(state, Mapping) else trees[""]
+
+
+def _values(state: TrainState) -> dict[str, Any]:
+    state.check_alive("values")
+    tensors = {name: getattr(state.tensors, name) for name in field_names(type(state.tensors))}
+    return tensors | {name: getattr(state, name) for name in plain_names(type(state))}
 
 
 def copied(tree: Any) -> Any:
@@ -61,18 +55,6 @@ def copied(tree: Any) -> Any:
         >>> before = copied(dict(state.params))
     """
     return map_tensors(lambda t: t.detach().clone(), tree)
-
-
-def clone(state: State) -> State:
-    """Copy one state or several; the copy shares no tensor.
-
-    Example:
-        >>> other = clone(state)
-        >>> after = train_step(other, batch)
-        >>> state.alive
-        True
-    """
-    return {name: s.clone() for name, s in state.items()} if isinstance(state, Mapping) else state.clone()
 
 
 def fold(step: Step, batches: Iterable[Any], state: State) -> Any:

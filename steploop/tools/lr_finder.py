@@ -7,12 +7,13 @@ from typing import Any
 
 import attrs
 
+from steploop.core.state.several import State
 from steploop.core.state.train_state import TrainState
 from steploop.core.steps.set_rates import set_rates
 from steploop.core.trees import to_device
 from steploop.core.validators import integer, real, refuse, to_integer, to_real
 from steploop.errors import ConfigError, EmptyDataError
-from steploop.recipe.recipe import Recipe, State
+from steploop.recipe.recipe import Recipe
 from steploop.runs.monitoring import prepared
 
 __all__ = ["RangeTest", "RangeTestResult", "range_test", "suggest"]
@@ -226,8 +227,8 @@ class _UsedRates:
     """Reads the rate that the optimizer really uses, by a hook during the test."""
 
     def __init__(self, state: TrainState) -> None:
-        self._optimizer = state._machine.optimizer
-        self._factor = state._machine.rate_factors[0]
+        self._optimizer = state.machine.optimizer
+        self._factor = state.machine.rate_factors[0]
         self._seen: float | None = None
 
     def __enter__(self) -> None:

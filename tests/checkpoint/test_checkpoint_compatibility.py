@@ -32,7 +32,7 @@ def net(params=None, *, optimizer=ADAM, steps=0, buffers=None, frozen=(), **opti
             p.grad = (
                 torch.arange(1.0, 1 + p.numel()).reshape(p.shape).to(p.dtype) if p.requires_grad else None
             )
-        state._machine.optimizer.step()
+        state.machine.optimizer.step()
         for p in live.parameters():
             p.grad = None
     return state

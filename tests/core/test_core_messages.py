@@ -25,7 +25,7 @@ from steploop import (
 from steploop.core.early_stopping import Best, EarlyStopping, is_better
 from steploop.core.plateau import ReduceLROnPlateau
 from steploop.core.state.creation import _one_device
-from steploop.core.state.ownership import module_machine
+from steploop.core.state.module_machine import module_machine
 from steploop.core.steps.forward_pass import translated
 from steploop.core.validators import boolean, integer, one_of, real
 from steploop.data.order import batch_indices, epoch_order
@@ -251,7 +251,7 @@ def stepped(steps, optimizer=None, **options):
         state = backward_scaled(forward_loss(state, Task().batch(0), classification))
         state = optimizer_step(unscale_and_clip(state, max_norm=1.0))
     state = backward_scaled(forward_loss(state, Task().batch(0), classification))
-    state._machine.optimizer.register_step_pre_hook(no_memory)
+    state.machine.optimizer.register_step_pre_hook(no_memory)
     with pytest.raises(OutOfMemoryError) as excinfo:
         optimizer_step(unscale_and_clip(state, max_norm=1.0), **options)
     return state, str(excinfo.value)
@@ -295,7 +295,7 @@ def test_a_copy_that_does_not_fit_says_how_to_do_without(monkeypatch):
 
 
 def test_a_step_that_does_not_fit_says_the_shapes_of_the_batch_and_what_to_do():
-    machine = Task().state()._machine
+    machine = Task().state().machine
     found = translated(RuntimeError("DefaultCPUAllocator: can't allocate memory"), machine, Task().batch(0))
     assert isinstance(found, OutOfMemoryError)
     assert str(found) == (
@@ -314,12 +314,12 @@ def test_a_step_that_does_not_fit_says_the_shapes_of_the_batch_and_what_to_do():
     ],
 )
 def test_other_errors_are_left_to_torch(error):
-    assert translated(error, Task().state()._machine, None) is None
+    assert translated(error, Task().state().machine, None) is None
 
 
 def test_where_the_layer_is_not_known_it_is_called_a_batchnorm_layer():
     found = translated(
-        ValueError("Expected more than 1 value per channel"), Task().state()._machine, [torch.zeros(1)]
+        ValueError("Expected more than 1 value per channel"), Task().state().machine, [torch.zeros(1)]
     )
     assert str(found).startswith("A BatchNorm layer needs more than one value per channel in training")
 

@@ -426,7 +426,7 @@ def test_any_other_error_of_an_optimizer_spends_the_state_too():
     def failing(*_):
         raise ZeroDivisionError
 
-    state._machine.optimizer.register_step_post_hook(failing)
+    state.machine.optimizer.register_step_post_hook(failing)
     with pytest.raises(ZeroDivisionError):
         taken(state, batch, fine)
     with pytest.raises(SpentStateError, match="the optimizer failed in the middle of attempted step 1"):

@@ -63,7 +63,7 @@ def test_a_value_that_a_module_keeps_for_itself_is_named(check, before):
 def test_a_value_that_an_optimizer_keeps_in_a_group_or_as_an_attribute_is_named():
     state = counting()
     before = hidden_values(state)
-    optimizer = state._machine.optimizer
+    optimizer = state.machine.optimizer
     optimizer.param_groups[0]["k"] = 1
     assert what_changed(before, hidden_values(state)) == ""  # a new one is no change
     optimizer.param_groups[0]["nesterov"] = True

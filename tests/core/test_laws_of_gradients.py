@@ -19,7 +19,7 @@ from steploop import (
     schedule,
     unscale_and_clip,
 )
-from steploop.core.state.train_state import Gradients
+from steploop.core.state.parts import Gradients
 from steploop.core.steps import clip as unscale
 from steploop.core.steps import clipping as clip
 from steploop.core.steps import update as updating
@@ -124,11 +124,11 @@ def test_nothing_that_is_not_finite_is_ever_stepped_on(grads, bound, optimizer, 
 def test_too_many_steps_in_a_row_that_are_not_finite_stop_the_run():
     state = holding({"good": torch.ones(2), "bad": torch.tensor([1.0, math.nan])})
     for _ in range(2):
-        grads = state._grads
+        grads = state.flight.grads
         state = optimizer_step(unscale_and_clip(state, max_norm=1.0), max_nonfinite_steps=3).replace(
             _grads=grads, grad_norm=None
         )
-        state._grads.taken_by = None
+        state.flight.grads.taken_by = None
     with pytest.raises(NonFiniteError, match=r"^3 steps in a row .*limit 3.*: bad\."):
         optimizer_step(unscale_and_clip(state, max_norm=1.0), max_nonfinite_steps=3)
 

@@ -23,8 +23,8 @@ from steploop import (
 )
 from steploop.core.state.creation import copy_leaf
 from steploop.core.state.machine import _settle_implementation
+from steploop.core.state.parts import Gradients
 from steploop.core.state.shared_memory import shared_memory
-from steploop.core.state.train_state import Gradients
 from steploop.core.steps.forward_pass import generators_of
 from steploop.core.trees import first_difference, named_leaves
 from steploop.errors import ConfigError, SpentStateError, StepOrderError
@@ -264,7 +264,7 @@ def test_groups_take_their_parameters_once_and_no_decay_sets_weight_decay_to_zer
         torch.optim.AdamW, lr=0.1, weight_decay=0.5, no_decay=True, groups=[("4.*", {"lr": 0.01})]
     )
     state = TrainState.create(network(), optimizer)
-    groups = dict(zip(state._machine.group_names, state.hyper, strict=True))
+    groups = dict(zip(state.machine.group_names, state.hyper, strict=True))
     assert {names: (h["lr"], h["weight_decay"]) for names, h in groups.items()} == {
         ("0.weight",): (0.1, 0.5),
         ("0.bias", "1.weight", "1.bias"): (0.1, 0.0),
@@ -293,7 +293,7 @@ def test_hyper_holds_values_and_no_word_of_how_the_optimizer_computes():
 def test_a_step_hook_of_the_optimizer_is_called(register):
     state = TrainState.create(network(), SGD)
     seen = []
-    handle = register(state._machine.optimizer)(lambda *_: seen.append(1))
+    handle = register(state.machine.optimizer)(lambda *_: seen.append(1))
     try:
         state = step(state, batch())
     finally:
@@ -339,13 +339,13 @@ def test_a_state_spent_by_another_function_names_it():
 def test_tensors_that_were_half_updated_belong_to_no_state_that_ever_had_them():
     first = TrainState.create(network(), SGD)
     second = step(first, batch())
-    second._lease.tear()
+    second.lease.tear()
     assert not first.alive
     assert not second.alive
 
 
 def factors(optimizer):
-    return TrainState.create(network(), optimizer)._machine.rate_factors
+    return TrainState.create(network(), optimizer).machine.rate_factors
 
 
 def test_a_group_keeps_its_proportion_to_the_rate_of_the_optimizer():
@@ -375,14 +375,14 @@ def test_an_optimizer_of_somebody_else_may_have_no_rate_and_put_new_slots_in_pla
     assert factors(optimizer) == (1.0, 1.0)
     state = step(step(TrainState.create(network(), optimizer), batch()), batch())
     assert state.slots["0.weight"] == {"seen": 2}
-    assert TrainState.create(network(), SGD)._machine.replaces_slots is False
+    assert TrainState.create(network(), SGD).machine.replaces_slots is False
 
 
 def test_a_group_is_chosen_by_patterns_or_by_name_and_tensor():
     def names(*selectors, **options):
         groups = [(selector, {}) for selector in selectors]
         state = TrainState.create(network(), Optimizer(torch.optim.SGD, lr=0.1, groups=groups, **options))
-        return state._machine.group_names
+        return state.machine.group_names
 
     everything = ("0.weight", "0.bias", "1.weight", "1.bias", "4.weight", "4.bias")
     assert names() == (everything,)
@@ -451,7 +451,7 @@ def test_a_clone_of_a_state_whose_gradients_were_given_away_has_none_to_give():
     unscale_and_clip(state, max_norm=1.0)
     with pytest.raises(SpentStateError, match="given to unscale_and_clip"):
         _ = state.clone().grads
-    assert all(grad is not state._grads.values[i] for i, grad in enumerate(twin.grads.values()))
+    assert all(grad is not state.flight.grads.values[i] for i, grad in enumerate(twin.grads.values()))
 
 
 class Bare(torch.optim.SGD):
@@ -476,23 +476,23 @@ def test_torchs_wrapper_of_a_step_is_left_out_where_there_is_one(monkeypatch):
     monkeypatch.setattr(torch.autograd.profiler, "record_function", record)
     state = step(state, batch())
     assert recorded == []
-    state._machine.optimizer.register_step_post_hook(lambda *_: None)
+    state.machine.optimizer.register_step_post_hook(lambda *_: None)
     step(state, batch())
     assert recorded == ["Optimizer.step#SGD.step"]
     bare = TrainState.create(network(), Optimizer(Bare, lr=0.1))
     step(bare, batch())
-    assert bare._machine.optimizer.taken
+    assert bare.machine.optimizer.taken
 
 
 def test_a_machine_is_lent_only_where_another_living_state_has_it():
     """Its own state steps on it as it is: lending is an assignment for every tensor, twice a step."""
     state = TrainState.create(network(), SGD)
-    machine, other = state._machine, state.clone()
+    machine, other = state.machine, state.clone()
     for s, lent in ((state, False), (other, True)):
-        before = machine.point_optimizer(s._lease, s._params, s._slots, s.hyper)
+        before = machine.point_optimizer(s.lease, s.tensors.params, s.tensors.slots, s.hyper)
         assert (before is not None) is lent
         machine.put_back(before)
-        params = machine.module.point(s._lease, s._params)
+        params = machine.module.point(s.lease, s.tensors.params)
         assert (params is not None) is lent
     machine.module.place_params(params)
     assert machine._hyper is state.hyper
@@ -505,18 +505,18 @@ def test_what_does_not_match_is_not_stepped_on():
     )
     for wrong in (
         state.replace(hyper=state.hyper * 2),
-        state.replace(_grads=Gradients(state._grads.values[:-1])),
+        state.replace(_grads=Gradients(state.flight.grads.values[:-1])),
     ):
         with pytest.raises(ValueError, match=r"^zip\(\) argument 2 is "):
             optimizer_step(wrong)
     with pytest.raises(ValueError, match=r"^zip\(\) argument 2 is longer"):
         unscale_and_clip(
-            state.replace(_grads=Gradients(state._grads.values[:-1]), grad_norm=None), adaptive=0.1
+            state.replace(_grads=Gradients(state.flight.grads.values[:-1]), grad_norm=None), adaptive=0.1
         )
     with pytest.raises(ValueError, match=r"^zip\(\) argument 2 is shorter"):
         schedule(state.replace(hyper=state.hyper * 2), lambda step: 0.1)
     other = state.clone()
-    state._machine.optimizer.add_param_group({"params": [nn.Parameter(torch.zeros(1))]})
+    state.machine.optimizer.add_param_group({"params": [nn.Parameter(torch.zeros(1))]})
     with pytest.raises(ValueError, match=r"^zip\(\) argument 2 is shorter"):
         optimizer_step(other)
 

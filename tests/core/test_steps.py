@@ -163,18 +163,18 @@ def test_gradients_are_those_of_torch(there, task, precision):
     """Bit for bit, with the function that ``torch.autograd.backward`` calls in the end as with that one itself."""
     start = task.state(precision=precision)
     state = forward_loss(start, task.batch(0), classification)
-    loss = forward_loss(start, task.batch(0), classification)._graph
-    wanted = torch.autograd.grad(loss, state._leaves, seed_of(state, loss), allow_unused=True)
+    loss = forward_loss(start, task.batch(0), classification).flight.graph
+    wanted = torch.autograd.grad(loss, state.tensors.leaves, seed_of(state, loss), allow_unused=True)
     with pytest.MonkeyPatch.context() as patch:
         if there:  # or the test would compare a function with itself
             patch.setattr(torch.autograd, "backward", None)
         else:
             patch.setattr(steploop.core.steps.backward_pass, "_engine_run_backward", None)
         found = backward_scaled(state)
-    for name, grad in zip(state._machine.trainable, wanted, strict=True):
+    for name, grad in zip(state.machine.trainable, wanted, strict=True):
         assert (name in found.grads) == (grad is not None)
         assert grad is None or first_difference(found.grads[name], grad) is None
-    assert all(leaf.grad is None for leaf in state._leaves)
+    assert all(leaf.grad is None for leaf in state.tensors.leaves)
 
 
 def test_a_backward_pass_inside_of_a_transform_is_refused_as_torch_refuses_it():
@@ -267,7 +267,7 @@ def test_activations_are_computed_again_with_the_parameters_of_their_own_state()
         found = backward_scaled(state).grads
         expected = backward_scaled(forward_loss(other, batch(), objective)).grads
         assert all(torch.equal(grad, expected[name.removeprefix("body.")]) for name, grad in found.items())
-        assert one._machine.model.body[0].weight is one.params["body.0.weight"]
+        assert one.machine.model.body[0].weight is one.params["body.0.weight"]
 
 
 def test_a_backward_pass_takes_over_a_module_whose_owner_is_gone():
@@ -349,7 +349,7 @@ def test_a_skipped_step_without_a_forward_pass_before_it_keeps_the_buffers():
     """Gradients may come from elsewhere."""
     state = TrainState.create(nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3)), SGD)
     ready = unscale_and_clip(backward_scaled(forward_loss(state, batch(), objective)), max_norm=1.0)
-    state = state.replace(_grads=ready._grads, grad_norm=ready.grad_norm, finite=False)
+    state = state.replace(_grads=ready.flight.grads, grad_norm=ready.grad_norm, finite=False)
     after = optimizer_step(state, donate=False)
     assert list(after.buffers) == list(state.buffers)
     assert after.buffers["1.num_batches_tracked"] == 0
@@ -378,11 +378,11 @@ def test_what_the_host_last_knew_of_a_count_on_the_device_moves_only_when_it_kno
         monkeypatch.setattr(module, "on_host", lambda _: False)
     state = TrainState.create(network(), Optimizer(torch.optim.SGD, lr=0.1, fused=True))
     state = run_step(state.replace(applied_steps=3, attempted_steps=5), objective)
-    assert (state._known, int(state.applied_steps)) == ((3, 5), 4)
+    assert (state.flight.known, int(state.applied_steps)) == ((3, 5), 4)
     state = run_step(state, objective)
-    assert (state._known, int(state.applied_steps)) == ((3, 5), 5)
+    assert (state.flight.known, int(state.applied_steps)) == ((3, 5), 5)
     state = run_step(state.settle(), objective)
-    assert (state._known, int(state.applied_steps)) == ((5, 7), 6)
+    assert (state.flight.known, int(state.applied_steps)) == ((5, 7), 6)
 
 
 def test_the_default_limit_is_a_hundred():
@@ -566,7 +566,7 @@ def test_nothing_of_a_loss_that_is_being_traced_is_kept():
     seed = seed_of(state, torch.ones((), dtype=torch.float64).as_subclass(Traced), 0.5)
     assert (seed.item(), seed.dtype) == (0.5, torch.float64)
     assert seed_of(state, torch.ones((), device="meta").as_subclass(Traced)).device.type == "meta"
-    assert not state._machine.seeds
+    assert not state.machine.seeds
 
 
 def test_one_sample_in_a_batch_norm_names_the_layer_and_the_remedy():

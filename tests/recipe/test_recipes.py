@@ -13,10 +13,10 @@ from running import train
 from safetensors.torch import save_file
 
 from steploop import accumulate, forward_loss
+from steploop.core.state.several import members
 from steploop.errors import ConfigError, DataError, EmptyDataError
 from steploop.recipe.config_values import to_json
 from steploop.recipe.recipe_files import find_recipe, load_recipe_file, shipped_recipes
-from steploop.runs.members import members
 from steploop.testing.resume_laws import check_resume_is_exact
 from steploop.testing.state_comparison import clone, fold, require_same
 
@@ -367,7 +367,7 @@ def test_weights_decay_on_matrices_only():
     _, recipe = built("char_lm")
     decays = {
         group["weight_decay"]: names
-        for group, names in zip(recipe.state.hyper, recipe.state._machine.group_names, strict=True)
+        for group, names in zip(recipe.state.hyper, recipe.state.machine.group_names, strict=True)
     }
     assert set(decays) == {0.1, 0.0}
     assert all(recipe.state.params[n].dim() > 1 for n in decays[0.1])

@@ -94,7 +94,7 @@ def test_a_skipped_step_has_no_norms():
 
 def test_there_is_no_hook_outside_of_it():
     state = a_state()
-    hooks = state._machine.optimizer._optimizer_step_pre_hooks
+    hooks = state.machine.optimizer._optimizer_step_pre_hooks
     assert not hooks
     with LayerNorms(state):
         assert len(hooks) == 1

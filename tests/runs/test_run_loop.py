@@ -25,13 +25,14 @@ from steploop import (
     unscale_and_clip,
 )
 from steploop.core.interruption import check_interruption
+from steploop.core.state.several import members
 from steploop.data import Loader
 from steploop.errors import ConfigError, EmptyDataError, NonFiniteError
 from steploop.recipe.recipe import Recipe
 from steploop.runs.allocator import tune_allocator
 from steploop.runs.logs.screens import QuietScreen
 from steploop.runs.loop import Loop
-from steploop.runs.members import attempted_steps, members
+from steploop.runs.members import attempted_steps
 from steploop.runs.monitoring import fold_metrics, prepared
 from steploop.runs.pace import Pace
 from steploop.runs.plan import Plan

@@ -205,4 +205,4 @@ def test_settings_that_make_no_test_are_refused(values, message):
 def test_the_optimizer_keeps_no_hook():
     recipe = a_recipe()
     range_test(recipe, RangeTest(steps=10))
-    assert not recipe.state._machine.optimizer._optimizer_step_pre_hooks
+    assert not recipe.state.machine.optimizer._optimizer_step_pre_hooks

@@ -99,6 +99,10 @@ class OneCycle:
             phases = (up, phase(peak, last, self.anneal, self.max_lr, min_lr, base, top))
         object.__setattr__(self, "_phases", phases)
 
+    def for_factor(self, factor: float) -> "OneCycle":  # noqa: ARG002  (what every schedule with absolute ends is asked)
+        """The schedule of any group, as in torch: ``max_lr`` is the same in every group."""
+        return self
+
     def __call__(self, step: int) -> float | Rates:
         """The rate, or rate and momentum, of the step after ``step`` (>= 0) applied ones."""
         if step >= self.total_steps:

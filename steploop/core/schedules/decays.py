@@ -52,6 +52,14 @@ class CosineAnnealing:
     def __attrs_post_init__(self) -> None:
         check_min_lr(self, min_lr=self.min_lr, lr=self.lr)
 
+    def for_factor(self, factor: float) -> "CosineAnnealing":
+        """The schedule of a group whose rate is ``factor`` times the first group's: ``min_lr`` is the same in every group.
+
+        A group whose highest rate lies below ``min_lr`` keeps that rate.
+        """
+        lr = self.lr * factor
+        return attrs.evolve(self, lr=lr, min_lr=min(self.min_lr, lr))
+
     def __call__(self, step: int) -> float:
         """The learning rate of the step after ``step`` (>= 0) applied ones."""
         if step >= self.total_steps:

@@ -2,7 +2,8 @@
 
 import math
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import attrs
 import torch
@@ -20,16 +21,32 @@ class Tabulated:
     Attributes:
         scheduler: the class of torch that gave the values.
         total_steps: how many values there are, in optimizer steps.
-        table: the values, those of step 0 first.
+        table: the values, those of step 0 first; of the first parameter group.
     """
 
     scheduler: str
     total_steps: int = attrs.field(converter=to_integer, validator=total_steps)
     table: tuple[float, ...] | tuple[Rates, ...] = attrs.field(repr=False)
+    _for_groups: Callable[[tuple[float, ...]], "tuple[Tabulated, ...]"] | None = attrs.field(
+        default=None, repr=False, eq=False
+    )
 
     def __call__(self, step: int) -> float | Rates:
         """The value of the step after ``step`` (>= 0) applied ones."""
         return self.table[step] if step < self.total_steps else self.table[-1]
+
+    def for_groups(self, factors: tuple[float, ...]) -> "tuple[Tabulated, ...]":
+        """What torch gives to each of several parameter groups, whose rates begin at ``lr`` times these factors."""
+        return (self,) * len(factors) if self._for_groups is None else self._for_groups(factors)
+
+
+def _to_rates(lr: Any) -> tuple[Any, ...]:
+    return tuple(map(to_real, lr)) if isinstance(lr, (list, tuple)) else (to_real(lr),)
+
+
+def _check_rates(owner: object, attribute: "attrs.Attribute[Any]", rates: tuple[Any, ...]) -> None:
+    for rate in rates:
+        learning_rate(owner, attribute, rate)
 
 
 @attrs.frozen(kw_only=True)
@@ -37,7 +54,7 @@ class _Request:
     """The numbers that `from_torch` was given, checked."""
 
     total_steps: int = attrs.field(converter=to_integer, validator=total_steps)
-    lr: float = attrs.field(converter=to_real, validator=learning_rate)
+    lr: tuple[float, ...] = attrs.field(converter=_to_rates, validator=_check_rates)
     momentum: float = attrs.field(
         converter=to_real,
         validator=real(at_least=0.0, below=1.0, hint="Give what your optimizer starts with."),
@@ -51,15 +68,16 @@ def from_torch(
     make_scheduler: Callable[[torch.optim.Optimizer], LRScheduler],
     total_steps: int,
     *,
-    lr: float = 0.1,
+    lr: float | Sequence[float] = 0.1,
     momentum: float = 0.9,
 ) -> Tabulated:
     """Tabulate a torch scheduler: the rate of each of ``total_steps`` steps, as torch itself computes it.
 
         table[t] = optimizer's rate after t calls of ``scheduler.step()``,    t = 0 .. total_steps - 1
 
-    The scheduler is built on a dummy ``torch.optim.SGD`` of one parameter and one group, and thrown away afterwards.
-    Where it changes momentum too, the values are `Rates`. Example:
+    The scheduler is built on a dummy ``torch.optim.SGD``, and thrown away afterwards. Where it changes momentum too, the
+    values are `Rates`. ``schedule`` gives each parameter group what torch gives it: it tabulates anew with as many groups
+    as the state has, whose rates begin at ``lr`` in the proportion of the optimizer's. Example:
 
         from_torch(lambda optimizer: PolynomialLR(optimizer, total_iters=1000, power=2.0), 1000, lr=0.1)
 
@@ -67,7 +85,8 @@ def from_torch(
         make_scheduler: from an optimizer to a scheduler of ``torch.optim.lr_scheduler`` (or a subclass of
             ``LRScheduler``) whose values depend on the number of steps only.
         total_steps: how many optimizer steps to tabulate, >= 1; from then on the last value is held. Tabulating costs 30 to 45 us a step, once.
-        lr: the learning rate that the scheduler starts from, >= 0.
+        lr: the learning rate that the scheduler starts from, >= 0; or one for each parameter group, for a scheduler that
+            takes lists (``OneCycleLR(optimizer, max_lr=[0.1, 0.01], ...)``).
         momentum: the momentum that it starts from, in [0, 1).
 
     Returns:
@@ -83,8 +102,18 @@ def from_torch(
             "from_torch: make_scheduler must be a function from an optimizer to a torch scheduler, "
             f"got {make_scheduler!r}. Give for instance lambda optimizer: StepLR(optimizer, step_size=30)."
         )
-    optimizer = torch.optim.SGD([torch.zeros(1)], lr=request.lr, momentum=request.momentum)
-    values: list[Rates] = []
+    return _tabulated(make_scheduler, request, request.lr)[0]
+
+
+def _tabulated(
+    make_scheduler: Callable[[torch.optim.Optimizer], LRScheduler],
+    request: _Request,
+    rates: tuple[float, ...],
+) -> tuple[Tabulated, ...]:
+    """The tables of as many groups as there are ``rates``."""
+    groups = [{"params": [torch.zeros(1)], "lr": lr} for lr in rates]
+    optimizer = torch.optim.SGD(groups, lr=rates[0], momentum=request.momentum)
+    values: list[list[Rates]] = []
     # Torch warns about how a scheduler is used in a training loop; this is none, so that nothing there is news.
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -93,21 +122,33 @@ def from_torch(
             _refuse_unless_a_function_of_the_step(scheduler)
             optimizer.step()  # without a gradient it changes nothing; torch wants it before scheduler.step()
             while True:
-                values.append(_read(optimizer, step=len(values)))
+                values.append([_read(group, step=len(values)) for group in optimizer.param_groups])
                 if len(values) == request.total_steps:
                     break
                 scheduler.step()
         except ConfigError:
             raise
         except Exception as error:
+            many = "one parameter group" if len(rates) == 1 else f"{len(rates)} parameter groups"
             raise ConfigError(
-                f"from_torch: the scheduler must run for total_steps = {request.total_steps} steps on an SGD of one "
-                f"parameter group, but at step {len(values)} it failed with {type(error).__name__}: {str(error).rstrip('.')}. "
-                "Correct its arguments, or give fewer total_steps."
+                f"from_torch: the scheduler must run for total_steps = {request.total_steps} steps on an SGD of {many}, "
+                f"but at step {len(values)} it failed with {type(error).__name__}: {str(error).rstrip('.')}. "
+                "Correct its arguments, give lr a list with the rate of each group, or give fewer total_steps."
             ) from error
-    cycles = any(value.momentum != request.momentum for value in values)
-    table = tuple(values) if cycles else tuple(value.learning_rate for value in values)
-    return Tabulated(scheduler=type(scheduler).__name__, total_steps=request.total_steps, table=table)
+
+    def for_groups(factors: tuple[float, ...]) -> tuple[Tabulated, ...]:
+        own = request.lr if len(request.lr) == len(factors) > 1 else tuple(request.lr[0] * f for f in factors)
+        return _tabulated(make_scheduler, request, own)
+
+    made = []
+    for group in zip(*values, strict=True):
+        cycles = any(value.momentum != request.momentum for value in group)
+        table = group if cycles else tuple(value.learning_rate for value in group)
+        name = type(scheduler).__name__
+        made.append(
+            Tabulated(scheduler=name, total_steps=request.total_steps, table=table, for_groups=for_groups)
+        )
+    return tuple(made)
 
 
 def _refuse_unless_a_function_of_the_step(scheduler: object) -> None:
@@ -124,9 +165,8 @@ def _refuse_unless_a_function_of_the_step(scheduler: object) -> None:
         )
 
 
-def _read(optimizer: torch.optim.Optimizer, *, step: int) -> Rates:
-    """The rates that the scheduler left in the optimizer, as plain floats."""
-    group = optimizer.param_groups[0]
+def _read(group: Mapping[str, Any], *, step: int) -> Rates:
+    """The rates that the scheduler left in a group, as plain floats."""
     rates = Rates(float(group["lr"]), float(group["momentum"]))
     if not (math.isfinite(rates.learning_rate) and rates.learning_rate >= 0.0 <= rates.momentum < 1.0):
         raise ConfigError(

@@ -37,6 +37,14 @@ class WarmupCosine:
                 "total_steps counts the warmup too.",
             )
 
+    def for_factor(self, factor: float) -> "WarmupCosine":
+        """The schedule of a group whose rate is ``factor`` times the first group's: ``min_lr`` is the same in every group.
+
+        A group whose highest rate lies below ``min_lr`` keeps that rate.
+        """
+        lr = self.lr * factor
+        return attrs.evolve(self, lr=lr, min_lr=min(self.min_lr, lr))
+
     def __call__(self, step: int) -> float:
         """The learning rate of the step after ``step`` (>= 0) applied ones."""
         if step < self.warmup_steps:
@@ -67,6 +75,14 @@ class WarmupStableDecay:
     def total_steps(self) -> int:
         """Optimizer steps in the three phases together; from there on the rate is ``min_lr``."""
         return self.warmup_steps + self.stable_steps + self.decay_steps
+
+    def for_factor(self, factor: float) -> "WarmupStableDecay":
+        """The schedule of a group whose rate is ``factor`` times the first group's: ``min_lr`` is the same in every group.
+
+        A group whose highest rate lies below ``min_lr`` keeps that rate.
+        """
+        lr = self.lr * factor
+        return attrs.evolve(self, lr=lr, min_lr=min(self.min_lr, lr))
 
     def __call__(self, step: int) -> float:
         """The learning rate of the step after ``step`` (>= 0) applied ones."""

@@ -7,12 +7,16 @@ import torch
 from torch import Tensor, nn
 
 from steploop.core.precision import LossScale, Precision, check_precision
+from steploop.core.state.copying import copy_leaf
 from steploop.core.state.machine import Machine
-from steploop.core.state.ownership import Lease, module_machine
+from steploop.core.state.module_machine import ModuleMachine, module_machine
+from steploop.core.state.ownership import Lease
+from steploop.core.state.parts import TensorValues
 from steploop.core.state.shared_memory import shared_memory
+from steploop.core.trees import unkeepable
 from steploop.errors import ConfigError
 
-__all__ = ["OptimizerDescription", "copy_leaf", "initial_fields"]
+__all__ = ["OptimizerDescription", "initial_values"]
 
 
 class OptimizerDescription(Protocol):
@@ -25,7 +29,7 @@ class OptimizerDescription(Protocol):
         ...
 
 
-def initial_fields(
+def initial_values(
     model: nn.Module,
     optimizer: OptimizerDescription,
     *,
@@ -35,8 +39,10 @@ def initial_fields(
     memory_format: torch.memory_format | None,
     loss_scale: LossScale | None,
     ema: bool,
+    ema_buffers: bool,
+    carry: Any,
 ) -> dict[str, Any]:
-    """What ``TrainState.create`` passes to its constructor; see there for the arguments."""
+    """Make what ``TrainState.create`` passes to its constructor; see there for the arguments."""
     check_precision(precision)
     if not isinstance(seed, int) or not 0 <= seed < 2**63:
         raise ConfigError(f"TrainState.create: seed must be an int in 0 .. 2**63 - 1, but is {seed!r}.")
@@ -64,32 +70,43 @@ def initial_fields(
     scale = (loss_scale or LossScale()) if precision == "fp16" else loss_scale
     trainable = {n: p for n, p in params.items() if p.requires_grad}
     live, group_names = optimizer.build(trainable)  # type: ignore[arg-type]  # leaves are Parameters here
-    machine = Machine(module, live, group_names, where)
+    labels = optimizer.labels(trainable) if hasattr(optimizer, "labels") else (None,) * len(group_names)
+    machine = Machine(module, live, group_names, labels, where)
+    _check_extra_state(module)
     lease = Lease()
     machine.holder.give_to(lease)
     if not shared:
         module.holder.give_to(lease)
+    averaged = {**params, **buffers} if ema_buffers else params
     return {
-        "params": params,
-        "buffers": buffers,
-        "slots": {name: live.state[params[name]] for name in machine.trainable},
+        "tensors": TensorValues(
+            params=params,
+            buffers=buffers,
+            slots={name: live.state[params[name]] for name in machine.trainable},
+            beside=machine.initial_beside(),
+            extra=module.extra_state() if module.extras else {},
+            ema={n: p.detach().clone() for n, p in averaged.items()} if ema or ema_buffers else None,
+            carry=carry,
+            leaves=tuple(params[name] for name in machine.trainable),
+        ),
         "machine": machine,
         "lease": lease,
-        "hyper": machine.initial_hyper(),
+        "hyper": machine.initial_hyper,
         "seed": seed,
         "precision": precision,
         "scale": scale,
-        "ema": {n: p.detach().clone() for n, p in params.items()} if ema else None,
-        "leaves": tuple(params[name] for name in machine.trainable),
     }
 
 
-def copy_leaf(param: Tensor) -> Tensor:
-    """A copy of a parameter that gradients arrive at: a leaf, and a Parameter where that was one."""
-    copy = param.detach().clone()
-    if isinstance(param, nn.Parameter):
-        return nn.Parameter(copy, requires_grad=param.requires_grad)
-    return copy.requires_grad_(param.requires_grad)
+def _check_extra_state(module: ModuleMachine) -> None:
+    """Refuse an extra state that no checkpoint could hold."""
+    for name, value in (module.extra_state() if module.extras else {}).items():
+        if (found := unkeepable(value)) is not None:
+            raise ConfigError(
+                f"TrainState.create: get_extra_state() of {name or 'the model'} gives a {type(found[1]).__name__} "
+                f"({found[0].lstrip('.') or 'the whole'}), which a state cannot hold. Let it give tensors, numbers and texts, "
+                "in lists, tuples and mappings."
+            )
 
 
 def _refuse_unready(model: nn.Module) -> None:

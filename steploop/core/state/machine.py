@@ -5,15 +5,21 @@ tensor, never a copy. Where a machine holds a state's values already, a step run
 another living state's, the values are lent to it for the length of one call and the others put back.
 """
 
+import inspect
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.optim import optimizer as torch_optimizer
 
-from steploop.core.state.ownership import Holder, Lease, ModuleMachine
+from steploop.core.state.module_machine import ModuleMachine
+from steploop.core.state.optimizer_state import attributes_of, check_keepable, restore_attributes
+from steploop.core.state.ownership import Holder, Lease
+from steploop.core.state.parts import TensorValues
+from steploop.errors import ConfigError
 
 __all__ = ["Machine"]
 
@@ -23,93 +29,200 @@ _NOT_VALUES = {"params", "foreach", "fused", "capturable", "differentiable"}
 
 
 class Machine:
-    """What a state computes with: a module machine, a live optimizer, and static facts about both."""
+    """What a state computes with: a module machine, a live optimizer, and static facts about both.
+
+    Attributes:
+        buffer_shapes: buffer name -> its shape when the state was made.
+        optimizer_name: the name of the optimizer's class; of several with a plus in between.
+        group_names: the names of the parameters of each group.
+        group_labels: the selector of each group as it was written, if that is a text.
+        trainable: the names of the parameters that the optimizer has, in the order of the model.
+        not_trained: the names of the others.
+        rate_factors: the learning rate of each group over the optimizer's own.
+        initial_hyper: the hyperparameters of each group at the beginning.
+        third_party: whether the optimizer is no class of torch.optim, so that what it keeps is read back.
+        needs_closure: whether its ``step`` evaluates the loss itself.
+        moved: the names of parameters that the model's forward pass changes; None before the first pass.
+        recomputes: whether a backward pass writes into buffers (activation checkpointing); None before the first.
+    """
 
     def __init__(
         self,
         module: ModuleMachine,
         optimizer: torch.optim.Optimizer,
         group_names: tuple[tuple[str, ...], ...],
+        group_labels: tuple[str | None, ...],
         device: torch.device,
     ) -> None:
         self.module = module
         self.model = module.model
         self.optimizer = optimizer
         self.group_names = group_names
+        self.group_labels = group_labels
+        self.buffer_shapes = {name: tuple(b.shape) for name, b in self.model.named_buffers()}
         self.device = device
         self.device_type = device.type  # the device makes a string each time that it is asked
         self.default_dtype = torch.get_default_dtype()
         grouped = {name for names in group_names for name in names}
-        self.trainable = tuple(name for name, _ in self.model.named_parameters() if name in grouped)
+        names = [name for name, _ in self.model.named_parameters()]
+        self.trainable = tuple(name for name in names if name in grouped)
+        self.not_trained = tuple(name for name in names if name not in grouped)
+        self.moved: tuple[str, ...] | None = None
+        self.recomputes: bool | None = None
         self.rate_factors = _rate_factors(optimizer)
+        self.uniform = all(factor == 1.0 for factor in self.rate_factors)
+        self.group_rates: tuple[Any, list[Any]] | None = (
+            None  # kept by ``schedule``: the schedule of each group
+        )
         self.holder = Holder()
         self.generators: tuple[torch.Generator, ...] | None = None  # those that a forward pass may draw from
         self.seeds: dict[Any, Tensor] = {}  # kept by the backward pass: what the loss is differentiated with
         self.rate_table: object = None  # kept by ``schedule``: a schedule's values on the device
         self._hyper: tuple[Mapping[str, Any], ...] | None = None
+        self._pointed: Mapping[str, Tensor] | None = None  # the parameters that the optimizer holds
         _settle_implementation(optimizer, device)
-        # torch's own optimizers fill the dictionaries they are given; others may put new ones in their place
-        self.replaces_slots = not type(optimizer).__module__.startswith("torch.optim")
+        # torch's own optimizers keep all state with their parameters, in the dictionaries that they are given
+        members = getattr(optimizer, "members", (optimizer,))  # of a set of several classes
+        self.optimizer_name = "+".join(type(m).__name__ for m in members)
+        self.third_party = any(not type(m).__module__.startswith("torch.optim") for m in members)
         # torch wraps step() in a profiler annotation and a walk over hooks: 40 us of 95 on a small model. The
         # function underneath is torch's own step; the wrapped one is taken as soon as there is a hook.
         self._bare_step = getattr(type(optimizer).step, "__wrapped__", type(optimizer).step)
+        self.needs_closure = isinstance(optimizer, torch.optim.LBFGS) or _requires_closure(self._bare_step)
+        # schedule-free optimizers compute with other parameters than those they are judged by
+        self.has_modes = callable(getattr(optimizer, "train", None)) and callable(
+            getattr(optimizer, "eval", None)
+        )
+        if self.has_modes:
+            optimizer.train()  # type: ignore[attr-defined]  # looked at above
+        self.initial_hyper = self.read_hyper()
+        if self.third_party:
+            check_keepable(optimizer, self.initial_hyper)
+            self.initial_attributes = attributes_of(optimizer)
 
     @property
     def fused(self) -> bool:
         """Whether the optimizer can skip a step by itself, on the device, given ``found_inf``."""
         return bool(getattr(self.optimizer, "_step_supports_amp_scaling", False))
 
-    def initial_hyper(self) -> tuple[dict[str, Any], ...]:
-        """The hyperparameters of each group as values, in the order of the groups."""
+    def read_hyper(self) -> tuple[dict[str, Any], ...]:
+        """What each group holds besides its parameters, in the order of the groups."""
         return tuple(
             {k: v for k, v in g.items() if k not in _NOT_VALUES} for g in self.optimizer.param_groups
         )
 
+    def initial_beside(self) -> dict[str, Any]:
+        """What the optimizer keeps besides parameters and groups at the beginning."""
+        return self.read_beside() if self.third_party else {}
+
+    def read_beside(self) -> dict[str, Any]:
+        """What the optimizer keeps under keys that are no parameters, and as attributes of its own."""
+        found: dict[str, Any] = {}
+        if keys := {k: v for k, v in self.optimizer.state.items() if not isinstance(k, Tensor)}:
+            found["state"] = keys
+        if attributes := attributes_of(self.optimizer):
+            found["attributes"] = attributes
+        return found
+
+    # -- whose values the optimizer holds -------------------------------------------------------------------------
+
     def point_optimizer(
-        self,
-        lease: Lease,
-        params: Mapping[str, Tensor],
-        slots: Mapping[str, dict[str, Any]],
-        hyper: tuple[Mapping[str, Any], ...],
-    ) -> "tuple[Any, ...] | None":
-        """Make the optimizer hold these values; what has to be put back after the call, or None."""
-        if self.holder.holds(lease):
+        self, lease: Lease, tensors: TensorValues, hyper: tuple[Mapping[str, Any], ...]
+    ) -> Callable[[], None] | None:
+        """Make the optimizer hold these values; a function that puts the others back after the call, or None."""
+        own = self.holder.holds(lease) or self.holder.free()
+        if own and self._pointed is tensors.params and not self.third_party:
+            self.holder.give_to(lease)
             self._set_hyper(hyper)
             return None
-        optimizer, before = self.optimizer, None
-        if self.holder.free():
+        put_back = self._putting_back()
+        self._put(tensors, hyper)
+        if own:
             self.holder.give_to(lease)
-        else:
-            before = (optimizer.state, [(group, list(group["params"])) for group in optimizer.param_groups])
-        optimizer.state = defaultdict(dict, {params[name]: slot for name, slot in slots.items()})
+            self._pointed = tensors.params
+            return None
+        return put_back
+
+    def _putting_back(self) -> Callable[[], None]:
+        """A function that makes the optimizer hold again what it holds now."""
+        optimizer, pointed = self.optimizer, self._pointed
+        before = (optimizer.state, [(group, list(group["params"])) for group in optimizer.param_groups])
+
+        def put_back() -> None:
+            optimizer.state, groups = before
+            for group, others in groups:
+                group["params"][:] = others
+            self._hyper, self._pointed = None, pointed
+
+        return put_back
+
+    def keep(self) -> Callable[[], None]:
+        """A function that puts module and optimizer back as they are now, groups and implementation included."""
+        put_module_back, put_back = self.module.keep(), self._putting_back()
+        groups = [{k: v for k, v in group.items() if k != "params"} for group in self.optimizer.param_groups]
+        owner = self.holder.owner()
+
+        def restore() -> None:
+            put_module_back()
+            put_back()
+            for group, before in zip(self.optimizer.param_groups, groups, strict=True):
+                group.update(before)
+            self.holder.restore(owner)
+
+        return restore
+
+    def _put(self, tensors: TensorValues, hyper: tuple[Mapping[str, Any], ...]) -> None:
+        """Put values into the optimizer."""
+        self._pointed = None  # an exception half-way leaves values that are not known
+        optimizer, params = self.optimizer, tensors.params
+        optimizer.state = defaultdict(dict, {params[name]: slot for name, slot in tensors.slots.items()})
         for group, names in zip(optimizer.param_groups, self.group_names, strict=True):
             group["params"][:] = [params[name] for name in names]  # in place: LBFGS keeps the list itself
+        if self.third_party:
+            optimizer.state.update(tensors.beside.get("state", {}))
+            restore_attributes(optimizer, tensors.beside.get("attributes", self.initial_attributes))
         self._set_hyper(hyper)
-        return before
 
-    def put_back(self, before: "tuple[Any, ...] | None") -> None:
-        """End a loan of the optimizer; its hyperparameters are set before every use."""
-        if before is None:
-            return
-        self.optimizer.state, groups = before
-        for group, params in groups:
-            group["params"][:] = params
+    @contextmanager
+    def lent(
+        self, tensors: TensorValues, hyper: tuple[Mapping[str, Any], ...]
+    ) -> Iterator[torch.optim.Optimizer]:
+        """The optimizer with other values for the length of a ``with`` block."""
+        put_back = self._putting_back()
+        try:
+            self._put(tensors, hyper)
+            yield self.optimizer
+        finally:
+            put_back()
 
     def _set_hyper(self, hyper: tuple[Mapping[str, Any], ...]) -> None:
         if hyper is not self._hyper:
+            self._hyper = None
             for group, values in zip(self.optimizer.param_groups, hyper, strict=True):
+                if self.third_party:  # what another state's optimizer added to its groups is not this one's
+                    for key in [k for k in group if k not in values and k not in _NOT_VALUES]:
+                        del group[key]
                 group.update(values)
             self._hyper = hyper
 
-    def step(self, leaves: Sequence[Tensor], grads: Sequence[Tensor | None], loss: Tensor | None) -> None:
+    def forget_hyper(self) -> None:
+        """Note that the optimizer may have changed its groups."""
+        self._hyper = None
+
+    def step(
+        self,
+        leaves: Sequence[Tensor],
+        grads: Sequence[Tensor | None],
+        closure: Callable[[], Any] | None = None,
+    ) -> None:
         """One ``optimizer.step()`` with the gradients lent to the parameters; ``.grad`` is None afterwards."""
         for leaf, grad in zip(leaves, grads, strict=True):
             leaf.grad = grad
         optimizer = self.optimizer
         try:
-            if isinstance(optimizer, torch.optim.LBFGS):
-                optimizer.step(lambda: loss)  # type: ignore[no-untyped-call]  # torch leaves it untyped
-            elif _hooked(optimizer):
+            if closure is not None:
+                optimizer.step(closure)
+            elif _hooked(optimizer) or "step" in vars(optimizer):
                 optimizer.step()
             else:
                 self._bare_step(optimizer)
@@ -117,17 +230,35 @@ class Machine:
             for leaf in leaves:
                 leaf.grad = None
 
+    def check_frozen(self, params: Mapping[str, Tensor]) -> None:
+        """Raise ConfigError if a parameter that the optimizer does not have requires a gradient now."""
+        for name in self.not_trained:
+            if params[name].requires_grad:
+                raise ConfigError(
+                    f"The parameter {name} requires a gradient, but it did not when the state was made: no optimizer has it. "
+                    "After thawing it, make a new state with TrainState.create(model, optimizer)."
+                )
+
 
 def _rate_factors(optimizer: torch.optim.Optimizer) -> tuple[float, ...]:
     """The lr of each group over the optimizer's own lr: the proportion that a schedule keeps."""
     base = optimizer.defaults.get("lr")
     # no rate of its own (others' Adafactor has lr=None), or one of 0: there is no proportion to keep
-    return tuple(float(group["lr"]) / float(base) if base else 1.0 for group in optimizer.param_groups)
+    return tuple(
+        float(group["lr"]) / float(base) if base and group.get("lr") is not None else 1.0
+        for group in optimizer.param_groups
+    )
+
+
+def _requires_closure(step: Callable[..., Any]) -> bool:
+    """Whether ``step`` cannot be called without a closure."""
+    parameter = inspect.signature(step).parameters.get("closure")
+    return parameter is not None and parameter.default is inspect.Parameter.empty
 
 
 def _settle_implementation(optimizer: torch.optim.Optimizer, device: torch.device) -> None:
     """Decide once what torch decides anew at every step, looking at every tensor: on a CPU it takes the plain loop."""
-    if device.type != "cpu":
+    if device.type != "cpu" or not type(optimizer).__module__.startswith("torch.optim"):
         return
     for group in optimizer.param_groups:
         if "foreach" in group and group["foreach"] is None and not group.get("fused"):

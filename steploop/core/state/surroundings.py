@@ -24,7 +24,7 @@ class _Machine(Protocol):
 
 class _State(Protocol):
     @property
-    def _machine(self) -> Any: ...
+    def machine(self) -> Any: ...
 
 
 S = TypeVar("S", bound=_State)
@@ -66,7 +66,7 @@ def shielded(function: Callable[Concatenate[S, P], R]) -> Callable[Concatenate[S
 
     @functools.wraps(function)
     def call(state: S, /, *args: P.args, **kwargs: P.kwargs) -> R:
-        machine: _Machine = state._machine
+        machine: _Machine = state.machine
         if (
             torch.get_default_dtype() is machine.default_dtype
             and not torch.is_inference_mode_enabled()

@@ -13,7 +13,7 @@ __all__ = ["Trace", "TracedCount", "trace_of"]
 class Trace(Protocol):
     """What a trace does for a step function whose work the host has to do before or after the graph."""
 
-    def schedule(self, state: Any, learning_rate: Callable[[int], Any]) -> Any:
+    def schedule(self, state: Any, learning_rate: Any) -> Any:
         """The state whose rates the host will set, when it knows how many steps were taken."""
         ...
 

@@ -2,31 +2,27 @@
 
 from collections.abc import Mapping
 from types import MappingProxyType
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, NoReturn, Self
 
 import attrs
 import torch
 from torch import Tensor, nn
 
-from steploop.core.early_stopping import Best, StoppingState
-from steploop.core.plateau import PlateauState
+from steploop.core.optimizer import check_rate
 from steploop.core.precision import LossScale, Precision, check_precision
-from steploop.core.state.creation import OptimizerDescription, copy_leaf, initial_fields
+from steploop.core.state.copying import copy_tensors, leaf_like
+from steploop.core.state.creation import OptimizerDescription, initial_values
 from steploop.core.state.machine import Machine
 from steploop.core.state.ownership import Lease
+from steploop.core.state.parts import Gradients, InFlight, PlainValues, TensorValues, field_names, plain_names
 from steploop.core.state.surroundings import shielded
-from steploop.core.trees import map_tensors
+from steploop.core.trees import map_tensors, unkeepable
 from steploop.errors import ConfigError, SpentStateError
 
-__all__ = ["Gradients", "TrainState", "read_host"]
+__all__ = ["TrainState", "read_host"]
 
-
-@attrs.define(eq=False)
-class Gradients:
-    """Gradients in flight, in the order of the trainable parameters; unscaling and clipping take them over."""
-
-    values: list[Tensor | None]
-    taken_by: str | None = None
+_NOTHING = InFlight()
+_OTHERS = frozenset({*field_names(TensorValues), *field_names(InFlight)})
 
 
 def read_host(value: int | Tensor) -> int:
@@ -34,67 +30,59 @@ def read_host(value: int | Tensor) -> int:
     return int(value.item()) if isinstance(value, Tensor) else value
 
 
-@attrs.frozen(eq=False, kw_only=True, repr=False, slots=False)
-class TrainState:
+@attrs.frozen(eq=False, kw_only=True, repr=False, slots=False, init=False)
+class TrainState(PlainValues):
     """All that the next training step depends on, as one immutable value.
 
-    Make one with ``TrainState.create``; the step functions give the next ones. Copy it with ``clone()``; change
-    a field that is a plain value with ``attrs.evolve``. Reading the tensors of a state that has given them away
-    raises ``SpentStateError``.
+    Make one with ``TrainState.create``; the step functions give the next ones. It has three parts: plain values,
+    which are fields and change with ``attrs.evolve``; values in tensors (``params``, ``buffers``, ``slots``, ``ema``,
+    ``carry``), which change by step functions, ``with_params`` and ``with_carry``; and results in flight from one step
+    function to the next (``loss``, ``outputs``, ``grads``, ``grad_norm``, ``clipped_norm``, ``finite``). Copy it with
+    ``clone()``. Reading the tensors of a state that has given them away raises ``SpentStateError``.
+
+    The fields that a user may read and change are those of ``steploop.core.state.parts.PlainValues``.
 
     Attributes:
-        seed: of everything random: a step's generator is seeded from (seed, attempted_steps).
-        epoch: epochs finished; with ``batch`` the cursor into the data.
-        batch: batches consumed in this epoch; ``optimizer_step`` advances it.
-        attempted_steps: optimizer steps tried, taken or not.
-        applied_steps: optimizer steps taken; schedules follow it. A 0-dim tensor while the count is on a device.
-        nonfinite_steps: steps not taken in a row because a gradient was not finite; resets when one is taken.
-        precision: "fp32", "bf16" or "fp16"; parameters are float32 under each.
-        scale: the loss scale of fp16; None for the others.
-        hyper: the hyperparameters of each parameter group; values only.
-        early_stopping: what ``EarlyStopping`` carries, or None.
-        plateau: what ``ReduceLROnPlateau`` carries, or None.
-        best: the best value of the monitored metric and where it was reached, or None.
-        loss: of this step, shape (), not scaled; None before ``forward_loss``.
-        outputs: what the objective gave besides the loss, detached; None before ``forward_loss``.
-        grad_norm: global L2 norm of the unscaled gradients before clipping, shape ().
-        clipped_norm: the same after clipping, for logs.
-        finite: whether all gradients were finite; a 0-dim bool tensor while the answer is on a device.
+        tensors: the values in tensors.
+        flight: what goes from one step function to the next.
+        machine: the module and the optimizer that compute; never saved.
+        lease: who owns the tensors.
+        generation: of this state in the lease; another number there means that it is spent.
     """
 
-    _params: dict[str, Tensor]
-    _buffers: dict[str, Tensor]
-    _slots: dict[str, dict[str, Any]]
-    _machine: Machine
-    _lease: Lease = attrs.field(factory=Lease)
-    _generation: int = 0
-    hyper: tuple[Mapping[str, Any], ...]
-    seed: int = 0
-    epoch: int = 0
-    batch: int = 0
-    attempted_steps: int = 0
-    applied_steps: int | Tensor = 0
-    nonfinite_steps: int | Tensor = 0
-    precision: Precision = "fp32"
-    scale: LossScale | None = None
-    early_stopping: StoppingState | None = None
-    plateau: PlateauState | None = None
-    best: Best | None = None
-    _ema: dict[str, Tensor] | None = None
-    _leaves: tuple[Tensor, ...] = ()
-    _known: tuple[int, int] = (0, 0)  # applied and attempted steps when the host last knew both
-    # in flight, from one step function to the next; never saved
-    _graph: Tensor | None = None
-    _old_buffers: dict[str, Tensor] | None = None
-    _grads: Gradients | None = None
-    loss: Tensor | None = None
-    outputs: Any = None
-    grad_norm: Tensor | None = None
-    clipped_norm: float | Tensor | None = None
-    finite: bool | Tensor | None = None
+    tensors: TensorValues
+    flight: InFlight = _NOTHING
+    machine: Machine
+    lease: Lease
+    generation: int = 0
+
+    if not TYPE_CHECKING:  # for a type checker attrs.evolve takes the plain values, as PlainValues has them
+
+        def __init__(
+            self,
+            *,
+            tensors: TensorValues,
+            machine: Machine,
+            lease: Lease,
+            flight: InFlight = _NOTHING,
+            generation: int = 0,
+            **plain: Any,
+        ) -> None:
+            """Check what ``attrs.evolve`` was given: plain values, by their names."""
+            for name in plain:
+                if name in _OTHERS:
+                    raise ConfigError(
+                        f"attrs.evolve: {name} of a TrainState is no plain value, and a change of it would be lost or half "
+                        "done. Use state.with_params({name: tensor}) or state.with_carry(tree); a step function makes the rest."
+                    )
+                if name not in (known := plain_names(type(self))):
+                    raise ConfigError(f"TrainState has no plain value {name!r}. It has: {', '.join(known)}.")
+            self.__attrs_init__(  # made by attrs
+                tensors=tensors, machine=machine, lease=lease, flight=flight, generation=generation, **plain
+            )
 
     def __attrs_post_init__(self) -> None:
-        """A state cannot be half fp16 and half not."""
+        """A state cannot be half fp16 and half not, and its rates are rates."""
         check_precision(self.precision)
         if (self.scale is not None) != (self.precision == "fp16"):
             raise ConfigError(
@@ -102,6 +90,8 @@ class TrainState:
                 f"{self.precision!r} and scale is {self.scale!r}. Make a new state with TrainState.create(..., "
                 "precision=...)."
             )
+        for index, group in enumerate(self.hyper):
+            check_rate(f"TrainState: the lr of parameter group {index}", group.get("lr"))
 
     @classmethod
     def create(
@@ -115,8 +105,10 @@ class TrainState:
         memory_format: torch.memory_format | None = None,
         loss_scale: LossScale | None = None,
         ema: bool = False,
+        ema_buffers: bool = False,
+        carry: Any = None,
     ) -> Self:
-        """The first state of a run, over the model's own tensors.
+        """Make the first state of a run, over the model's own tensors.
 
         The model's values become the state's: the model computes with them from now on, and holds the newest
         ones after each step. If another living state has them already, this one starts from a copy.
@@ -132,13 +124,22 @@ class TrainState:
             memory_format: ``torch.channels_last`` suits convolutions.
             loss_scale: for fp16; None means ``LossScale()``.
             ema: whether to carry an exponential moving average of the weights (see ``update_ema``).
+            ema_buffers: whether to average floating-point buffers too (BatchNorm's statistics); others are copied.
+            carry: a first value for ``state.carry``: a tree of tensors and plain values of your own.
 
         Raises:
             ConfigError: a lazy or meta parameter, parameters on several devices or none to train, fp16 or bf16
-                parameters under precision="fp16", or a loss scale without fp16.
+                parameters under precision="fp16", a loss scale without fp16, or an optimizer or a module that keeps
+                what a state cannot hold.
+
+        Example:
+            >>> model = torch.nn.Linear(2, 1)
+            >>> state = TrainState.create(model, steploop.Optimizer(torch.optim.SGD, lr=0.1), seed=0)
+            >>> state.step, state.learning_rate
+            (0, 0.1)
         """
         return cls(
-            **initial_fields(
+            **initial_values(
                 model,
                 optimizer,
                 seed=seed,
@@ -147,6 +148,8 @@ class TrainState:
                 memory_format=memory_format,
                 loss_scale=loss_scale,
                 ema=ema,
+                ema_buffers=ema_buffers,
+                carry=_own_carry(carry),
             )
         )
 
@@ -156,39 +159,71 @@ class TrainState:
     def params(self) -> Mapping[str, Tensor]:
         """Parameter name -> tensor, in the order of ``model.named_parameters()``."""
         self.check_alive("params")
-        return MappingProxyType(self._params)
+        return MappingProxyType(self.tensors.params)
 
     @property
     def buffers(self) -> Mapping[str, Tensor]:
         """Buffer name -> tensor, in the order of ``model.named_buffers()``."""
         self.check_alive("buffers")
-        return MappingProxyType(self._buffers)
+        return MappingProxyType(self.tensors.buffers)
 
     @property
     def slots(self) -> Mapping[str, Mapping[str, Any]]:
         """Parameter name -> slot name -> what the optimizer keeps for it: momentum, moments, a step count."""
         self.check_alive("slots")
-        return MappingProxyType(self._slots)
+        return MappingProxyType(self.tensors.slots)
 
     @property
     def ema(self) -> Mapping[str, Tensor] | None:
-        """Parameter name -> its exponential moving average, or None."""
+        """Parameter name -> its exponential moving average, or None; averaged buffers are among them."""
         self.check_alive("ema")
-        return None if self._ema is None else MappingProxyType(self._ema)
+        return None if self.tensors.ema is None else MappingProxyType(self.tensors.ema)
+
+    @property
+    def carry(self) -> Any:
+        """Your own tree of tensors and plain values: saved, copied and resumed with the state. See ``with_carry``."""
+        self.check_alive("carry")
+        return self.tensors.carry
 
     @property
     def grads(self) -> Mapping[str, Tensor] | None:
         """Name -> gradient of each parameter that the loss depends on; None outside of a step."""
         self.check_alive("grads")
-        if self._grads is None:
+        grads = self.flight.grads
+        if grads is None:
             return None
-        if self._grads.taken_by is not None:
+        if grads.taken_by is not None:
             raise SpentStateError(
-                f"The gradients of this state were given to {self._grads.taken_by}, which works on them in place. "
+                f"The gradients of this state were given to {grads.taken_by}, which works on them in place. "
                 "Read them from the state that it returned."
             )
-        pairs = zip(self._machine.trainable, self._grads.values, strict=True)
+        pairs = zip(self.machine.trainable, grads.values, strict=True)
         return MappingProxyType({name: g for name, g in pairs if g is not None})
+
+    @property
+    def loss(self) -> Tensor | None:
+        """The loss of this step, shape (), not scaled; None before ``forward_loss``."""
+        return self.flight.loss
+
+    @property
+    def outputs(self) -> Any:
+        """What the objective gave besides the loss; None before ``forward_loss``."""
+        return self.flight.outputs
+
+    @property
+    def grad_norm(self) -> Tensor | None:
+        """The global L2 norm of the unscaled gradients before clipping, shape ()."""
+        return self.flight.grad_norm
+
+    @property
+    def clipped_norm(self) -> float | Tensor | None:
+        """The global L2 norm after clipping."""
+        return self.flight.clipped_norm
+
+    @property
+    def finite(self) -> bool | Tensor | None:
+        """Whether all gradients were finite; a 0-dim bool tensor while the answer is on a device."""
+        return self.flight.finite
 
     @property
     def step(self) -> int:
@@ -203,7 +238,7 @@ class TrainState:
     @property
     def device(self) -> torch.device:
         """Where the parameters are."""
-        return self._machine.device
+        return self.machine.device
 
     @property
     def model(self) -> nn.Module:
@@ -212,42 +247,106 @@ class TrainState:
         For looking, exporting and calling by hand. Another state's next step takes the module back for itself.
         """
         self.check_alive("model")
-        module = self._machine.module
-        module.place_params(self._params)
-        module.place_buffers(self._buffers)
-        module.holder.give_to(self._lease)
+        module = self.machine.module
+        module.place_params(self.tensors.params)
+        module.place_buffers(self.tensors.buffers)
+        module.set_extra_state(self.tensors.extra)
+        module.holder.give_to(self.lease)
         return module.model
 
-    # -- copies ---------------------------------------------------------------------------------------------
+    # -- other values ---------------------------------------------------------------------------------------
 
-    def replace(self, **changes: Any) -> Self:
-        """This state with some fields changed, unchecked: the step functions' way, a fifth of ``attrs.evolve``'s time."""
-        new = object.__new__(type(self))
-        object.__setattr__(new, "__dict__", self.__dict__ | changes)
-        return new
+    @shielded
+    def with_params(self, values: Mapping[str, Tensor]) -> Self:
+        """Make a state with other parameters or buffers; this one stays whole.
+
+        The new state owns its tensors: everything is copied. Optimizer slots, averages and counters are kept; what was
+        in flight is dropped.
+
+        Args:
+            values: parameter or buffer name -> tensor of its shape and dtype; names left out keep their values.
+
+        Raises:
+            ConfigError: a name that the state does not have, another shape or another dtype.
+
+        Example:
+            >>> state = TrainState.create(torch.nn.Linear(2, 1), steploop.Optimizer(torch.optim.SGD, lr=0.1))
+            >>> float(state.with_params({"bias": torch.ones(1)}).params["bias"])
+            1.0
+        """
+        self.check_alive("with_params")
+        have = {**self.tensors.params, **self.tensors.buffers}
+        for name, value in values.items():
+            if name not in have:
+                raise ConfigError(
+                    f"with_params: the state has no parameter or buffer {name!r}. It has: {', '.join(list(have)[:10])}"
+                    f"{', ...' if len(have) > 10 else ''}."
+                )
+            if not isinstance(value, Tensor) or (value.shape, value.dtype) != (
+                have[name].shape,
+                have[name].dtype,
+            ):
+                came = (
+                    f"{tuple(value.shape)} {value.dtype}"
+                    if isinstance(value, Tensor)
+                    else type(value).__name__
+                )
+                raise ConfigError(
+                    f"with_params: {name} must be {tuple(have[name].shape)} {have[name].dtype}, but is {came}."
+                )
+        new = self.clone()
+        tensors = new.tensors
+        params, buffers = dict(tensors.params), dict(tensors.buffers)
+        for name, value in values.items():
+            copied = torch.empty_like(have[name], requires_grad=False).copy_(value.detach())
+            if name in params:
+                params[name] = leaf_like(self.tensors.params[name], copied)
+            else:
+                buffers[name] = copied
+        leaves = tuple(params[name] for name in self.machine.trainable)
+        return new.replace(
+            tensors=tensors.replace(params=params, buffers=buffers, leaves=leaves),
+            flight=InFlight(known=self.flight.known),
+        )
+
+    def with_carry(self, carry: Any) -> Self:
+        """Make a state that carries another tree of your own; the tensors are shared with this one.
+
+        A hidden state, a queue, a running reward, a stage of a curriculum: whatever the next step depends on. Tensors
+        are detached. A skipped step brings back the carry that the step began with.
+
+        Args:
+            carry: None, bool, int, float, str, tensors, and lists, tuples and mappings of them.
+
+        Raises:
+            ConfigError: it holds something else, which a checkpoint could not keep.
+
+        Example:
+            >>> state = TrainState.create(torch.nn.Linear(2, 1), steploop.Optimizer(torch.optim.SGD, lr=0.1))
+            >>> state.with_carry({"reward": 0.5}).carry
+            {'reward': 0.5}
+        """
+        self.check_alive("with_carry")
+        return self.replace(tensors=self.tensors.replace(carry=_own_carry(carry)))
 
     @shielded
     def clone(self) -> Self:
-        """A copy that shares no tensor with this state: what is done to one is never seen by the other."""
+        """Make a copy that shares no tensor with this state: what is done to one is never seen by the other."""
         self.check_alive("clone()")
-        params = {name: copy_leaf(p) for name, p in self._params.items()}
-        grads = self._grads
+        machine, flight = self.machine, self.flight
+        grads = flight.grads
+        if grads is not None:
+            grads = Gradients([None if g is None else g.clone() for g in grads.values], grads.taken_by)
         return self.replace(
-            _params=params,
-            _buffers={n: b.clone() for n, b in self._buffers.items()},
-            _slots={n: map_tensors(Tensor.clone, slot) for n, slot in self._slots.items()},
-            _ema=None if self._ema is None else {n: t.clone() for n, t in self._ema.items()},
-            _lease=Lease(),
-            _generation=0,
-            _leaves=tuple(params[name] for name in self._machine.trainable),
-            _graph=None,
-            _grads=None
-            if grads is None
-            else Gradients([None if g is None else g.clone() for g in grads.values], grads.taken_by),
+            tensors=copy_tensors(self.tensors, machine.trainable),
+            hyper=tuple(map_tensors(Tensor.clone, group) for group in self.hyper),
+            lease=Lease(),
+            generation=0,
+            flight=flight.replace(graph=None, grads=grads),
         )
 
     def settle(self) -> Self:
-        """This state with its counters and its scale read to the host: waits for the device, once."""
+        """Read this state's counters and scale to the host: waits for the device, once."""
         changes: dict[str, Any] = {
             key: read_host(value)
             for key in ("applied_steps", "nonfinite_steps")
@@ -259,7 +358,7 @@ class TrainState:
                 self.scale, scale=float(self.scale.scale.item()), growth_tracker=tracker
             )
         if isinstance(self.finite, Tensor):
-            changes["finite"] = bool(self.finite.item())
+            changes["flight"] = self.flight.replace(finite=bool(self.finite.item()))
         return self.replace(**changes) if changes else self
 
     # -- ownership ------------------------------------------------------------------------------------------
@@ -267,25 +366,50 @@ class TrainState:
     @property
     def alive(self) -> bool:
         """Whether the tensors are still this state's: no step function has updated them in place."""
-        return self._generation == self._lease.generation
+        return self.generation == self.lease.generation
 
     def check_alive(self, use: str) -> None:
         """Raise SpentStateError if the tensors of this state were given away."""
-        if self._generation != self._lease.generation:
-            raise self._lease.spent(use, self._generation, self.attempted_steps)
+        if self.generation != self.lease.generation:
+            raise self.lease.spent(use, self.generation, self.attempted_steps)
 
-    def donate(self, by: str, **changes: Any) -> Self:
-        """The next owner of this state's tensors; this state is spent."""
-        lease = self._lease
-        lease.generation += 1
-        lease.spender = by
-        return self.replace(_generation=lease.generation, **changes)
+    def __copy__(self) -> Self:
+        """A value needs no shallow copy."""
+        return self
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        """``copy.deepcopy(state)`` is ``state.clone()``."""
+        return self.clone()
+
+    def __reduce_ex__(self, protocol: Any) -> NoReturn:
+        """Refuse to be pickled: a pickle would hold the live module and optimizer, and code to run when it is read."""
+        raise ConfigError(
+            "A TrainState cannot be pickled. Save it with steploop.checkpoint.save(state, directory) and load it with "
+            "steploop.checkpoint.load(directory, like=state)."
+        )
 
     def __repr__(self) -> str:
         """What a log line needs: never the tensors."""
         spent = "" if self.alive else " (spent)"
-        count = sum(p.numel() for p in self._params.values())
+        count = sum(p.numel() for p in self.tensors.params.values())
+        loss = f", loss={float(self.loss):.4g}" if type(self.loss) is Tensor else ""
+        rate = self.hyper[0].get("lr") if self.hyper else None
+        lr = f", lr={float(rate):.4g}" if rate is not None and type(rate) in {int, float, Tensor} else ""
         return (
-            f"TrainState(step={self.applied_steps}, attempted={self.attempted_steps}, epoch={self.epoch}, batch={self.batch}, "
-            f"precision={self.precision!r}, {count:,} parameters on {self.device}){spent}"
+            f"TrainState(step={self.applied_steps}, attempted={self.attempted_steps}, epoch={self.epoch}, batch={self.batch}"
+            f"{loss}{lr}, precision={self.precision!r}, {type(self.machine.model).__name__} of {count:,} parameters on "
+            f"{self.device}){spent}"
         )
+
+
+def _own_carry(carry: Any) -> Any:
+    """The tree with its tensors detached; ConfigError where a checkpoint could not keep it."""
+    if carry is None:
+        return None
+    if (found := unkeepable(carry)) is not None:
+        name, value = found
+        raise ConfigError(
+            f"The carry of a state must be a tree of tensors, numbers, texts and None (lists, tuples, mappings), but "
+            f"{('carry' + name)!r} is a {type(value).__name__}."
+        )
+    return map_tensors(Tensor.detach, carry)

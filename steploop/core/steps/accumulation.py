@@ -1,16 +1,19 @@
 """Gradient accumulation: the gradients of several micro-batches as those of the whole batch they are parts of."""
 
+import math
 from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from steploop.core.state.parts import Gradients, InFlight
 from steploop.core.state.surroundings import shielded
-from steploop.core.state.train_state import Gradients, TrainState
-from steploop.core.steps.backward_pass import gradients, seed_of
+from steploop.core.state.train_state import TrainState
+from steploop.core.steps.backward_pass import gradients, require_some, seed_of, take_gradients
+from steploop.core.steps.forward import after_passes
 from steploop.core.steps.forward_pass import Objective, TrainingPasses
-from steploop.core.trees import count_samples
+from steploop.core.trees import UNCOUNTED, count_samples
 from steploop.errors import EmptyDataError, ObjectiveError
 
 __all__ = ["accumulate"]
@@ -33,8 +36,8 @@ def accumulate(state: TrainState, micro_batches: Iterable[Any], objective: Objec
     Args:
         state: any living state.
         micro_batches: the parts; a list, or an iterable that is read once.
-        objective: as for ``forward_loss``. Its third value is the weight w_i; the default is the number of samples,
-            the length of the batch's first tensor.
+        objective: as for ``forward_loss``. Its third value is the weight w_i, a number >= 0; the default is the number
+            of samples, the length of the first axis of all the batch's tensors. A part of weight 0 counts for nothing.
 
     Returns:
         The state with ``loss`` (shape (), detached), ``outputs`` (a list, one per part) and ``grads``, still multiplied
@@ -42,7 +45,7 @@ def accumulate(state: TrainState, micro_batches: Iterable[Any], objective: Objec
 
     Raises:
         EmptyDataError: there is no micro-batch, or the weights sum to 0.
-        ObjectiveError: no weight was given and the batch has no tensor to count samples in.
+        ObjectiveError: no weight was given and the samples of a batch cannot be counted; a weight is negative or nan.
     """
     state.check_alive("accumulate")
     parts = list(micro_batches)
@@ -55,44 +58,60 @@ def accumulate(state: TrainState, micro_batches: Iterable[Any], objective: Objec
     total = float(sum(size or 0 for size in sizes)) or 1.0
     losses, outputs, weights = [], [], []
     grads: list[Tensor | None] = []
-    own_weights, unit, last = False, 1.0, len(parts) - 1
+    own_weights, unit = False, 1.0
     with TrainingPasses(state) as passes:
         for index, (part, size) in enumerate(zip(parts, sizes, strict=True)):
             loss, out, given = passes.run(part, objective, draw=index)
             if index == 0 and given is not None:
                 own_weights, unit = True, _unit(given, len(parts))
-            _check_weight(given, size, own_weights=own_weights)
+            counts = _check_weight(given, size, own_weights=own_weights)
             weight = (size or 0) / total if given is None else given / unit
-            grads = gradients(state, loss, seed_of(state, loss, weight), keep=index > 0, take=index == last)
+            if counts:  # the loss of a part without weight may be 0 / 0, whose gradient is nan
+                gradients(state, loss, seed_of(state, loss, weight), keep=True, take=False)
             losses.append(loss.detach())
             outputs.append(out)
             weights.append(weight)
-        buffers = passes.buffers()
+        grads = take_gradients(state)
+        began = passes.end()
     loss = _weighted_sum(losses, weights)
     if own_weights:
         whole = sum(weights)
-        if not isinstance(whole, Tensor) and whole <= 0:
+        if (not isinstance(whole, Tensor) and whole <= 0) or all(g is None for g in grads):
             raise EmptyDataError(
                 f"accumulate: the weights of the micro-batches sum to {whole}; there is nothing to average over."
             )
         loss = loss / whole
         torch._foreach_div_([g for g in grads if g is not None], whole)
-    return state.replace(
-        loss=loss, outputs=outputs, _graph=None, _buffers=buffers, _old_buffers=state._buffers,
-        _grads=Gradients(grads), grad_norm=None, clipped_norm=None, finite=None,
+    require_some(grads)
+    flight = InFlight(
+        loss=loss, outputs=outputs, grads=Gradients(grads), began=began, passes=state.flight.passes + len(parts),
+        known=state.flight.known,
     )  # fmt: skip
+    return after_passes(state, passes, flight, "accumulate")
 
 
-def _check_weight(given: Any, size: int | None, *, own_weights: bool) -> None:
+def _check_weight(given: Any, size: int | None, *, own_weights: bool) -> bool:
+    """Whether a part counts; ObjectiveError where its weight is none. Reads a weight that is a tensor."""
     if own_weights != (given is not None):
         raise ObjectiveError(
             "accumulate: the objective gave a weight for some micro-batches and none for others."
         )
-    if given is None and size is None:
+    if given is None:
+        if size is None:
+            raise ObjectiveError(f"accumulate: {UNCOUNTED}")
+        return size > 0
+    if isinstance(given, Tensor) and (given.dim() or type(given) is not Tensor):
+        if given.dim():
+            raise ObjectiveError(
+                f"accumulate: a weight must be a number or a tensor of shape (), but is one of {tuple(given.shape)}."
+            )
+        return True  # it is being traced and has no value
+    value = float(given)
+    if not 0.0 <= value < math.inf:
         raise ObjectiveError(
-            "accumulate: cannot count the samples of a batch without a tensor. Return (loss, outputs, weight) from the "
-            "objective."
+            f"accumulate: a weight must be a finite number >= 0, but the objective gave {value!r}."
         )
+    return value > 0.0
 
 
 def _unit(weight: float | Tensor, parts: int) -> Any:

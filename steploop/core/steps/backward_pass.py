@@ -1,13 +1,16 @@
 """One backward pass: what a loss is differentiated with, and the gradients taken off the parameters as values."""
 
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, Self
 
 import torch
 from torch import Tensor
 
+from steploop.core.state.parts import TensorValues
+from steploop.core.state.trace import trace_of
 from steploop.core.state.train_state import TrainState
 from steploop.core.steps.forward_pass import translated
-from steploop.errors import SpentStateError
+from steploop.errors import ObjectiveError, SpentStateError
 
 try:
     # What torch.autograd.backward calls when it has looked at its arguments. Of a scalar loss and a seed that are ours
@@ -17,7 +20,7 @@ try:
 except ImportError:  # both are private, and may go: nothing but the time depends on them
     _engine_run_backward: Any = None  # type: ignore[no-redef]
 
-__all__ = ["gradients", "seed_of"]
+__all__ = ["gradients", "recomputing", "require_some", "seed_of", "take_gradients"]
 
 
 def seed_of(state: TrainState, loss: Tensor, weight: float | Tensor = 1.0) -> Tensor:
@@ -28,7 +31,7 @@ def seed_of(state: TrainState, loss: Tensor, weight: float | Tensor = 1.0) -> Te
     if type(loss) is not Tensor:  # it is being traced: nothing of the trace may outlive it
         return torch.full((), factor, dtype=loss.dtype, device=loss.device)
     # a tensor a step is 2 us: the factor of the step before is nearly always the same
-    seeds = state._machine.seeds
+    seeds = state.machine.seeds
     key = (factor, loss.dtype)
     if key not in seeds:
         seeds.clear()
@@ -37,7 +40,13 @@ def seed_of(state: TrainState, loss: Tensor, weight: float | Tensor = 1.0) -> Te
 
 
 def gradients(
-    state: TrainState, loss: Tensor, seed: Tensor, *, keep: bool = False, take: bool = True
+    state: TrainState,
+    loss: Tensor,
+    seed: Tensor,
+    *,
+    keep: bool = False,
+    take: bool = True,
+    keep_graph: bool = False,
 ) -> list[Tensor | None]:
     """Run the backward pass and take every ``.grad`` away.
 
@@ -47,14 +56,15 @@ def gradients(
         seed: what it is differentiated with, of its dtype.
         keep: add to the gradients of the pass before, instead of beginning anew.
         take: False leaves them for the next pass to add to, and returns nothing.
+        keep_graph: keep the graph for another backward pass.
     """
-    leaves = state._leaves
+    leaves = state.tensors.leaves
     if not keep:
         for leaf in leaves:
             if leaf.grad is not None:  # somebody's leftover would be added to ours
                 leaf.grad = None
     try:
-        _backward(loss, seed)
+        _backward(loss, seed, keep_graph=keep_graph)
     except (RuntimeError, MemoryError) as error:
         for leaf in leaves:
             leaf.grad = None
@@ -62,20 +72,79 @@ def gradients(
             raise SpentStateError(
                 "backward_scaled: the graph of this loss was used up by another backward pass. Call forward_loss again."
             ) from error
-        if (ours := translated(error, state._machine, None)) is None:
+        if (ours := translated(error, state.machine, None)) is None:
             raise
         raise ours from error
-    if not take:
-        return []
+    return take_gradients(state) if take else []
+
+
+def take_gradients(state: TrainState) -> list[Tensor | None]:
+    """The gradient of each trainable parameter; ``.grad`` is None afterwards."""
+    leaves = state.tensors.leaves
     grads = [leaf.grad for leaf in leaves]
     for leaf in leaves:
         leaf.grad = None
     return grads
 
 
-def _backward(loss: Tensor, seed: Tensor) -> None:
+def _backward(loss: Tensor, seed: Tensor, *, keep_graph: bool) -> None:
     """``torch.autograd.backward(loss, seed)``; of a traced loss, and under torch.func, where that is an error, itself."""
     if type(loss) is not Tensor or _engine_run_backward is None or _transforms_active():
-        torch.autograd.backward(loss, seed)
+        torch.autograd.backward(loss, seed, retain_graph=keep_graph)
     else:
-        _engine_run_backward((loss,), (seed,), keep_graph=False, create_graph=False, accumulate_grad=True)
+        _engine_run_backward(
+            (loss,), (seed,), keep_graph=keep_graph, create_graph=False, accumulate_grad=True
+        )
+
+
+def require_some(grads: list[Tensor | None]) -> None:
+    """Raise ObjectiveError if no parameter of the state has a gradient."""
+    if all(grad is None for grad in grads):
+        raise ObjectiveError(
+            "No parameter of the state got a gradient: the loss depends on other tensors than the state's. Let the objective "
+            "compute with the model that it is given, objective(model, batch), and with no other copy of it."
+        )
+
+
+class recomputing:  # noqa: N801  (reads as a function where it is used)
+    """Lets a backward pass compute parts of the forward pass again, with this state's parameters and buffers.
+
+    Attributes:
+        tensors: the state's values afterwards: recomputed BatchNorm layers count a batch twice, as in any loop.
+    """
+
+    __slots__ = ("_before", "_copies", "_module", "_state", "_versions", "tensors")
+
+    def __init__(self, state: TrainState) -> None:
+        self._state = state
+        self._module = state.machine.module
+        self._copies: dict[str, Tensor] | None = None
+        self._before: Mapping[str, Tensor] | None = None
+        self.tensors: TensorValues = state.tensors
+
+    def __enter__(self) -> Self:
+        state, machine = self._state, self._state.machine
+        self._before = self._module.point(state.lease, state.tensors.params)
+        # whether a backward pass writes into buffers is found out in the first one, on copies
+        if state.tensors.buffers and machine.recomputes is not False:
+            self._copies = {name: b.clone() for name, b in state.tensors.buffers.items()}
+            self._versions = [b._version for b in self._copies.values()]
+            self._module.place_buffers(self._copies)
+        elif not self._module.holds_buffers(state.tensors.buffers):
+            self._module.place_buffers(state.tensors.buffers)
+        return self
+
+    def __exit__(self, failure: object, *_: object) -> None:
+        module, machine = self._module, self._state.machine
+        if self._copies is not None:
+            found = module.buffers()
+            written = self._versions != [b._version for b in self._copies.values()] or any(
+                found.get(name) is not b for name, b in self._copies.items()
+            )
+            if machine.recomputes is None and failure is None and trace_of(self._state) is None:
+                machine.recomputes = written
+            if written and failure is None:
+                self.tensors = self._state.tensors.replace(buffers=found)
+            module.place_buffers(self.tensors.buffers)
+        if self._before is not None:
+            module.place_params(self._before)

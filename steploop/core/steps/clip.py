@@ -6,8 +6,9 @@ import torch
 from torch import Tensor
 
 from steploop.core.precision import on_host
+from steploop.core.state.parts import Gradients
 from steploop.core.state.surroundings import shielded
-from steploop.core.state.train_state import Gradients, TrainState
+from steploop.core.state.train_state import TrainState
 from steploop.core.steps.clipping import check_bound, clip_adaptive, clip_norm, clip_value, global_norm
 from steploop.errors import ConfigError, SpentStateError, StepOrderError
 
@@ -53,8 +54,8 @@ def unscale_and_clip(
     """
     state.check_alive("unscale_and_clip")
     bound = _one_bound(max_norm, max_value, adaptive)
-    flight = state._grads
-    if flight is None:
+    held = state.flight.grads
+    if held is None:
         raise StepOrderError(
             "unscale_and_clip: this state has no gradients. Call backward_scaled(state) before."
         )
@@ -62,13 +63,18 @@ def unscale_and_clip(
         raise StepOrderError(
             "unscale_and_clip: these gradients are unscaled and clipped already. Call it once, after backward_scaled."
         )
-    if flight.taken_by is not None:
+    if held.taken_by is not None:
         raise SpentStateError(
-            f"unscale_and_clip: the gradients of this state were given to {flight.taken_by} already."
+            f"unscale_and_clip: the gradients of this state were given to {held.taken_by} already."
         )
-    flight.taken_by = "unscale_and_clip"
-    values = flight.values
+    values = held.values
     grads = [g for g in values if g is not None]
+    if bound != "max_norm" and any(g.layout is not torch.strided for g in grads):
+        raise ConfigError(
+            f"unscale_and_clip: {bound} looks at every entry of a gradient, and a sparse one (nn.Embedding(sparse=True)) does "
+            "not hold them all. Use max_norm, or a dense embedding."
+        )
+    held.taken_by = "unscale_and_clip"
     if state.scale is not None:
         _multiply(grads, state.scale.inverse())
     norm = global_norm(grads)
@@ -79,7 +85,7 @@ def unscale_and_clip(
         if bound == "max_value":
             clip_value(grads, max_value)  # type: ignore[arg-type]  # likewise
         else:
-            pairs = zip(values, state._leaves, strict=True)
+            pairs = zip(values, state.tensors.leaves, strict=True)
             clip_adaptive(grads, [leaf for g, leaf in pairs if g is not None], adaptive)  # type: ignore[arg-type]
         clipped = global_norm(grads)
     finite: bool | Tensor
@@ -87,7 +93,10 @@ def unscale_and_clip(
         finite = math.isfinite(clipped)
     else:
         finite = math.isfinite(norm.item()) if on_host(norm) else torch.isfinite(norm)
-    return state.replace(_grads=Gradients(values), grad_norm=norm, clipped_norm=clipped, finite=finite)
+    flight = state.flight.replace(
+        grads=Gradients(values), grad_norm=norm, clipped_norm=clipped, finite=finite
+    )
+    return state.replace(flight=flight)
 
 
 def _one_bound(max_norm: float | None, max_value: float | None, adaptive: float | None) -> str:

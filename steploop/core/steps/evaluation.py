@@ -1,5 +1,6 @@
 """``evaluate``: metrics of a state over batches, exact for any batch size, changing nothing."""
 
+import math
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Protocol, runtime_checkable
 
@@ -7,17 +8,19 @@ import torch
 from torch import Tensor, nn
 
 from steploop.core.interruption import check_interruption
+from steploop.core.state.copying import leaf_like
 from steploop.core.state.surroundings import shielded
 from steploop.core.state.train_state import TrainState
 from steploop.core.steps.forward_pass import (
     Objective,
-    SeededGenerators,
     read_objective,
+    seeded_generators,
     surroundings,
     translated,
 )
+from steploop.core.steps.judged_params import params_to_evaluate
 from steploop.core.steps.trial import first_batches
-from steploop.core.trees import count_samples, map_tensors
+from steploop.core.trees import UNCOUNTED, count_samples, map_tensors
 from steploop.errors import ConfigError, ObjectiveError
 
 __all__ = ["Metric", "TorchMetric", "accuracy", "evaluate"]
@@ -43,16 +46,63 @@ class TorchMetric(Protocol):
         ...
 
 
-def accuracy(outputs: Any, batch: Any) -> tuple[Tensor, int]:
-    """Share of samples whose largest logit is the label's.
+def accuracy(
+    outputs: Any, batch: Any, *, logits: str = "logits", labels: str | int | None = None
+) -> tuple[Tensor, int]:
+    """The share of samples whose largest logit is the label's, as (sum, weight).
 
     Args:
-        outputs: ``logits`` (B, C), or a mapping that holds them under "logits".
-        batch: ``(inputs, labels)`` with labels (B,) int64.
+        outputs: logits (B, C), or (B, ..., C), or a mapping that holds them.
+        batch: ``(inputs, labels)`` with integer labels (B,), or (B, ...); or a mapping that holds them.
+        logits: the key of the logits in a mapping of outputs.
+        labels: the key or index of the labels in the batch: "labels" in a mapping and 1 elsewhere, if it is None. Give
+            it with ``functools.partial(accuracy, labels="y")``.
+
+    Raises:
+        ObjectiveError: the labels' shape is not that of the logits without their last axis, there is one class only, or a
+            key is missing.
+
+    Example:
+        >>> accuracy(torch.tensor([[0.1, 0.9], [0.8, 0.2]]), (None, torch.tensor([1, 1])))
+        (tensor(1), 2)
     """
-    logits = outputs["logits"] if isinstance(outputs, Mapping) else outputs
-    labels = batch[1]
-    return (logits.argmax(dim=-1) == labels).sum(), labels.numel()
+    scores, targets = _logits_and_labels(outputs, batch, logits, labels)
+    if (
+        scores.dim() == 0
+        or scores.shape[:-1] != targets.shape
+        or scores.shape[-1] < 2
+        or targets.is_floating_point()
+    ):
+        raise ObjectiveError(
+            f"accuracy: expected integer labels of shape (B,) and logits of shape (B, C) with C >= 2, but the labels are "
+            f"{tuple(targets.shape)} {targets.dtype} and the logits {tuple(scores.shape)}. Reshape them; for one logit a sample "
+            "write a metric of your own, as ((logits > 0) == labels).sum()."
+        )
+    return (scores.argmax(dim=-1) == targets).sum(), targets.numel()
+
+
+def _logits_and_labels(
+    outputs: Any, batch: Any, logits: str, labels: str | int | None
+) -> tuple[Tensor, Tensor]:
+    """The logits of what an objective gave, and the labels of its batch."""
+    where: Any = labels if labels is not None else "labels" if isinstance(batch, Mapping) else 1
+    found = []
+    for what, tree, key in (("outputs", outputs, logits), ("batch", batch, where)):
+        value = tree
+        if what == "batch" or isinstance(tree, Mapping):
+            try:
+                value = tree[key]
+            except (KeyError, IndexError, TypeError):
+                known = f"It has: {', '.join(map(str, tree))}." if isinstance(tree, Mapping) else ""
+                raise ObjectiveError(
+                    f"The {what} have no {key!r}. {known} Name the keys: functools.partial(accuracy, logits=..., labels=...)."
+                ) from None
+        if not isinstance(value, Tensor):
+            raise ObjectiveError(
+                f"{key!r} of the {what} is a {type(value).__name__}, but a tensor is needed."
+            )
+        found.append(value)
+    return found[0], found[1]
 
 
 @shielded
@@ -76,55 +126,89 @@ def evaluate(
         state: any living state.
         batches: what the objective takes; an iterable, read once.
         objective: as for ``forward_loss``.
-        metrics: name -> ``(outputs, batch) -> (sum, weight)``, or a torchmetrics metric, which is updated with
-            ``(outputs["logits"], batch[1])`` and reset before and after.
+        metrics: name -> ``(outputs, batch) -> (sum, weight)``, or a torchmetrics metric or collection, which is updated
+            with logits and labels as ``accuracy`` finds them, and reset before and after. A sum may be a tensor of one
+            axis, one entry for each class, with weights of that shape.
         use_ema: evaluate the averaged weights instead of the raw ones.
 
     Returns:
-        "loss" and every metric as floats; None where there was no batch or all weights were 0.
+        "loss" and every metric as floats; None where there was no batch or all weights were 0. A metric with an entry for
+        each class is there as "name.0", "name.1", ..., a collection as "name.key".
 
     Raises:
         ConfigError: ``use_ema`` without an average, or a metric named "loss".
-        ObjectiveError: an objective or a metric returned something else than it should.
+        ObjectiveError: an objective or a metric returned something else than it should, or the samples of a batch cannot
+            be counted.
+
+    Example:
+        >>> state = TrainState.create(torch.nn.Linear(2, 1), steploop.Optimizer(torch.optim.SGD, lr=0.1))
+        >>> evaluate(state, [torch.zeros(4, 2)], lambda model, x: (model(x) * 0).sum())
+        {'loss': 0.0}
     """
     state.check_alive("evaluate")
     metrics = metrics or {}
     if "loss" in metrics:
         raise ConfigError('evaluate: "loss" is the mean of the objective; give the metric another name.')
-    if use_ema and state._ema is None:
+    if use_ema and state.tensors.ema is None:
         raise ConfigError(
             "evaluate: use_ema=True, but this state carries no average. Make it with TrainState.create(..., ema=True)."
         )
     totals = _Totals(state.device, metrics)
+    passes = _Passes(state, objective)
     with _EvalMode(state, use_ema=use_ema) as model:
         for index, batch in enumerate(first_batches(batches, averaged=use_ema)):
             check_interruption()
-            loss, outputs, weight = _forward(state, model, index, batch, objective)
+            loss, outputs, weight = passes.run(model, index, batch)
             with torch.no_grad():
                 totals.add("loss", loss.double() * weight, weight)
                 totals.add_metrics(outputs, batch)
     return totals.results()
 
 
-def _forward(
-    state: TrainState, model: nn.Module, index: int, batch: Any, objective: Objective
-) -> tuple[Tensor, Any, Any]:
-    """Loss, outputs and weight of a batch, without a graph; what is random depends on (seed, index) alone."""
-    machine = state._machine
-    try:
-        with surroundings(machine, state.precision, grad=False), SeededGenerators(machine, state.seed, index):
-            loss, outputs, weight = read_objective(objective(model, batch))
-    except (RuntimeError, MemoryError) as error:
-        if (ours := translated(error, machine, batch)) is None:
-            raise
-        raise ours from error
-    weight = count_samples(batch) if weight is None else weight
-    if weight is None:
-        raise ObjectiveError(
-            "evaluate: cannot count the samples of a batch without a tensor. Return (loss, outputs, weight) from the "
-            "objective."
+class _Passes:
+    """Passes without a graph; an objective that differentiates inside gets one."""
+
+    def __init__(self, state: TrainState, objective: Objective) -> None:
+        self._state = state
+        self._objective = objective
+        self._grad = False
+
+    def run(self, model: nn.Module, index: int, batch: Any) -> tuple[Tensor, Any, Any]:
+        """Loss, outputs and weight of a batch; what is random depends on (seed, index) alone."""
+        try:
+            loss, outputs, weight = self._pass(model, index, batch)
+        except RuntimeError as error:
+            # a gradient penalty, forces as the gradient of an energy: torch.autograd.grad within the objective
+            if self._grad or "does not require grad" not in str(error):
+                raise
+            self._grad = True
+            loss, outputs, weight = self._pass(model, index, batch)
+        weight = count_samples(batch) if weight is None else weight
+        if weight is None:
+            raise ObjectiveError(f"evaluate: {UNCOUNTED}")
+        if not isinstance(weight, Tensor) and not 0 <= weight < math.inf:
+            raise ObjectiveError(
+                f"evaluate: a weight must be a finite number >= 0, but the objective gave {weight!r}."
+            )
+        return loss, outputs, weight
+
+    def _pass(self, model: nn.Module, index: int, batch: Any) -> tuple[Tensor, Any, Any]:
+        state, machine = self._state, self._state.machine
+        try:
+            with (
+                surroundings(machine, state.precision, grad=self._grad),
+                seeded_generators(machine, state.seed, index),
+            ):
+                loss, outputs, weight = read_objective(self._objective(model, batch))
+        except (RuntimeError, MemoryError) as error:
+            if (ours := translated(error, machine, batch)) is None:
+                raise
+            raise ours from error
+        return (
+            (loss.detach(), map_tensors(Tensor.detach, outputs), weight)
+            if self._grad
+            else (loss, outputs, weight)
         )
-    return loss, outputs, weight
 
 
 class _Totals:
@@ -145,16 +229,22 @@ class _Totals:
         """Count a batch in."""
         v = torch.as_tensor(value, device=self._device).to(self._dtype)
         w = torch.as_tensor(weight, device=self._device).to(self._dtype)
+        before = self._sums.get(name)
+        if v.dim() > 1 or w.shape not in {v.shape, torch.Size()} or (before and before[0].shape != v.shape):
+            raise ObjectiveError(
+                f"evaluate: the metric {name!r} gave a sum of shape {tuple(v.shape)} with a weight of shape {tuple(w.shape)}"
+                f"{f' after sums of shape {tuple(before[0].shape)}' if before else ''}. Give two numbers, or two tensors with an "
+                "entry for each class."
+            )
         # a batch without weight has a mean of 0 / 0: it counts for nothing, rather than making all of it nan
         v = torch.where(w == 0, torch.zeros_like(v), v)
-        before = self._sums.get(name)
         self._sums[name] = (v, w) if before is None else (before[0] + v, before[1] + w)
 
     def add_metrics(self, outputs: Any, batch: Any) -> None:
         """Count a batch in for every metric."""
         for name, metric in self._metrics.items():
             if isinstance(metric, TorchMetric):
-                metric.update(outputs["logits"], batch[1])
+                metric.update(*_logits_and_labels(outputs, batch, "logits", None))
                 continue
             result = metric(outputs, batch)
             if not isinstance(result, tuple) or len(result) != 2:
@@ -168,31 +258,56 @@ class _Totals:
         """Every value as a float, or None: the one time that the host waits."""
         values: dict[str, float | None] = {"loss": None, **dict.fromkeys(self._metrics)}
         for name, (total, weight) in self._sums.items():
-            values[name] = float(total / weight) if float(weight) else None
+            if total.dim() == 0:
+                values[name] = float(total / weight) if float(weight) else None
+                continue
+            del values[name]
+            pairs = zip(total.tolist(), weight.expand_as(total).tolist(), strict=True)
+            values |= {f"{name}.{i}": t / w if w else None for i, (t, w) in enumerate(pairs)}
         for name, metric in self._torch_metrics.items():
-            values[name] = float(metric.compute()) if self._sums else None
+            del values[name]
+            values |= _flat(name, metric.compute()) if self._sums else {name: None}
             metric.reset()
         return values
+
+
+def _flat(name: str, value: Any) -> dict[str, float | None]:
+    """What a torchmetrics metric computed as numbers: a collection and a tensor with an axis have several."""
+    if isinstance(value, Mapping):
+        return {key: number for k, v in value.items() for key, number in _flat(f"{name}.{k}", v).items()}
+    if isinstance(value, Tensor) and value.dim():
+        return {f"{name}.{i}": float(v) for i, v in enumerate(value.flatten().tolist())}
+    return {name: float(value)}
 
 
 class _EvalMode:
     """The module in eval mode over a state's values, with copies of its buffers; all put back on leaving."""
 
     def __init__(self, state: TrainState, *, use_ema: bool) -> None:
-        self._module = state._machine.module
-        self._params = state._ema if use_ema and state._ema is not None else state._params
-        self._buffers = map_tensors(Tensor.clone, state._buffers)
+        tensors = state.tensors
+        self._module = state.machine.module
+        self._params: Mapping[str, Tensor] = params_to_evaluate(state)
+        self._buffers = {name: b.clone() for name, b in tensors.buffers.items()}
+        self._extra = tensors.extra
+        if use_ema and tensors.ema is not None:
+            averages = tensors.ema
+            self._params = {name: averages[name] for name in tensors.params}
+            self._buffers |= {name: averages[name].clone() for name in tensors.buffers if name in averages}
+        for name in state.machine.moved or ():  # the model may move them in this pass too
+            self._params = {
+                **self._params,
+                name: leaf_like(self._params[name], self._params[name].detach().clone()),
+            }
 
     def __enter__(self) -> nn.Module:
         module = self._module
-        self._before = (module.params(), module.buffers(), module.modes())
+        module.check()
+        self._put_back = module.keep()
         module.place_params(self._params)
         module.place_buffers(self._buffers)
+        module.set_extra_state(self._extra)
         module.set_training(training=False)
         return module.model
 
     def __exit__(self, *_: object) -> None:
-        params, buffers, modes = self._before
-        self._module.place_params(params)
-        self._module.place_buffers(buffers)
-        self._module.restore_modes(modes)
+        self._put_back()

@@ -2,40 +2,61 @@
 
 from typing import Any
 
+from steploop.core.state.parts import InFlight
 from steploop.core.state.surroundings import shielded
 from steploop.core.state.train_state import TrainState
 from steploop.core.steps.forward_pass import Objective, TrainingPasses
 
-__all__ = ["forward_loss"]
+__all__ = ["after_passes", "forward_loss"]
 
 
 @shielded
-def forward_loss(state: TrainState, batch: Any, objective: Objective) -> TrainState:
+def forward_loss(
+    state: TrainState, batch: Any, objective: Objective, *, keep_graph: bool = False
+) -> TrainState:
     """Compute the loss of a batch, in training mode and in the state's precision.
 
-    Everything random in the forward pass is a function of (seed, attempted_steps); the global generators are
-    left where they were. Does not depend on the caller's grad mode, autocast, default dtype or on the mode the
-    model was left in.
+    Everything random in the forward pass is a function of (seed, attempted_steps, number of the pass in this step):
+    torch's, Python's and NumPy's generators, which are left where they were. Does not depend on the caller's grad mode,
+    autocast, default dtype or on the mode the model was left in.
 
     Args:
         state: any living state.
         batch: whatever the objective takes; on the state's device.
         objective: ``objective(model, batch)`` gives ``loss``, ``(loss, outputs)`` or ``(loss, outputs, weight)``:
             the loss of shape () is a mean over ``weight`` samples or tokens; ``outputs`` is for metrics.
+        keep_graph: leave the outputs their graph, so that a later pass of the same step can be differentiated
+            through them: a batch of a GAN's generator, made once and used by both updates.
 
     Returns:
         The state with ``loss`` (shape (), detached), ``outputs`` (detached), and the buffers after this pass.
 
     Raises:
-        ObjectiveError: what the objective returned cannot be trained on.
+        ObjectiveError: what the objective returned cannot be trained on, or it called ``backward()`` itself.
+        ConfigError: the model was changed behind the state.
         OutOfMemoryError: the pass did not fit; ``state`` is intact.
         SpentStateError: ``state`` was given away.
+
+    Example:
+        >>> state = TrainState.create(torch.nn.Linear(2, 1), steploop.Optimizer(torch.optim.SGD, lr=0.1))
+        >>> state = forward_loss(state, torch.ones(4, 2), lambda model, batch: model(batch).square().mean())
+        >>> state.loss.shape
+        torch.Size([])
     """
     state.check_alive("forward_loss")
     with TrainingPasses(state) as passes:
-        loss, outputs, _ = passes.run(batch, objective)
-        buffers = passes.buffers()
-    return state.replace(
-        loss=loss.detach(), outputs=outputs, _graph=loss, _buffers=buffers, _old_buffers=state._buffers,
-        _grads=None, grad_norm=None, clipped_norm=None, finite=None,
+        loss, outputs, _ = passes.run(batch, objective, keep_graph=keep_graph)
+        began = passes.end()
+    flight = InFlight(
+        loss=loss.detach(), outputs=outputs, graph=loss, began=began, passes=state.flight.passes + 1,
+        known=state.flight.known,
     )  # fmt: skip
+    return after_passes(state, passes, flight, "forward_loss")
+
+
+def after_passes(state: TrainState, passes: TrainingPasses, flight: InFlight, by: str) -> TrainState:
+    """The state after forward passes; it takes the tensors over where the model changed trained ones in place."""
+    if not passes.updated_in_place:
+        return state.replace(tensors=passes.tensors, flight=flight)
+    state.lease.tear()
+    return state.replace(tensors=passes.tensors, flight=flight, generation=state.lease.hand_on(by))

@@ -1,6 +1,6 @@
-"""One call of an objective on a state's values, shielded from whatever the caller's surroundings are."""
+"""Forward passes of an objective on a state's values, in training mode, whatever the surroundings are."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, ExitStack
 from typing import Any, Self
 
@@ -8,19 +8,21 @@ import torch
 from torch import Tensor, nn
 
 from steploop.core.precision import Precision, autocast
-from steploop.core.seeds import fold_in
+from steploop.core.state.copying import lazy_clone, leaf_like
+from steploop.core.state.generators import SeededGenerators, generators_of
 from steploop.core.state.machine import Machine
+from steploop.core.state.parts import Began, TensorValues
 from steploop.core.state.trace import trace_of
 from steploop.core.state.train_state import TrainState
 from steploop.core.trees import map_tensors, shapes
-from steploop.errors import ObjectiveError, OutOfMemoryError, SteploopError
+from steploop.errors import CompileError, ObjectiveError, OutOfMemoryError, SteploopError
 
 __all__ = [
     "Objective",
-    "SeededGenerators",
     "TrainingPasses",
     "did_not_fit",
     "read_objective",
+    "seeded_generators",
     "surroundings",
     "translated",
 ]
@@ -31,35 +33,11 @@ Objective = Callable[[nn.Module, Any], Any]
 _OUT_OF_MEMORY = ("DefaultCPUAllocator", "out of memory", "can't allocate memory")
 
 
-def generators_of(device: torch.device) -> tuple[torch.Generator, ...]:
-    """The global generators that a computation on ``device`` may draw from."""
-    if device.type == "cuda":
-        index = torch.cuda.current_device() if device.index is None else device.index
-        return (torch.default_generator, torch.cuda.default_generators[index])
-    if device.type == "mps":
-        return (torch.default_generator, torch.mps._get_default_mps_generator())
-    return (torch.default_generator,)
-
-
-class SeededGenerators:
-    """Seeds the generators that a computation draws from; afterwards they stand where the caller had them."""
-
-    __slots__ = ("_generators", "_kept", "_seed")
-
-    def __init__(self, machine: Machine, *coordinates: int) -> None:
-        if machine.generators is None:
-            machine.generators = generators_of(machine.device)
-        self._generators = machine.generators
-        self._seed = fold_in(*coordinates)
-
-    def __enter__(self) -> None:
-        self._kept = [(generator, generator.get_state()) for generator in self._generators]
-        for generator in self._generators:
-            generator.manual_seed(self._seed)
-
-    def __exit__(self, *_: object) -> None:
-        for generator, kept in self._kept:
-            generator.set_state(kept)
+def seeded_generators(machine: Machine, *coordinates: int) -> SeededGenerators:
+    """Seed the generators that a computation of ``machine`` may draw from, for the length of a ``with`` block."""
+    if machine.generators is None:
+        machine.generators = generators_of(machine.device)
+    return SeededGenerators(machine.generators, *coordinates)
 
 
 def surroundings(machine: Machine, precision: Precision, *, grad: bool = True) -> AbstractContextManager[Any]:
@@ -92,49 +70,99 @@ def read_objective(result: Any) -> tuple[Tensor, Any, float | Tensor | None]:
 class TrainingPasses:
     """Forward passes in training mode on a state's values; the module and the generators are put back on leaving.
 
-    The state is left as it is: the passes work on a copy of its buffers. Several passes of one step go on from each
-    other's buffers, and are told apart by ``draw``: the generators are seeded from (seed, attempted_steps, draw).
-
-    Saving and restoring a generator costs 1 us, where ``torch.random.fork_rng`` costs 100 and more.
+    The state stays as it is: the passes work on copies of its buffers, and of the frozen parameters that the model
+    moves itself (a momentum encoder). Several passes of one step go on from each other's buffers and draw apart: the
+    generators are seeded from (seed, attempted_steps, number of the pass).
     """
 
-    __slots__ = ("_before", "_buffers", "_generators", "_kept", "_machine", "_state")
+    __slots__ = (
+        "_before", "_buffers_before", "_copies", "_generators", "_machine", "_own_params", "_state", "_versions", "tensors",
+        "updated_in_place",
+    )  # fmt: skip
 
     def __init__(self, state: TrainState) -> None:
         self._state = state
-        self._machine = machine = state._machine
-        if machine.generators is None:
-            machine.generators = generators_of(machine.device)
+        self._machine = machine = state.machine
         # while a step is traced nothing is drawn: whoever runs the graph seeds before
-        self._generators = machine.generators if trace_of(state) is None else ()
+        self._generators = seeded_generators(machine) if trace_of(state) is None else None
+        self._copies: dict[str, Tensor] = {}
+        self._before: Mapping[str, Tensor] | None = None
+        self.tensors: TensorValues = state.tensors
+        self.updated_in_place = False
 
     def __enter__(self) -> Self:
-        state, module = self._state, self._machine.module
-        self._kept = [(generator, generator.get_state()) for generator in self._generators]
-        self._before = module.point(state._lease, state._params)
-        self._buffers = state._buffers
-        if self._buffers:
+        state, machine = self._state, self._machine
+        module, tensors = machine.module, state.tensors
+        if machine.not_trained:
+            machine.check_frozen(tensors.params)
+        for leaf in tensors.leaves:
+            if leaf.grad is not None:  # somebody's leftover would be added to ours
+                leaf.grad = None
+        self._own_params = self._params()
+        self._before = module.point(state.lease, self._own_params)
+        if self._before is not None:
+            self._buffers_before = module.buffers()
+        if tensors.buffers:
             # BatchNorm updates its statistics in place: the old state keeps its own
-            self._buffers = {name: b.clone() for name, b in self._buffers.items()}
-            module.place_buffers(self._buffers)
+            module.place_buffers({name: b.clone() for name, b in tensors.buffers.items()})
+        elif module.buffer_places:
+            module.place_buffers({})
+        if module.extras:
+            module.set_extra_state(tensors.extra)
         module.set_training(training=True)
+        self._versions = [leaf._version for leaf in tensors.leaves]
+        if self._generators is not None:
+            self._generators.__enter__()
         return self
 
+    def _params(self) -> dict[str, Tensor]:
+        """The parameters to compute with: copies in the places of those that the model moves itself.
+
+        Which ones it moves is found out in the first pass, on lazy copies of all.
+        """
+        machine, params = self._machine, self._state.tensors.params
+        if machine.moved is None:
+            if trace_of(self._state) is not None:
+                return params
+            self._copies = {name: lazy_clone(p) for name, p in params.items()}
+            copied = machine.not_trained
+        elif not machine.moved:
+            return params
+        else:
+            if trace_of(self._state) is not None:
+                raise CompileError(
+                    f"moves the parameter {machine.moved[0]} in its forward pass, which a graph cannot undo where the step is "
+                    "skipped. Run this step in eager."
+                )
+            self._copies = {name: params[name].detach().clone() for name in machine.moved}
+            copied = tuple(name for name in machine.moved if name in machine.not_trained)
+        if not copied:
+            return params
+        return {**params, **{name: leaf_like(params[name], lazy_clone(params[name])) for name in copied}}
+
     def __exit__(self, failure: object, *_: object) -> None:
-        for generator, kept in self._kept:
-            generator.set_state(kept)
+        if self._generators is not None:
+            self._generators.__exit__()
+        module = self._machine.module
         if self._before is not None:
-            self._machine.module.place_params(self._before)
+            module.place_params(self._before)
+            module.place_buffers(self._buffers_before)
+        elif module.placed is not self.tensors.params:
+            module.place_params(self.tensors.params)
         if failure is not None:
             # the parts before have left gradients, which may be what there is no room for
-            for leaf in self._state._leaves:
+            for leaf in self._state.tensors.leaves:
                 leaf.grad = None
 
-    def run(self, batch: Any, objective: Objective, draw: int = 0) -> tuple[Tensor, Any, Any]:
-        """The loss with its graph, the outputs detached, and the objective's weight or None."""
+    def run(
+        self, batch: Any, objective: Objective, draw: int = 0, *, keep_graph: bool = False
+    ) -> tuple[Tensor, Any, Any]:
+        """The loss with its graph, the outputs (detached unless ``keep_graph``), and the objective's weight or None."""
         state, machine = self._state, self._machine
-        for generator in self._generators:
-            generator.manual_seed(fold_in(state.seed, state.attempted_steps, draw))
+        if self._generators is not None:
+            self._generators.seed(state.seed, state.attempted_steps, state.flight.passes + draw)
+        leaves = state.tensors.leaves
+        grads = [(leaf.grad, leaf.grad._version) for leaf in leaves if leaf.grad is not None] if draw else []
         try:
             with surroundings(machine, state.precision):
                 loss, outputs, weight = read_objective(objective(machine.model, batch))
@@ -142,16 +170,62 @@ class TrainingPasses:
             if (ours := translated(error, machine, batch)) is None:
                 raise
             raise ours from error
+        found = [leaf.grad for leaf in leaves if leaf.grad is not None]
+        if len(found) != len(grads) or any(g._version != version for g, version in grads):
+            raise ObjectiveError(
+                "The objective called backward() itself. An objective returns the loss; backward_scaled computes the "
+                "gradients. For gradients inside of an objective, use torch.autograd.grad(..., create_graph=True)."
+            )
         if not loss.requires_grad:
             raise ObjectiveError(
                 "The loss depends on no parameter that requires a gradient: it was detached, computed under "
                 "torch.no_grad(), or does not use the model that the objective was given."
             )
-        return loss, map_tensors(Tensor.detach, outputs), weight
+        return loss, outputs if keep_graph else map_tensors(Tensor.detach, outputs), weight
 
-    def buffers(self) -> dict[str, Tensor]:
-        """The buffers after the passes so far: a module may have put new tensors in their places."""
-        return self._machine.module.buffers()
+    def end(self) -> Began:
+        """Take over what the passes changed, as ``tensors``; what the step began with.
+
+        ``updated_in_place`` says afterwards whether the model changed trained parameters: then the state that went
+        in is spent.
+        """
+        state, machine = self._state, self._machine
+        module, tensors = machine.module, state.tensors
+        if machine.moved is None and trace_of(state) is None:
+            module.check()  # a layer that the first pass has made
+            machine.moved = self._moved()
+        names = zip(machine.trainable, tensors.leaves, self._versions, strict=True)
+        overwritten = [name for name, leaf, version in names if leaf._version != version]
+        self.updated_in_place = bool(overwritten)
+        if overwritten and not {*overwritten} <= {*(machine.moved or ())}:
+            machine.moved = tuple(dict.fromkeys([*(machine.moved or ()), *overwritten]))
+        moved = {n: self._own_params[n] for n in machine.moved or () if n in machine.not_trained}
+        changes: dict[str, Any] = {}
+        if module.buffer_places:
+            changes["buffers"] = module.buffers()
+        if moved:
+            changes["params"] = {**tensors.params, **moved}
+        if module.extras:
+            changes["extra"] = module.extra_state()
+        self.tensors = tensors.replace(**changes) if changes else tensors
+        return state.flight.began or Began(
+            tensors, {name: self._copies[name] for name in overwritten if name in self._copies}
+        )
+
+    def _moved(self) -> tuple[str, ...]:
+        """The names of the parameters that the first pass has changed."""
+        before, now = self._copies, self._own_params
+        frozen = [n for n in self._machine.not_trained if not _unchanged(now[n], before[n])]
+        pairs = zip(self._machine.trainable, self._state.tensors.leaves, self._versions, strict=True)
+        return (*frozen, *(name for name, leaf, version in pairs if leaf._version != version))
+
+
+def _unchanged(now: Tensor, before: Tensor) -> bool:
+    """Whether a copy has its first value; one whose memory is still shared lazily was never written to."""
+    if hasattr(torch._C, "_is_cow_tensor") and torch._C._is_cow_tensor(now):
+        return True
+    with torch.no_grad():
+        return now.shape == before.shape and torch.equal(now.detach(), before)
 
 
 def did_not_fit(error: BaseException) -> bool:

@@ -1,22 +1,32 @@
 """``optimizer_step``: updates parameters, slots and loss scale, or skips; decided on the host, on the device, or traced."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from steploop.core.state.optimizer_state import check_slots
+from steploop.core.state.parts import InFlight, TensorValues
 from steploop.core.state.surroundings import shielded
 from steploop.core.state.trace import trace_of
 from steploop.core.state.train_state import TrainState
+from steploop.core.steps.closure import Evaluations
 from steploop.core.steps.forward_pass import did_not_fit
 from steploop.core.trees import map_tensors
-from steploop.errors import NonFiniteError, OutOfMemoryError, StepOrderError
+from steploop.errors import ConfigError, NonFiniteError, OutOfMemoryError, StepOrderError
 
 __all__ = ["check_nonfinite", "first_nonfinite", "optimizer_step"]
 
 
 @shielded
-def optimizer_step(state: TrainState, *, donate: bool = True, max_nonfinite_steps: int = 100) -> TrainState:
+def optimizer_step(
+    state: TrainState,
+    *,
+    closure: Callable[[TrainState], TrainState] | None = None,
+    donate: bool = True,
+    max_nonfinite_steps: int = 100,
+) -> TrainState:
     """Update parameters, optimizer slots and loss scale; or skip, if a gradient was not finite.
 
     A step that is not finite changes neither parameters nor slots nor buffers: it is counted, and backs the loss
@@ -26,7 +36,10 @@ def optimizer_step(state: TrainState, *, donate: bool = True, max_nonfinite_step
     (``Optimizer(torch.optim.AdamW, fused=True)``) or in a compiled step, and one read of the device otherwise.
 
     Args:
-        state: holds unscaled gradients.
+        state: holds unscaled gradients; with a closure it need not.
+        closure: for an optimizer that evaluates the loss itself (LBFGS, SAM): a function ``state -> state with
+            gradients``, made of ``forward_loss``, ``backward_scaled`` and, if you like, ``unscale_and_clip``. It is called
+            with a state that has the parameters of the moment.
         donate: update in place and spend ``state``, at no cost of memory. False copies first and leaves ``state``
             whole and usable: the pure form.
         max_nonfinite_steps: this many steps in a row that are not finite raise; on a device the run looks at the
@@ -37,36 +50,79 @@ def optimizer_step(state: TrainState, *, donate: bool = True, max_nonfinite_step
 
     Raises:
         StepOrderError: there are no unscaled gradients: ``unscale_and_clip`` comes before.
+        ConfigError: the optimizer needs a closure and got none, or its first step made what no state can hold.
         NonFiniteError: ``max_nonfinite_steps`` in a row; names the first gradient that was not finite.
         OutOfMemoryError: the update did not fit. ``state`` is intact if it was the first one, which makes the slots, and
             nothing was updated yet; otherwise it is spent, unless ``donate=False``.
+
+    Example:
+        >>> def gradients(state):
+        ...     return backward_scaled(forward_loss(state, torch.ones(4, 2), lambda model, x: model(x).square().mean()))
+        >>> state = TrainState.create(torch.nn.Linear(2, 1), steploop.Optimizer(torch.optim.LBFGS, lr=0.1))
+        >>> optimizer_step(state, closure=gradients).step
+        1
     """
     state.check_alive("optimizer_step")
-    if state.grad_norm is None or state._grads is None:
-        before = "backward_scaled and then unscale_and_clip" if state._grads is None else "unscale_and_clip"
-        raise StepOrderError(f"optimizer_step: this state has no unscaled gradients. Call {before} before.")
-    finite = state.finite
-    if isinstance(finite, Tensor) and type(finite) is Tensor and not state._machine.fused:
-        finite = bool(finite.item())  # waits for the device: this optimizer cannot skip by itself
+    machine, flight = state.machine, state.flight
+    if closure is None:
+        _require_gradients(state)
     if not donate:
         state = _copied(state)
+        flight = state.flight
+    evaluations = None
+    if closure is not None:
+        evaluations = Evaluations(state, closure)
+        state = evaluations.first()
+        flight = state.flight
+    finite = flight.finite
+    if (
+        isinstance(finite, Tensor)
+        and type(finite) is Tensor
+        and (not machine.fused or _host_must_know(state))
+    ):
+        finite = bool(finite.item())  # waits for the device: this optimizer cannot skip by itself
     if isinstance(finite, bool):
-        advanced = _decided(state, finite=finite)
+        advanced = _decided(state, evaluations, finite=finite)
     elif type(finite) is Tensor:
         advanced = _decided_by_fused_optimizer(state, finite)
     else:
         if (trace := trace_of(state)) is not None:
             trace.limit_nonfinite(state, max_nonfinite_steps)
         advanced = _selected(state, finite)  # type: ignore[arg-type]  # a tensor that is being traced
-    scale = None if state.scale is None else state.scale.updated(finite)  # type: ignore[arg-type]
-    new = state.donate(
-        "optimizer_step",
-        **advanced, scale=scale, attempted_steps=state.attempted_steps + 1, batch=state.batch + 1,
-        _grads=None, _old_buffers=None,
+    last = flight if evaluations is None else evaluations.last.flight
+    known = advanced.pop("known", last.known)
+    new = state.replace(
+        scale=None if state.scale is None else state.scale.updated(finite),  # type: ignore[arg-type]
+        attempted_steps=state.attempted_steps + 1,
+        batch=state.batch + 1,
+        flight=InFlight(
+            loss=flight.loss, outputs=flight.outputs, grad_norm=flight.grad_norm, clipped_norm=flight.clipped_norm,
+            finite=finite, known=known,
+        ),
+        generation=state.lease.hand_on("optimizer_step"),
+        **advanced,
     )  # fmt: skip
     if finite is False and new.nonfinite_steps >= max_nonfinite_steps:
         check_nonfinite(new, max_nonfinite_steps, first_nonfinite(state))
     return new
+
+
+def _require_gradients(state: TrainState) -> None:
+    machine, flight = state.machine, state.flight
+    if machine.needs_closure:
+        raise ConfigError(
+            f"optimizer_step: {type(machine.optimizer).__name__} evaluates the loss itself, several times in a step. Give it a "
+            "function that does so: optimizer_step(state, closure=lambda state: backward_scaled(forward_loss(state, batch, "
+            "objective)))."
+        )
+    if flight.grad_norm is None or flight.grads is None:
+        before = "backward_scaled and then unscale_and_clip" if flight.grads is None else "unscale_and_clip"
+        raise StepOrderError(f"optimizer_step: this state has no unscaled gradients. Call {before} before.")
+
+
+def _host_must_know(state: TrainState) -> bool:
+    """Whether a skip has to bring back what no selection on the device can: a module's extra state, moved parameters."""
+    return bool(state.tensors.extra or state.machine.moved)
 
 
 def _copied(state: TrainState) -> TrainState:
@@ -83,10 +139,10 @@ def _copied(state: TrainState) -> TrainState:
 
 def first_nonfinite(state: TrainState) -> str:
     """The name of the first parameter whose gradient is not finite; for messages."""
-    values = [] if state._grads is None else state._grads.values
-    for index, grad in enumerate(values):
+    grads = state.flight.grads
+    for index, grad in enumerate([] if grads is None else grads.values):
         if grad is not None and not torch.isfinite(grad).all():
-            return state._machine.trainable[index]
+            return state.machine.trainable[index]
     return "none (their norm overflows float32)"
 
 
@@ -102,41 +158,58 @@ def check_nonfinite(state: TrainState, limit: int, culprit: str) -> None:
         )
 
 
-def _run_optimizer(state: TrainState) -> dict[str, dict[str, Any]]:
-    """Update the state's own tensors in place; the slots afterwards."""
-    machine = state._machine
+def _run_optimizer(state: TrainState, evaluations: Evaluations | None = None) -> dict[str, Any]:
+    """Update the state's own tensors in place; what else of the state changes."""
+    machine, tensors = state.machine, state.tensors
     # the first step makes the slots, which is where memory runs out: if nothing else was done, it can be undone
-    first = type(state.applied_steps) is int and state.applied_steps == 0 and not any(state._slots.values())
-    versions = [leaf._version for leaf in state._leaves] if first else None
-    before = machine.point_optimizer(state._lease, state._params, state._slots, state.hyper)
+    first = type(state.applied_steps) is int and state.applied_steps == 0 and not any(tensors.slots.values())
+    versions = [leaf._version for leaf in tensors.leaves] if first else None
+    put_back = machine.point_optimizer(state.lease, tensors, state.hyper)
+    grads = state.flight.grads.values  # type: ignore[union-attr]  # checked by the caller
     try:
-        machine.step(state._leaves, state._grads.values, state.loss)  # type: ignore[union-attr]  # checked by the caller
-        if machine.replaces_slots:
-            return {name: machine.optimizer.state[state._params[name]] for name in machine.trainable}
+        state.lease.tear()
+        if evaluations is None:
+            machine.step(tensors.leaves, grads)
+        else:
+            machine.step(tensors.leaves, grads, evaluations.closure)
+            tensors = evaluations.last.tensors.replace(params=tensors.params, slots=tensors.slots)
+        return _read_back(state, tensors, first=first) if machine.third_party else {"tensors": tensors}
     except BaseException as error:
         if trace_of(state) is None:
             _after_failure(state, error, versions)
         raise
     finally:
-        machine.put_back(before)
-    return state._slots
+        if put_back is not None:
+            put_back()
+
+
+def _read_back(state: TrainState, tensors: TensorValues, *, first: bool) -> dict[str, Any]:
+    """What an optimizer that is none of torch's keeps after a step, wherever it keeps it."""
+    machine = state.machine
+    optimizer = machine.optimizer
+    slots = {name: optimizer.state.get(tensors.params[name], {}) for name in machine.trainable}
+    hyper, beside = machine.read_hyper(), machine.read_beside()
+    if first:
+        check_slots(optimizer, slots, hyper, beside)
+    machine.forget_hyper()
+    return {"tensors": tensors.replace(slots=slots, beside=beside), "hyper": hyper}
 
 
 def _after_failure(state: TrainState, error: BaseException, versions: list[int] | None) -> None:
-    """Undo an update that failed before it changed a parameter, or spend the state, which may be half updated.
+    """Undo an update that failed before it changed a parameter; otherwise the state is spent, half updated.
 
     Args:
         state: whose update failed.
         error: why; running out of memory is raised again as an error of ours.
         versions: of the parameters before the first update of a run; None for a later one, which cannot be undone.
     """
-    machine = state._machine
-    whole = not machine.replaces_slots and versions == [leaf._version for leaf in state._leaves]
+    machine = state.machine
+    whole = versions == [leaf._version for leaf in state.tensors.leaves]
     if whole:
-        for slot in state._slots.values():
+        for slot in state.tensors.slots.values():
             slot.clear()
-    else:
-        state._lease.tear()
+        if state.lease.torn:
+            state.lease.mend()
     if did_not_fit(error):
         left = "The state is as it was." if whole else "It was cut off half-way: this state is spent."
         raise OutOfMemoryError(
@@ -146,64 +219,94 @@ def _after_failure(state: TrainState, error: BaseException, versions: list[int] 
         ) from error
 
 
-def _decided(state: TrainState, *, finite: bool) -> dict[str, Any]:
+def _decided(state: TrainState, evaluations: Evaluations | None, *, finite: bool) -> dict[str, Any]:
     """What a step changes where the host knows whether it is finite."""
     if finite:
         return {
-            "_slots": _run_optimizer(state),
+            **_run_optimizer(state, evaluations),
             "applied_steps": state.applied_steps + 1,
             "nonfinite_steps": 0,
-            "finite": True,
         }
-    old = state._buffers if state._old_buffers is None else state._old_buffers
-    return {"_buffers": old, "nonfinite_steps": state.nonfinite_steps + 1, "finite": False}
+    state.lease.tear()
+    return {"tensors": _as_it_began(state), "nonfinite_steps": state.nonfinite_steps + 1}
+
+
+def _as_it_began(state: TrainState) -> TensorValues:
+    """The values that the step began with, for one that is skipped: forward passes have moved some."""
+    began = state.flight.began
+    if began is None:
+        return state.tensors
+    with torch.no_grad():
+        for name, value in began.overwritten.items():
+            state.tensors.params[name].copy_(value)
+    return began.tensors
 
 
 def _counts_and_buffers(state: TrainState, finite: Tensor) -> dict[str, Any]:
-    """The same without a decision on the host: counters move by a tensor, buffers are selected."""
-    old = state._old_buffers or state._buffers
+    """The same without a decision on the host: counters move by a tensor, buffers and the carry are selected."""
+    began = state.tensors if state.flight.began is None else state.flight.began.tensors
     ones = finite.long()
     known = (
         {}
         if isinstance(state.applied_steps, Tensor)
-        else {"_known": (state.applied_steps, state.attempted_steps)}
+        else {"known": (state.applied_steps, state.attempted_steps)}
     )
+    old, tensors = began.buffers, state.tensors
+    buffers = {name: torch.where(finite, b, old.get(name, b)) for name, b in tensors.buffers.items()}
     return {
         **known,
         "applied_steps": state.applied_steps + ones,
         "nonfinite_steps": (state.nonfinite_steps + 1) * (1 - ones),
-        "_buffers": {name: torch.where(finite, b, old[name]) for name, b in state._buffers.items()},
-        "finite": finite,
+        "tensors": tensors.replace(buffers=buffers, carry=_selected_tree(finite, tensors.carry, began.carry)),
     }
+
+
+def _selected_tree(finite: Tensor, new: Any, old: Any) -> Any:
+    """``new`` where the step is finite and ``old`` where it is not, leaf for leaf."""
+    if isinstance(new, Tensor) and isinstance(old, Tensor) and new.shape == old.shape:
+        return new if new is old else torch.where(finite, new, old)
+    if isinstance(new, dict) and isinstance(old, dict) and new.keys() == old.keys():
+        return {key: _selected_tree(finite, new[key], old[key]) for key in new}
+    if isinstance(new, (list, tuple)) and type(new) is type(old) and len(new) == len(old):
+        return type(new)(_selected_tree(finite, a, b) for a, b in zip(new, old, strict=True))
+    if type(new) is type(old) and new == old:
+        return new
+    raise ConfigError(
+        "optimizer_step: the carry changed its shape in a step that the device decides about, so that a skip could not bring "
+        "the old one back. Keep the carry's shape, set it after optimizer_step, or use an optimizer without fused=True."
+    )
 
 
 def _decided_by_fused_optimizer(state: TrainState, finite: Tensor) -> dict[str, Any]:
     """A fused optimizer reads ``found_inf`` in its own kernel, and changes nothing where it is 1."""
-    optimizer: Any = state._machine.optimizer
-    new = [name for name, slot in state._slots.items() if not slot]
+    optimizer: Any = state.machine.optimizer
+    changed = _counts_and_buffers(state, finite)
+    new = [name for name, slot in state.tensors.slots.items() if not slot]
     optimizer.grad_scale, optimizer.found_inf = None, (~finite).float()
     try:
-        slots = _run_optimizer(state)
+        slots = _run_optimizer(state)["tensors"].slots
     finally:
         del optimizer.grad_scale, optimizer.found_inf
     for name in new:
         for value in slots[name].values():
             if isinstance(value, Tensor):
-                # a skipped kernel leaves a new momentum buffer as it was made: memory that nobody wrote
+                # a skipped kernel leaves a new momentum buffer as it was made: memory that no kernel wrote
                 value.copy_(torch.where(finite, value, torch.zeros_like(value)))
-    return {"_slots": slots, **_counts_and_buffers(state, finite)}
+    return {**changed, "tensors": changed["tensors"].replace(slots=slots)}
 
 
 def _selected(state: TrainState, finite: Tensor) -> dict[str, Any]:
     """Step, then take the old values back where the step was not finite: for a step that is being traced."""
-    old_params = {name: p.detach().clone() for name, p in state._params.items()}
-    old_slots = {name: map_tensors(Tensor.clone, slot) for name, slot in state._slots.items()}
-    slots = _run_optimizer(state)
+    tensors = state.tensors
+    changed = _counts_and_buffers(state, finite)
+    old_params = {name: p.detach().clone() for name, p in tensors.params.items()}
+    old_slots = {name: map_tensors(Tensor.clone, slot) for name, slot in tensors.slots.items()}
+    slots = _run_optimizer(state)["tensors"].slots
     with torch.no_grad():
-        for name in state._machine.trainable:
-            leaf = state._params[name]
+        for name in state.machine.trainable:
+            leaf = tensors.params[name]
             leaf.copy_(torch.where(finite, leaf, old_params[name]))
             for key, value in slots[name].items():
                 if isinstance(value, Tensor):
                     value.copy_(torch.where(finite, value, old_slots[name][key]))
-    return {"_slots": slots, **_counts_and_buffers(state, finite)}
+    return {**changed, "tensors": changed["tensors"].replace(slots=slots)}

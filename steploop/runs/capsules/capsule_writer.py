@@ -15,18 +15,13 @@ import attrs
 from torch import Tensor
 
 from steploop.core.precision import on_host
+from steploop.core.state.parts import InFlight
+from steploop.core.state.several import State, members
 from steploop.core.state.train_state import TrainState, read_host
 from steploop.errors import CheckpointError, ConfigError
-from steploop.recipe.recipe import State
 from steploop.runs.capsules.capsule_files import fill_capsule
 
 __all__ = ["CapsuleWriter", "Skipped", "state_before"]
-
-_IN_FLIGHT = {
-    "loss": None, "outputs": None, "grad_norm": None, "clipped_norm": None, "finite": None,
-    "_graph": None, "_grads": None, "_old_buffers": None,
-}  # fmt: skip
-_VALUES = ("_params", "_buffers", "_slots", "_ema", "_lease", "_generation", "_leaves")
 
 
 def state_before(before: TrainState, after: TrainState) -> TrainState | None:
@@ -37,12 +32,14 @@ def state_before(before: TrainState, after: TrainState) -> TrainState | None:
         after: what came out of it: with one attempted step more, which was not taken.
     """
     if before.alive:
-        return before.replace(**_IN_FLIGHT)
+        return before.replace(flight=InFlight())
     if after.attempted_steps != before.attempted_steps + 1 or read_host(after.applied_steps) != read_host(
         before.applied_steps
     ):
         return None  # several optimizer steps, one of which was taken
-    return before.replace(**_IN_FLIGHT, **{name: getattr(after, name) for name in _VALUES})
+    return before.replace(
+        flight=InFlight(), tensors=after.tensors, lease=after.lease, generation=after.generation
+    )
 
 
 def _was_skipped(state: TrainState, *, wait: bool) -> bool:
@@ -50,10 +47,6 @@ def _was_skipped(state: TrainState, *, wait: bool) -> bool:
     if isinstance(finite, Tensor):
         return (wait or on_host(finite)) and not bool(finite.item())
     return finite is False
-
-
-def _members(state: State) -> dict[str, TrainState]:
-    return dict(state) if isinstance(state, Mapping) else {"": state}
 
 
 @attrs.frozen
@@ -125,7 +118,7 @@ class CapsuleWriter:
         if not skipped:
             return None
         wanted = self._wanted([after[name] for name in skipped])
-        path = self._write(_members(before), dict(after), skipped, batch) if wanted else None
+        path = self._write(members(before), dict(after), skipped, batch) if wanted else None
         return Skipped(tuple(skipped), path)
 
     def _wanted(self, skipped: list[TrainState]) -> bool:
@@ -173,7 +166,7 @@ def _seen(
     states, seen = {}, {}
     for name, one in after.items():
         rebuilt = state_before(before[name], one) if name in skipped else None
-        states[name] = (rebuilt or one.replace(**_IN_FLIGHT)).settle()
+        states[name] = (rebuilt or one.replace(flight=InFlight())).settle()
         seen[name] = {
             "skipped": name in skipped,
             "exact": rebuilt is not None,  # else this is the state after the step: its tensors are gone

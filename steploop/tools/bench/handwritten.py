@@ -27,7 +27,7 @@ class _Parts:
 
     def __init__(self, state: TrainState) -> None:
         self.model = _training(state)
-        self.optimizer = state._machine.optimizer
+        self.optimizer = state.machine.optimizer
         self.params = [p for group in self.optimizer.param_groups for p in group["params"]]
         self.scheduler = torch.optim.lr_scheduler.LambdaLR(self.optimizer, lambda _: 1.0)
         self.average = (
@@ -45,7 +45,7 @@ class _Parts:
 def _training(state: TrainState) -> nn.Module:
     """Return the state's own module, in training mode."""
     model = state.model
-    state._machine.module.set_training(training=True)
+    state.machine.module.set_training(training=True)
     return model
 
 

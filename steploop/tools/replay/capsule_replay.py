@@ -10,11 +10,12 @@ import attrs
 import torch
 
 from steploop import checkpoint
+from steploop.core.state.several import State, members
 from steploop.core.state.train_state import TrainState
 from steploop.core.trees import to_device
 from steploop.errors import ConfigError, DataError, SteploopError
 from steploop.recipe.config_values import configure, fields_of
-from steploop.recipe.recipe import Recipe, State
+from steploop.recipe.recipe import Recipe
 from steploop.recipe.recipe_files import load_recipe_file
 from steploop.runs.capsules.capsule_files import Capsule, read_capsule
 from steploop.runs.directory_reader import read_file
@@ -46,10 +47,6 @@ class Replay:
     anomaly: str | None
     overflow: bool
     inexact: tuple[str, ...]
-
-
-def _members(state: State) -> dict[str, TrainState]:
-    return dict(state) if isinstance(state, Mapping) else {"": state}
 
 
 def _each(state: State, change: Callable[[TrainState], TrainState]) -> State:
@@ -121,13 +118,13 @@ def replay(path: Path, *, device: torch.device | None = None) -> Replay:
 
 def _replayed(capsule: Capsule, recipe: Recipe, state: State, batch: Any) -> Replay:
     """The step of a capsule, taken again under watch."""
-    names = list(_members(state))
-    before = broken_before(_members(state))
+    names = list(members(state))
+    before = broken_before(members(state))
     with torch.compiler.set_stance("force_eager"):  # hooks see nothing of a compiled step
         clone = _each(state, TrainState.clone)
-        watch = StepWatch({name: one.model for name, one in _members(clone).items()})
+        watch = StepWatch({name: one.model for name, one in members(clone).items()})
         with watch:
-            after = _members(recipe.train_step(clone, batch))
+            after = members(recipe.train_step(clone, batch))
         bad = [name for name in names if not _finite(after[name])]
         finding = None
         if bad:
@@ -164,7 +161,7 @@ def _loss_finite(state: TrainState) -> bool:
 
 def _finite_unscaled(recipe: Recipe, state: State, batch: Any) -> bool:
     """Whether the step is finite with a loss scale of 1."""
-    if all(one.scale is None for one in _members(state).values()):
+    if all(one.scale is None for one in members(state).values()):
         return False
 
     def unscaled(one: TrainState) -> TrainState:
@@ -172,7 +169,7 @@ def _finite_unscaled(recipe: Recipe, state: State, batch: Any) -> bool:
         return clone if clone.scale is None else clone.replace(scale=attrs.evolve(clone.scale, scale=1.0))
 
     after = recipe.train_step(_each(state, unscaled), batch)
-    return all(_finite(one) for one in _members(after).values())
+    return all(_finite(one) for one in members(after).values())
 
 
 def _anomaly(recipe: Recipe, state: State, batch: Any) -> str | None:

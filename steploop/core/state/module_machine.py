@@ -1,0 +1,237 @@
+"""A module that computes with the values of one state at a time, and sees what others put into it."""
+
+import copy
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from torch import Tensor, nn
+
+from steploop.core.state.ownership import Holder, Lease
+from steploop.errors import ConfigError
+
+__all__ = ["ModuleMachine", "module_machine"]
+
+# (dictionary or list, key, name of the value): somewhere a parameter or buffer stands
+_Place = tuple[Any, Any, str]
+
+
+class ModuleMachine:
+    """A module, the places in it where parameters and buffers stand, and the mode each submodule trains in.
+
+    Attributes:
+        model: the module.
+        holder: whose values it holds.
+        placed: the parameters that were put into the places last.
+        extras: name and module of each that overrides ``get_extra_state``.
+        training: the submodules that train in training mode.
+        frozen: those that were put into eval mode on purpose, under a training root (frozen BatchNorm).
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        self.holder = Holder()
+        params = dict(model.named_parameters())
+        names = {id(value): name for name, value in params.items()}
+        modules = dict(model.named_modules())
+        # a buffer that is None may be filled by a forward pass
+        self.param_places = _registered(modules, "_parameters", names) + _lists_of(modules, names)
+        self.buffer_places = _registered(
+            modules, "_buffers", {id(b): name for name, b in model.named_buffers()}, empty=True
+        )
+        self.placed: Mapping[str, Tensor] = params
+        self._placing: Mapping[str, Tensor] = params
+        self._dicts = [where for m in modules.values() for where in (m._modules, m._parameters, m._buffers)]
+        self._sizes = list(map(len, self._dicts))
+        self._children = [(m._modules, dict(m._modules)) for m in modules.values() if m._modules]
+        plain = nn.Module.get_extra_state
+        self.extras = [(name, m) for name, m in modules.items() if type(m).get_extra_state is not plain]
+        # A model left in eval mode is put back into training.
+        self.training = [m for m in modules.values() if m.training or not model.training]
+        self.frozen = [m for m in modules.values() if model.training and not m.training]
+
+    # -- parameters and buffers --------------------------------------------------------------------------------
+
+    def place_params(self, params: Mapping[str, Tensor]) -> None:
+        """Point the module at these parameters."""
+        self._placing = params  # noted first: an exception half-way leaves values that are known
+        for where, key, name in self.param_places:
+            where[key] = params[name]
+        self.placed = params
+
+    def place_buffers(self, buffers: Mapping[str, Tensor]) -> None:
+        """Point the module at these buffers; one that is not among them is None."""
+        for where, key, name in self.buffer_places:
+            where[key] = buffers.get(name)
+
+    def buffers(self) -> dict[str, Tensor]:
+        """The buffers that the module points at: a forward pass may have replaced them."""
+        return {n: b for where, key, n in self.buffer_places if (b := where[key]) is not None}
+
+    def buffer_names(self) -> tuple[str, ...]:
+        """The names of all buffers, those that are None too, in the order of the model."""
+        return tuple(dict.fromkeys(name for _, _, name in self.buffer_places))
+
+    def holds_buffers(self, buffers: Mapping[str, Tensor]) -> bool:
+        """Whether the module points at these buffers already; looks at the first one, for they are placed together."""
+        if not self.buffer_places:
+            return True
+        where, key, name = self.buffer_places[0]
+        return where[key] is buffers.get(name)
+
+    def point(self, lease: Lease, params: Mapping[str, Tensor]) -> Mapping[str, Tensor] | None:
+        """Make the module hold ``params``.
+
+        Returns:
+            What has to be placed again after the call, where another living state owns the module's values.
+        """
+        self.check()
+        holder = self.holder
+        if holder.holds(lease) or holder.free():
+            if self.placed is not params or self._placing is not params:
+                self.place_params(params)
+            holder.give_to(lease)
+            return None
+        before = self.placed
+        self.place_params(params)
+        return before
+
+    def keep(self) -> Callable[[], None]:
+        """A function that puts the module back as it is now: its values, its modes, and whose they are."""
+        placed, buffers, modes = self.placed, self.buffers(), [(m, m.training) for m in self.model.modules()]
+        extra, owner = self.extra_state() if self.extras else {}, self.holder.owner()
+
+        def restore() -> None:
+            self.place_params(placed)
+            self.place_buffers(buffers)
+            self.set_extra_state(extra)
+            self.holder.restore(owner)
+            for module, training in modes:
+                module.training = training
+
+        return restore
+
+    # -- what others do to the module ---------------------------------------------------------------------------
+
+    def check(self) -> None:
+        """Raise ConfigError if somebody put other tensors or layers into the module.
+
+        Costs 50 ns for each place and each layer.
+        """
+        placed, placing = self.placed, self._placing
+        for where, key, name in self.param_places:
+            try:
+                found = where[key]
+            except (KeyError, IndexError):
+                raise _changed(f"its parameter {name} was removed") from None
+            if found is not placed[name] and found is not placing[name]:
+                raise _changed(f"its parameter {name} was replaced by another tensor")
+        if list(map(len, self._dicts)) != self._sizes:
+            raise _changed(f"it has layers, parameters or buffers that it had not: {self._difference()}")
+        for children, known in self._children:
+            if children != known:
+                name = next(n for n in known if children.get(n) is not known[n])
+                raise _changed(f"its layer {name!r} was replaced by another one")
+
+    def _difference(self) -> str:
+        known = {name for _, _, name in (*self.param_places, *self.buffer_places)}
+        now = [*dict(self.model.named_parameters()), *dict(self.model.named_buffers())]
+        return ", ".join([name for name in now if name not in known][:5]) or "some were removed"
+
+    def layout(self) -> list[tuple[int, Any]]:
+        """Where values stand, and what stays in eval mode: another layout means a new head, say, or a thawed part."""
+        places = [(id(where), key) for where, key, _ in (*self.param_places, *self.buffer_places)]
+        return [*places, *((id(module), "eval") for module in self.frozen)]
+
+    def adopt(self) -> None:
+        """Take the parameters that stand in the module as those that were placed: a new state begins with them."""
+        now = {name: where[key] for where, key, name in self.param_places}
+        if any(now[name] is not tensor for name, tensor in self.placed.items()):
+            self.placed = self._placing = now
+            self.holder.release()  # what the module holds is no living state's any more
+
+    # -- extra state ----------------------------------------------------------------------------------------------
+
+    def extra_state(self) -> dict[str, Any]:
+        """A copy of what each module's ``get_extra_state`` gives."""
+        return {name: copy.deepcopy(module.get_extra_state()) for name, module in self.extras}
+
+    def set_extra_state(self, extra: Mapping[str, Any]) -> None:
+        """Give each module a copy of its extra state."""
+        for name, module in self.extras:
+            if name in extra:
+                module.set_extra_state(copy.deepcopy(extra[name]))
+
+    # -- modes ---------------------------------------------------------------------------------------------------
+
+    def set_training(self, *, training: bool) -> None:
+        """Put every submodule into the mode it trains in, or all into eval mode; costs nothing where it is so."""
+        for module in self.training:
+            if module.training is not training:
+                module.training = training
+        for module in self.frozen:
+            if module.training:
+                module.training = False
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> None:
+        """A copied module begins without a machine: no state holds its values yet."""
+
+    def __reduce__(self) -> tuple[type[None], tuple[()]]:
+        """Pickle as None: a loaded module begins without a machine too."""
+        return type(None), ()
+
+
+def _registered(
+    modules: Mapping[str, nn.Module], kind: str, names: Mapping[int, str], *, empty: bool = False
+) -> list[_Place]:
+    """The places of registered values; a tied one stands in several places under one name."""
+    return [
+        (where, key, names.get(id(value)) or f"{path}.{key}".removeprefix("."))
+        for path, module in modules.items()
+        for where in [getattr(module, kind)]
+        for key, value in where.items()
+        if value is not None or empty
+    ]
+
+
+def _lists_of(modules: Mapping[str, nn.Module], names: Mapping[int, str]) -> list[_Place]:
+    """The places of parameters in plain lists and dictionaries of a module: they move with the registered ones."""
+    found: list[_Place] = []
+    for module in modules.values():
+        for attribute, value in vars(module).items():
+            if (
+                type(value) in {list, dict}
+                and value
+                and attribute not in {"_parameters", "_buffers", "_modules"}
+            ):
+                items = enumerate(value) if type(value) is list else value.items()
+                found += [(value, key, names[id(item)]) for key, item in items if id(item) in names]
+    return found
+
+
+def _changed(what: str) -> ConfigError:
+    return ConfigError(
+        f"The model was changed behind the state: {what}. A state trains the tensors that it was made with. Give a state "
+        "other values with state.with_params(...); after a change of the model itself, make a new state with "
+        "TrainState.create(model, ...)."
+    )
+
+
+_ATTRIBUTE = "_steploop_machine"
+
+
+def module_machine(model: nn.Module) -> ModuleMachine:
+    """The machine of ``model``: one per module, so that two states of one model know of each other.
+
+    It stands in the module's own dictionary, where the garbage collector sees the cycle; a table of all modules
+    would keep every one of them alive. Copying or saving the module leaves it behind.
+    """
+    machine = model.__dict__.get(_ATTRIBUTE)
+    fresh = ModuleMachine(model)
+    if isinstance(machine, ModuleMachine):
+        if machine.layout() == fresh.layout():
+            machine.adopt()
+            return machine
+        # what has stayed of the module may still be a living state's: the two machines have to know of each other
+        fresh.holder = machine.holder
+    model.__dict__[_ATTRIBUTE] = fresh
+    return fresh

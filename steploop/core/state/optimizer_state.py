@@ -1,0 +1,97 @@
+"""What an optimizer that is none of torch's keeps: what a state can hold of it, and what is refused by name."""
+
+import types
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from steploop.core.state.copying import plain_copy
+from steploop.core.trees import unkeepable
+from steploop.errors import ConfigError
+
+__all__ = ["attributes_of", "check_keepable", "check_slots", "restore_attributes"]
+
+# Attributes that say how an optimizer computes; they do not change while it steps.
+_STATIC = (
+    type, types.FunctionType, types.BuiltinFunctionType, types.MethodType, types.ModuleType, torch.dtype, torch.device,
+    torch.layout,
+)  # fmt: skip
+
+
+def _base_attributes() -> frozenset[str]:
+    """The attributes that every ``torch.optim.Optimizer`` has."""
+    plain = torch.optim.SGD([torch.zeros(())], lr=0.0)
+    return frozenset(vars(plain)) | {"_step_count", "_opt_called", "_warned_capturable_if_run_uncaptured"}
+
+
+_BASE = _base_attributes()
+
+
+def attributes_of(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """A copy of the optimizer's own attributes that are values: numbers, texts, tensors, trees of them."""
+    return {
+        name: plain_copy(value)
+        for name, value in vars(optimizer).items()
+        if name not in _BASE and not isinstance(value, _STATIC) and unkeepable(value) is None
+    }
+
+
+def restore_attributes(optimizer: torch.optim.Optimizer, values: Mapping[str, Any]) -> None:
+    """Give the optimizer the attributes that a state holds."""
+    for name, value in values.items():
+        setattr(optimizer, name, plain_copy(value))
+
+
+def check_keepable(optimizer: torch.optim.Optimizer, hyper: tuple[Mapping[str, Any], ...]) -> None:
+    """Refuse an optimizer that keeps what no state can hold: another optimizer, a queue, an object.
+
+    Raises:
+        ConfigError: names the attribute or the hyperparameter.
+    """
+    kind = type(optimizer).__name__
+    for name, value in vars(optimizer).items():
+        if name in _BASE or isinstance(value, _STATIC):
+            continue
+        if isinstance(value, torch.optim.Optimizer):
+            raise ConfigError(
+                f"{kind} wraps another optimizer ({name}: {type(value).__name__}), whose state is not in its own "
+                "state_dict(), so that a checkpoint would lose it. Use the inner optimizer, and write what the wrapper does "
+                "as a function of the state."
+            )
+        if (found := unkeepable(value)) is not None:
+            raise _refusal(kind, f"the attribute {name}{found[0]}", found[1])
+    for index, group in enumerate(hyper):
+        for key, value in group.items():
+            if not isinstance(value, _STATIC) and (found := unkeepable(value)) is not None:
+                raise _refusal(kind, f"{key!r} of group {index}{found[0]}", found[1])
+
+
+def check_slots(
+    optimizer: torch.optim.Optimizer, slots: Mapping[str, Any], hyper: Any, beside: Mapping[str, Any]
+) -> None:
+    """Refuse what the first step of an optimizer has made and no state can hold.
+
+    Raises:
+        ConfigError: names the parameter and the key.
+    """
+    kind = type(optimizer).__name__
+    for where, tree in (
+        ("for the parameter ", slots),
+        ("in its groups: ", list(hyper)),
+        ("beside: ", beside),
+    ):
+        found = unkeepable(tree)
+        if found is not None:
+            raise _refusal(kind, f"{where}{found[0].lstrip('.')}", found[1])
+    for name, value in vars(optimizer).items():
+        if name not in _BASE and not isinstance(value, (*_STATIC, Tensor)) and (found := unkeepable(value)):
+            raise _refusal(kind, f"the attribute {name}{found[0]}", found[1])
+
+
+def _refusal(kind: str, what: str, value: Any) -> ConfigError:
+    return ConfigError(
+        f"{kind} keeps a {type(value).__name__} ({what}), which a state cannot hold: copies and checkpoints would lose "
+        "it. Use an optimizer that keeps tensors, numbers and texts."
+    )
