@@ -9,9 +9,9 @@ from torch import Tensor, nn
 
 from steploop.core.precision import Precision, autocast
 from steploop.core.state.copying import lazy_clone, leaf_like
-from steploop.core.state.generators import SeededGenerators, generators_of
 from steploop.core.state.machine import Machine
 from steploop.core.state.parts import Began, TensorValues
+from steploop.core.state.seeding import SeededGenerators, generators_of
 from steploop.core.state.trace import trace_of
 from steploop.core.state.train_state import TrainState
 from steploop.core.trees import map_tensors, shapes
