@@ -66,7 +66,7 @@ class _Output:
     def _failed(self, error: OSError | ValueError) -> None:
         reason = getattr(error, "strerror", None) or str(error)
         if not self.lasting:
-            self.lasting = True  # what else is said on the way out
+            self.lasting = self._reported = True  # what else is said on the way out
             if self._name == "stdout" and getattr(error, "errno", None) != errno.EPIPE:
                 sys.stderr.write(f"steploop: stdout cannot be written: {reason}.\n")
             raise SystemExit(_CANNOT_WRITE if getattr(error, "errno", None) != errno.EPIPE else 1) from error

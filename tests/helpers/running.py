@@ -69,7 +69,18 @@ def wait_until(happened, timeout_s=60):
         time.sleep(0.01)
 
 
-def train(out, values=None, *, resume=False, stop_at=None, flag=None, recipe=POINTS, screen=None, **options):
+def train(
+    out,
+    values=None,
+    *,
+    resume=False,
+    stop_at=None,
+    flag=None,
+    recipe=POINTS,
+    screen=None,
+    loggers=(),
+    **options,
+):
     """Train or go on in this process; the summary. Logs every step unless told otherwise."""
     options = {"log_every": 1, "tune": False, "device": "cpu", **options}
     if resume:
@@ -78,7 +89,7 @@ def train(out, values=None, *, resume=False, stop_at=None, flag=None, recipe=POI
         request = make_request(recipe, values or {}, out=out, **options)
     flag = flag or StopFlag()
     screen = screen or (QuietScreen() if stop_at is None else StopAt(stop_at, flag))
-    return carry_out(request, screen, flag)
+    return carry_out(request, screen, flag, loggers)
 
 
 def digest(out, phase=""):

@@ -3,11 +3,14 @@
 import json
 import math
 
+import attrs
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from running import changed, train
 
-from steploop.errors import CheckpointWriteError
+from steploop.errors import CheckpointWriteError, ConfigError
+from steploop.runs.journal import LoggedSteps
 from steploop.runs.logs import CsvTable, JsonLines, Loggers, TensorBoard, read_json_lines
 from steploop.runs.logs.jsonl import encode
 
@@ -147,3 +150,101 @@ def test_tensorboard_files_hold_the_curves(tmp_path):
         (1, 0.5),
         (2, pytest.approx(1 / 3)),
     ]
+
+
+@pytest.mark.parametrize("kept", [0, 1, 3, 5])
+def test_tensorboard_shows_no_step_twice_after_a_resume(kept, tmp_path):
+    """Steps up to ``kept`` stand; those after them are taken again."""
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    rows = [(step, {"train/loss": float(step), "eval/loss": step / 2}) for step in range(1, 6)]
+    killed = TensorBoard(tmp_path)
+    for row in rows:
+        killed(*row)
+    killed.flush()  # and no close
+    resumed = TensorBoard(tmp_path)
+    resumed.rewrite(rows[:kept])
+    for row in rows[kept:]:
+        resumed(*row)
+    resumed.close()
+    events = accumulator.EventAccumulator(str(tmp_path)).Reload()
+    for tag in ("train/loss", "eval/loss"):
+        assert [(e.step, e.value) for e in events.Scalars(tag)] == [(step, row[tag]) for step, row in rows]
+
+
+def test_tensorboard_that_is_asked_for_at_a_resume_shows_the_run_from_its_beginning(tmp_path):
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    board = TensorBoard(tmp_path)
+    board.rewrite([(1, {"loss": 1.0}), (2, {"loss": 0.5})])
+    board.close()
+    events = accumulator.EventAccumulator(str(tmp_path)).Reload()
+    assert [e.step for e in events.Scalars("loss")] == [1, 2]
+
+
+@given(
+    phases=st.lists(st.lists(st.integers(0, 9), min_size=1, max_size=5).map(sorted), min_size=1, max_size=4)
+)
+def test_the_steps_of_a_later_phase_go_on_behind_those_of_the_one_before(phases):
+    """Whether all lines come at once, as at a resume, or one by one."""
+    written = [
+        {"kind": "train", "step": step, "loss": 0.5, **({"phase": number} if number else {})}
+        for number, steps in enumerate(phases)
+        for step in steps
+    ]
+    at_once = list(LoggedSteps().read(written))
+    one_by_one = LoggedSteps()
+    assert [row for line in written for row in one_by_one.read([line])] == at_once
+    steps = [step for step, _ in at_once]
+    assert steps == sorted(steps)
+    ends = [steps[sum(map(len, phases[: n + 1])) - 1] for n in range(len(phases))]
+    assert ends == [sum(phase[-1] for phase in phases[: n + 1]) for n in range(len(phases))]
+
+
+class Recorder:
+    """A logger with every method that one may have."""
+
+    def __init__(self):
+        self.calls = []
+
+    def __call__(self, step, values):
+        self.calls.append((step, sorted(values)))
+
+    def __getattr__(self, name):
+        if name in {"begin", "rewrite", "flush", "close"}:
+            return lambda *arguments: self.calls.append((name, *arguments))
+        raise AttributeError(name)
+
+
+def test_a_recipe_and_a_run_bring_loggers_of_their_own(tmp_path):
+    """A function will do; an object is told where the run is, what stands at a resume, and when to write."""
+    own, given, steps = Recorder(), Recorder(), []
+    recipe = changed(
+        tmp_path, lambda made, _: attrs.evolve(made, loggers=[own, lambda step, _: steps.append(step)])
+    )
+    train(tmp_path / "run", recipe=recipe, stop_at=5, loggers=[given])
+    assert own.calls == given.calls
+    assert own.calls[0] == ("begin", tmp_path / "run")
+    assert own.calls[-2:] == [("flush",), ("close",)]
+    first = [call for call in own.calls if isinstance(call[0], int)]
+    assert [call[0] for call in first] == steps
+    assert {"train/loss", "train/learning_rate"} <= set(first[0][1])
+    own.calls.clear()
+    train(tmp_path / "run", resume=True)
+    assert own.calls[0] == ("begin", tmp_path / "run")
+    assert own.calls[1][0] == "rewrite"
+    assert [step for step, _ in own.calls[1][1]] == steps[: len(first)]
+
+
+@pytest.mark.parametrize(
+    ("loggers", "said"),
+    [
+        (print, "loggers must be a sequence of loggers, but is one"),
+        (5, "a logger is called as logger(step, values), but 5 cannot be called"),
+        ([print, "tensorboard"], "but 'tensorboard' cannot be called"),
+        ([Recorder], "is a class: give an instance"),
+    ],
+)
+def test_what_is_no_logger_is_refused_when_the_recipe_is_made(loggers, said, tmp_path):
+    recipe = changed(tmp_path, lambda made, _: attrs.evolve(made, loggers=loggers))
+    with pytest.raises(ConfigError) as caught:
+        train(tmp_path / "run", recipe=recipe)
+    assert said in str(caught.value)

@@ -3,7 +3,10 @@
 import json
 import os
 import signal
+import subprocess
+import sys
 import time
+from contextlib import contextmanager
 from pathlib import Path
 
 import attrs
@@ -66,7 +69,8 @@ def check_end(tmp_path, child, code, golden):
 
 
 @pytest.mark.parametrize(
-    ("signum", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 75), (signal.SIGUSR1, 75)]
+    ("signum", "code"),
+    [(signal.SIGINT, 130), (signal.SIGTERM, 75), (signal.SIGUSR1, 75), (signal.SIGHUP, 75)],
 )
 def test_a_signal_in_a_step_saves_and_says_how_to_go_on(start, signum, code, golden, tmp_path):
     child = start("--set", "step_s=0.3")
@@ -99,7 +103,9 @@ def test_a_signal_while_waiting_for_data_is_seen_and_no_worker_complains(
         os.killpg(child.pid, 0)
 
 
-@pytest.mark.parametrize(("signum", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 75)])
+@pytest.mark.parametrize(
+    ("signum", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 75), (signal.SIGHUP, 75)]
+)
 def test_a_signal_to_the_group_finds_workers_at_work_and_they_say_nothing(
     start, signum, code, golden, tmp_path
 ):
@@ -238,9 +244,51 @@ def test_a_signal_before_the_first_step_leaves_nothing(fork, tmp_path):
     child = fork(tmp_path, "run", str(recipe), "--out", str(tmp_path / "run"), *SLOW)
     child.wait_for(lambda: "building" in child.said())
     os.kill(child.pid, signal.SIGTERM)
-    code, _, err = child.end()
+    code, said, err = child.end()
     assert (code, err) == (75, "steploop: interrupted before the first step; there was nothing to save.\n")
-    assert not (tmp_path / "run" / "config.json").exists()
+    last = json.loads(said.splitlines()[-1])
+    assert (last["state"], last["exit_code"], last["run"]) == ("interrupted", 75, None)
+    assert last["again"].startswith(f"steploop run {recipe} --out ")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_hangup_that_was_ignored_at_the_start_ends_nothing(tmp_path):
+    """As under nohup."""
+
+    @contextmanager
+    def ignoring():
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)
+        yield
+
+    arguments = (
+        "run",
+        POINTS,
+        "--out",
+        str(tmp_path / "run"),
+        *SLOW,
+        "--epochs",
+        "1",
+        "--set",
+        "step_s=0.05",
+    )
+    child = Forked(tmp_path, *arguments, inside=ignoring())
+    child.wait_for(logged(tmp_path))
+    os.kill(child.pid, signal.SIGHUP)
+    assert child.end()[0] == 0
+    assert json.loads((tmp_path / "run" / "status.json").read_bytes())["state"] == "finished"
+
+
+@pytest.mark.parametrize(("signum", "code"), [(signal.SIGTERM, 75), (signal.SIGINT, 130)])
+def test_a_signal_while_torch_is_loaded_is_no_failure_either(signum, code, tmp_path):
+    """The first line comes before torch: whoever requeues jobs by their code keeps this one."""
+    command = [sys.executable, "-m", "steploop", "run", POINTS, "--out", str(tmp_path / "run")]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as child:
+        assert child.stdout.readline() == f"starting {POINTS}: loading torch ...\n"
+        child.send_signal(signum)
+        out, err = child.communicate(timeout=60)
+    assert (child.returncode, json.loads(out)["state"]) == (code, "interrupted")
+    assert err == "steploop: interrupted before the first step; there was nothing to save.\n"
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_run_directory_belongs_to_one_process(start, fork, tmp_path):
