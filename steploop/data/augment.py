@@ -1,4 +1,4 @@
-"""Augmentation of whole batches of images: pure functions that take the random numbers' generator.
+"""Augment whole batches of images, with pure functions that take a random generator.
 
 They work on the batch as one tensor: a crop of 128 images of 32x32 takes about a tenth of a millisecond, where
 a loop over images takes ten times that and a call per image and transform a hundred times.
@@ -98,7 +98,7 @@ def random_flip(images: Tensor, *, generator: torch.Generator, p: float = 0.5) -
 def normalize(
     images: Tensor, *, mean: Sequence[float], std: Sequence[float], channels_last: bool = False
 ) -> Tensor:
-    """Pixels as floats around zero.
+    """Convert pixels to floats around zero.
 
     With x the pixel in 0..1 (a uint8 pixel divided by 255; a float one as it is), for each channel::
 
@@ -166,6 +166,6 @@ def _pad(images: Tensor, padding: int, mode: str) -> Tensor:
 
 
 def _mirrored(n: int, padding: int, device: torch.device) -> Tensor:
-    """The index into an axis of size n for each place of the padded one: 2 1 | 0 1 2 3 | 2 1."""
+    """Return the source index for each place of a padded axis: 2 1 | 0 1 2 3 | 2 1."""
     places = torch.arange(-padding, n + padding).abs()
     return torch.minimum(places, 2 * (n - 1) - places).to(device, non_blocking=True)

@@ -1,4 +1,4 @@
-"""How many samples a dataset has, and whether they lie on a device."""
+"""Count the samples of a dataset, and find out whether they are on a device."""
 
 from typing import Any
 
@@ -10,7 +10,7 @@ __all__ = ["count_dataset", "on_device"]
 
 
 def on_device(data: Any) -> bool:
-    """Whether one of its tensors is not on the CPU."""
+    """Whether one of the tensors is not on the CPU."""
     found: list[bool] = []
     map_tensors(lambda t: found.append(t.device.type != "cpu"), data)
     return any(found)

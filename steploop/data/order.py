@@ -1,4 +1,4 @@
-"""Which samples make up which batch: pure functions of (seed, epoch), so that a position is two integers.
+"""Decide which samples make up a batch, as pure functions of (seed, epoch).
 
 Nothing here has a memory. The order of an epoch is computed when the epoch begins, from the seed and the
 epoch's number alone, and a batch is a slice of it: any cursor can be gone to at once, and every process of a
@@ -20,7 +20,7 @@ ORDER, SAMPLE, BATCH, AMBIENT, WORKERS = 0x0DA7_A001, 0x0DA7_A002, 0x0DA7_A003, 
 
 
 def epoch_order(n: int, *, seed: int, epoch: int, shuffle: bool = True) -> Tensor:
-    """The order in which an epoch visits ``n`` samples.
+    """Return the order in which an epoch visits ``n`` samples.
 
     A permutation of ``0 .. n - 1``, drawn uniformly by a generator seeded with ``fold_in(seed, ORDER, epoch)``;
     without ``shuffle`` the identity. The same arguments give the same order, always; the ambient random number
@@ -59,7 +59,7 @@ def epoch_order(n: int, *, seed: int, epoch: int, shuffle: bool = True) -> Tenso
 
 
 def batches_per_epoch(n: int, *, batch_size: int, drop_last: bool = False, world_size: int = 1) -> int:
-    """How many batches each process gets from ``n`` samples: the same number for every rank.
+    """Count the batches that each process gets from ``n`` samples: the same for every rank.
 
     With ``G = batch_size * world_size`` samples to a global batch: ``n // G``, and one more for a remainder that
     is kept and has at least a sample for each process.
@@ -81,7 +81,7 @@ def batches_per_epoch(n: int, *, batch_size: int, drop_last: bool = False, world
 def batch_indices(
     order: Tensor, batch: int, *, batch_size: int, drop_last: bool = False, rank: int = 0, world_size: int = 1
 ) -> Tensor:
-    """The samples of batch number ``batch``, out of an epoch's ``order``, for one process.
+    """Return the samples of batch number ``batch``, from an epoch's ``order``, for one process.
 
     Global batch b is ``order[b * G : (b + 1) * G]`` with ``G = batch_size * world_size``, and rank r takes every
     ``world_size``-th of it from the r-th on. Hence the global batches do not depend on how many processes share

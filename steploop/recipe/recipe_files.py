@@ -1,4 +1,4 @@
-"""Recipe files: found by path or by the name of a shipped one, loaded, and checked for what a recipe must have."""
+"""Find recipe files by path or name, load them, and check what a recipe must have."""
 
 import ast
 import hashlib
@@ -51,13 +51,13 @@ class RecipeFile:
 
 
 def _folder() -> Path:
-    """Where the shipped recipes lie: in the wheel, or beside the package in a checkout."""
+    """Find the folder of the shipped recipes: in the wheel, or next to the package in a checkout."""
     here = Path(__file__).parents[1]
     return here / "_recipes" if (here / "_recipes").is_dir() else here.parent / "recipes"
 
 
 def shipped_recipes() -> dict[str, Path]:
-    """Name -> file of each recipe that comes with the package, sorted.
+    """Map the name of each shipped recipe to its file, sorted.
 
     Example:
         >>> "mnist" in shipped_recipes()
@@ -67,13 +67,13 @@ def shipped_recipes() -> dict[str, Path]:
 
 
 def summary_of(path: Path) -> str:
-    """The first line of a recipe's docstring, read without running it."""
+    """Read the first line of a recipe's docstring without running it."""
     document = ast.get_docstring(ast.parse(path.read_bytes())) or ""
     return document.partition("\n")[0]
 
 
 def find_recipe(name: str) -> Path:
-    """The file of a recipe given as a path or as the name of a shipped one.
+    """Find the file of a recipe by its path, or by the name of a shipped one.
 
     Raises:
         ConfigError: there is neither; the nearest name is said.
@@ -136,7 +136,7 @@ def load_recipe_file(path: Path, *, beside: Path | None = None) -> RecipeFile:
 
 
 def _line(error: Exception, path: Path) -> str:
-    """The line of the recipe that an error comes from, where it is known."""
+    """Find the line of the recipe that an error comes from, if known."""
     line, trace = None, error.__traceback__
     while trace is not None:
         if trace.tb_frame.f_code.co_filename == str(path):

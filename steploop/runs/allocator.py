@@ -1,4 +1,4 @@
-"""What a run changes about its process before it trains, and records: glibc's thresholds for giving memory back."""
+"""Set glibc's thresholds for returning memory, before a run trains, and record them."""
 
 import ctypes
 import sys

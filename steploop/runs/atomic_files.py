@@ -1,4 +1,4 @@
-"""Puts a whole file in the place of an older one: a reader sees one or the other, and a kill leaves one of the two."""
+"""Replace a file atomically: write a temporary file in its folder, then rename it."""
 
 import os
 from contextlib import suppress

@@ -1,4 +1,4 @@
-"""Compiles a recipe's step for a run: what the compiler tells goes to the screen and into the run's record."""
+"""Compile a recipe's step for a run, and record what the compiler reports."""
 
 from typing import Literal
 
@@ -12,7 +12,7 @@ __all__ = ["compiled"]
 
 
 def compiled(recipe: Recipe, mode: bool | Literal["auto"], journal: RunJournal, screen: Screen) -> Recipe:
-    """``recipe`` with its step as one graph; as it is with mode=False.
+    """Compile a recipe's step; with mode=False return the recipe unchanged.
 
     Each sentence of ``steploop.compile`` is a note on the screen and, with the figures known by then, an event of the
     run: how long compiling took, which form was chosen, and what was measured for it.

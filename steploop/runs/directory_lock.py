@@ -1,4 +1,4 @@
-"""One process at a time in a run directory: a POSIX record lock on a file that serves nothing else.
+"""Lock a run directory for one process, by a POSIX record lock on a file of its own.
 
 ``lockf`` and not ``flock`` (which the filelock library takes): an flock belongs to the open file, so a data-loading
 worker that was forked inherits it, and one that hangs keeps the run locked after the run itself is dead. A POSIX lock
@@ -42,7 +42,7 @@ _held: dict[tuple[int, int], "Owner"] = {}  # (device, inode) of each run direct
 
 @attrs.frozen
 class Owner:
-    """Who runs in a directory.
+    """The process that runs in a directory.
 
     Attributes:
         pid: its process number.
@@ -60,7 +60,7 @@ class Owner:
 
 @contextmanager
 def run_lock(directory: Path) -> Iterator[Owner]:
-    """Own a run directory for the length of a ``with`` block; the system frees it whatever ends the process.
+    """Own a run directory in a ``with`` block; the system frees it if the process dies.
 
     Args:
         directory: the run directory, which exists. On a network file system locks may not hold.
@@ -98,7 +98,7 @@ def run_lock(directory: Path) -> Iterator[Owner]:
 
 
 def run_owner(directory: Path) -> Owner | None:
-    """The process that owns a run directory now, or None. This changes nothing and never waits."""
+    """Return the process that owns a run directory now, or None; never wait."""
     if (owner := _held.get(_identity(directory))) is not None:
         return owner
     try:
@@ -138,7 +138,7 @@ def _write_owner(directory: Path, owner: Owner) -> None:
 
 
 def _read_owner(directory: Path) -> Owner:
-    """What the owner says of itself; it has the lock for an instant before it says so, and may be gone by now."""
+    """Read the owner's record, which may be missing for an instant or out of date."""
     try:
         said = read_record(directory, _OWNER, limit=_LIMIT) or {}
     except DataError:

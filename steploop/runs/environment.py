@@ -1,4 +1,4 @@
-"""Where a run takes place: the device, and the versions that it records."""
+"""Find the device of a run, and the versions that it records."""
 
 import platform
 import subprocess
@@ -14,7 +14,7 @@ __all__ = ["find_device", "git_commit", "versions"]
 
 
 def versions() -> dict[str, str]:
-    """The versions of what computes."""
+    """Collect the versions of the libraries that compute."""
     return {
         "steploop": __version__,
         "python": platform.python_version(),
@@ -25,7 +25,7 @@ def versions() -> dict[str, str]:
 
 
 def git_commit(folder: Path) -> str | None:
-    """The commit that is checked out in a folder, with ``-dirty`` where files differ from it; None without git."""
+    """Return the commit checked out in a folder, ``-dirty`` if files differ; None without git."""
     command = ["git", "-C", str(folder), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
     try:
         done = subprocess.run(command, capture_output=True, timeout=10, check=True)  # noqa: S603  (no shell, fixed words)
@@ -35,7 +35,7 @@ def git_commit(folder: Path) -> str | None:
 
 
 def find_device(name: str) -> torch.device:
-    """The device called ``auto``, ``cpu``, ``cuda`` (``cuda:1``) or ``mps``.
+    """Find the device called ``auto``, ``cpu``, ``cuda`` (``cuda:1``) or ``mps``.
 
     Raises:
         ConfigError: this machine has none of that kind, or the name is none.

@@ -1,4 +1,4 @@
-"""The journal of a run: each line goes to metrics.jsonl, to the loggers and to the screen."""
+"""Pass each line of a run to metrics.jsonl, the loggers and the screen."""
 
 import math
 import time
@@ -14,7 +14,7 @@ _PLACE = {"step", "attempted", "epoch", "batch", "epochs", "phase"}
 
 
 def _numbers(values: Mapping[str, Any], prefix: str) -> dict[str, float]:
-    """What a logger can draw: the finite numbers, without those that only say where we are."""
+    """Select what a logger can draw: finite numbers, without counters of the position."""
     return {
         prefix + name: float(value)
         for name, value in values.items()
@@ -81,7 +81,7 @@ class RunJournal:
         self._begun: tuple[float, int] | None = None  # when this process logged first, and how far it was
 
     def train(self, line: Mapping[str, Any]) -> None:
-        """A log point."""
+        """Write a log point."""
         self._write("train", line)
         batches = (line["epoch"] - 1) * self._steps_per_epoch + line["batch"]
         total = max(self._epochs * self._steps_per_epoch, 1)
@@ -90,7 +90,7 @@ class RunJournal:
         )
 
     def _left(self, batches: int, total: int) -> float | None:
-        """Seconds left, by the pace since the first log point, evaluations included."""
+        """Estimate the seconds left, by the pace since the first log point, evaluations included."""
         now = time.monotonic()
         if self._begun is None:
             self._begun = now, batches
@@ -98,13 +98,13 @@ class RunJournal:
         return (now - since) / (batches - first) * (total - batches) if batches > first else None
 
     def evaluation(self, line: Mapping[str, Any]) -> None:
-        """An evaluation."""
+        """Write an evaluation."""
         self._write("eval", line)
         self._screen.evaluation(line)
         self._on_evaluation(line)
 
     def event(self, line: Mapping[str, Any]) -> None:
-        """Anything else."""
+        """Write an event."""
         self._write("event", line)
 
     def _write(self, kind: str, line: Mapping[str, Any]) -> None:

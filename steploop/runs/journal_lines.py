@@ -1,4 +1,4 @@
-"""Puts the lines of ``metrics.jsonl`` into one order of attempted steps, through crashes and phases."""
+"""Order the lines of ``metrics.jsonl`` by attempted steps, through crashes and phases."""
 
 import heapq
 
@@ -8,7 +8,7 @@ __all__ = ["Journal", "attempted_of", "from_one"]
 
 
 def attempted_of(line: Line) -> int:
-    """The attempted steps at which a line stands; an event may know only the applied steps."""
+    """Return a line's attempted steps; an event may have only the applied steps."""
     return int(line.get("attempted", line.get("step", 0)))
 
 
@@ -39,7 +39,7 @@ class Journal:
 
     @property
     def events(self) -> list[Line]:
-        """All other lines, in the order of the file."""
+        """Every other line, in the order of the file."""
         return [line for line in self._events if line is not None]
 
     def add(self, line: Line) -> None:
@@ -76,7 +76,7 @@ class Journal:
         self._events.append(line)
 
     def _shifted(self, line: Line) -> Line:
-        """The line with its steps counted from the beginning of the first phase."""
+        """Count a line's steps from the beginning of the first phase."""
         attempted, applied = self._before
         if not attempted or "attempted" not in line:
             return line

@@ -1,4 +1,4 @@
-"""How fast a run goes: a watch that runs while batches are folded, and stands while something else is done."""
+"""Time the training of a run; pause during evaluations and checkpoints."""
 
 import time
 from collections.abc import Callable
@@ -27,11 +27,11 @@ class Pace:
         self._ran_s, self._samples, self._waited_s = 0.0, 0, 0.0
 
     def go(self) -> None:
-        """Let the watch run."""
+        """Start or continue the timing."""
         self._since_s = self._clock()
 
     def stand(self) -> bool:
-        """Stop the watch; whether it ran."""
+        """Pause the timing; return whether it was running."""
         if self._since_s is None:
             return False
         self._ran_s += self._clock() - self._since_s
@@ -39,15 +39,15 @@ class Pace:
         return True
 
     def waited(self, seconds: float) -> None:
-        """Note that so much of the time went by without a batch to train on."""
+        """Add seconds that were spent waiting for a batch."""
         self._waited_s += seconds
 
     def trained(self, batch: Any) -> None:
-        """Note that a step was taken on ``batch``."""
+        """Count a step on ``batch``."""
         self._samples += count_samples(batch) or 0
 
     def read(self) -> dict[str, float]:
-        """The numbers for a line of the log; the next ones begin here."""
+        """Return the numbers for a line of the log, and begin anew."""
         if self.stand():
             self.go()
         ran_s = max(self._ran_s, 1e-9)
@@ -61,5 +61,5 @@ class Pace:
 
     @property
     def time_s(self) -> float:
-        """Seconds since the run began, whatever was done in them."""
+        """Seconds since the run began, everything included."""
         return self._clock() - self._begun_s

@@ -1,4 +1,4 @@
-"""How a run stands: what it says of itself, whether it is running, and whether to resume it."""
+"""Read how a run stands: its status, whether it is running, whether to resume it."""
 
 import os
 from pathlib import Path
@@ -15,7 +15,7 @@ __all__ = ["Standing", "is_run", "read_standing"]
 
 @attrs.frozen(kw_only=True)
 class Standing:
-    """What a run directory says, without its metrics.
+    """The status of a run directory, without its metrics.
 
     Attributes:
         config: what ``config.json`` says; empty if there is none that can be read.
@@ -38,7 +38,7 @@ class Standing:
 
 
 def is_run(path: Path) -> bool:
-    """Whether a directory looks like that of a run, be it a damaged one."""
+    """Whether a directory looks like a run, possibly a damaged one."""
     return path.is_dir() and any(os.path.lexists(path / name) for name in ("config.json", "metrics.jsonl"))
 
 
@@ -82,7 +82,7 @@ def read_standing(path: Path) -> Standing:
 
 
 def _read_status(path: Path) -> tuple[Status, list[str]]:
-    """What ``status.json`` says, and what is wrong with it."""
+    """Read ``status.json``, and say what is wrong with it."""
     problems: list[str] = []
     try:
         said = read_record(path, "status.json")

@@ -1,4 +1,4 @@
-"""Names of files and words of the command line as text, whatever the locale: UTF-8 in all that is recorded."""
+"""Convert file names and words of the command line to UTF-8 text, in any locale."""
 
 import os
 from pathlib import Path
@@ -16,5 +16,5 @@ def readable(text: str | Path) -> str:
 
 
 def native(text: str) -> str:
-    """A recorded name as the system's calls take it."""
+    """Convert a recorded name to the form of the system's calls."""
     return os.fsdecode(text.encode())

@@ -1,4 +1,4 @@
-"""CIFAR-10 through torchvision: from disk, or downloaded with a progress bar and without ever hanging."""
+"""Load CIFAR-10 from disk, or download it with a progress bar and a time limit."""
 
 import hashlib
 import tempfile
@@ -106,7 +106,7 @@ def _receive(response: Any, part: Path, progress: Progress | None) -> None:
 
 
 def _allow_pauses(response: Any) -> None:
-    """A server that has answered may be slower than one that has not: a stall is longer than a silence."""
+    """Allow longer pauses once a server has answered."""
     sock = getattr(getattr(getattr(response, "fp", None), "raw", None), "_sock", None)
     if sock is not None:
         sock.settimeout(_STALL_S)

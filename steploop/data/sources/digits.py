@@ -1,4 +1,4 @@
-"""Handwritten digits as 28x28 images: MNIST where it is or can be had, else the 1,797 that scikit-learn ships."""
+"""Load handwritten digits as 28x28 images: MNIST if available, else the 1,797 of scikit-learn."""
 
 import socket
 from pathlib import Path
@@ -27,7 +27,7 @@ class Digits:
 
     Attributes:
         train: images (N, 1, 28, 28) uint8, 0 is the background, and labels (N,) int64, 0..9.
-        test: likewise.
+        test: images and labels in the same form.
         description: one sentence that says what these data are.
     """
 
@@ -37,11 +37,11 @@ class Digits:
 
 
 def load_digits(source: DigitSource = "auto", *, root: str | Path = "data", timeout_s: float = 4.0) -> Digits:
-    """Digits from ``source``.
+    """Load digits from ``source``.
 
     Args:
         source: "mnist" (torchvision's, 60,000 + 10,000, downloaded into ``root`` unless it is there), "digits"
-            (scikit-learn's, 1,400 + 397, which need no network) or "auto": MNIST if it is on disk or can be had
+            (scikit-learn's, 1,400 + 397, which need no network) or "auto": MNIST if it is on disk or can be downloaded
             within ``timeout_s``, else scikit-learn's.
         root: the directory that holds ``MNIST/raw``.
         timeout_s: how long to wait for the network before giving up.
@@ -98,7 +98,7 @@ def _mnist(root: Path, timeout_s: float) -> Digits:
 
 
 def _scikit_learn_digits(why: str) -> Digits:
-    """8x8 pixels of 0..16, enlarged to 20x20 of 0..255 in the middle of 28x28, where MNIST has its digits."""
+    """Enlarge 8x8 pixels of 0..16 to 20x20 of 0..255, in the middle of 28x28 as in MNIST."""
     datasets: Any = import_extra(
         "sklearn.datasets", extra="recipes", purpose="Training on handwritten digits without MNIST"
     )

@@ -1,4 +1,4 @@
-"""Small images for a recipe, all in memory: CIFAR-10, a folder of images, or synthetic ones."""
+"""Load small images for a recipe into memory: CIFAR-10, a folder of images, or synthetic ones."""
 
 import os
 from collections.abc import Sequence
@@ -31,7 +31,7 @@ class ImageData:
         test_images: shape ``(M, 3, H, W)``, uint8.
         test_labels: shape ``(M,)``, int64.
         classes: the name of each class.
-        note: what a reader of the results must know about them, in a sentence or two.
+        note: what a reader of the results must know about the images, in a sentence or two.
 
     Example:
         >>> data = load_images("synthetic", size=8, train_samples=20, test_samples=10)
@@ -49,12 +49,12 @@ class ImageData:
 
     @property
     def train(self) -> tuple[Tensor, Tensor]:
-        """Images and labels to train on, as a ``Loader`` takes them."""
+        """The images and labels to train on, as a ``Loader`` takes them."""
         return self.train_images, self.train_labels
 
     @property
     def test(self) -> tuple[Tensor, Tensor]:
-        """Images and labels to evaluate on."""
+        """The images and labels to evaluate on."""
         return self.test_images, self.test_labels
 
 
@@ -119,7 +119,7 @@ def load_images(
 
 
 def channel_statistics(images: Tensor) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Mean and standard deviation of each channel, of pixels in 0..1: what ``normalize`` takes.
+    """Compute mean and standard deviation of each channel, of pixels in 0..1, for ``normalize``.
 
     Args:
         images: shape ``(N, C, H, W)``, uint8, not empty.

@@ -1,4 +1,4 @@
-"""One function: open an address without ever hanging, to see whether data can be had."""
+"""Open an address with a time limit that covers every stage of the connection."""
 
 import threading
 import urllib.request
@@ -10,7 +10,7 @@ __all__ = ["open_url"]
 
 
 def open_url(url: str, *, timeout_s: float) -> Any:
-    """The server's response, which the caller closes.
+    """Open ``url`` and return the server's response, which the caller closes.
 
     In a thread of its own, because looking up a name has no timeout in Python and can take minutes.
 

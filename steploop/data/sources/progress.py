@@ -1,4 +1,4 @@
-"""How far a download or a decoding is: a callback, and the bar that stands in where none is given."""
+"""Show how far a download or a decoding is: by a callback, or by a bar."""
 
 import sys
 from collections.abc import Callable, Iterator
@@ -20,7 +20,7 @@ def _silent(_: str, __: int, ___: int) -> None:
 
 @contextmanager
 def showing(progress: Progress | None) -> Iterator[Progress]:
-    """The given callback; or a bar on stderr if that is a terminal, gone again at the end; or silence."""
+    """Return the callback, or a temporary bar on stderr if that is a terminal, or silence."""
     if progress is not None:
         yield progress
         return

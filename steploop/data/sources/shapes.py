@@ -1,4 +1,4 @@
-"""Pictures of discs, squares and triangles, with a mask that names every pixel: made, not stored."""
+"""Draw discs, squares and triangles, with a mask that labels every pixel."""
 
 import math
 
@@ -15,7 +15,7 @@ SHAPE_CLASSES = ("background", "disc", "square", "triangle")
 def draw_shapes(
     count: int, *, size: int = 64, seed: int = 0, shapes: int = 3, noise: float = 0.1
 ) -> tuple[Tensor, Tensor]:
-    """Images of a few coloured shapes on a coloured background, and their masks.
+    """Draw images of a few coloured shapes on a coloured background, and their masks.
 
     Each shape has a class, a place, a radius of 0.15 to 0.3 of the side, a turn and a colour of its own; a later
     one hides what it covers. The colours say nothing about the class, and Gaussian noise of standard deviation
@@ -57,7 +57,7 @@ def draw_shapes(
 
 
 def _inside(kind: Tensor, u: Tensor, v: Tensor, radius: Tensor) -> Tensor:
-    """Whether points (u, v), in the shape's own axes, lie in it; the corners of all lie on the circle of ``radius``.
+    """Whether points (u, v), in the shape's own axes, lie inside; corners lie on the circle of ``radius``.
 
     A regular polygon is the intersection of half-planes: of four for the square, of three for the triangle.
     """

@@ -1,4 +1,4 @@
-"""Made-up labelled images: class-dependent patterns plus noise, the same on every call."""
+"""Make labelled images: class-dependent patterns plus noise, the same on every call."""
 
 import math
 from typing import Any
@@ -25,7 +25,7 @@ def _positive(_: Any, field: "attrs.Attribute[Any]", value: float) -> None:
 
 @attrs.frozen(eq=False)
 class SyntheticImageDataset(Dataset[tuple[Tensor, int]]):
-    """Images that a network can learn, and can overfit.
+    """Synthetic images that a network can learn and overfit.
 
     A CNN with three small convolutions, trained to 100% of 4,000 of them, has 89% of new ones right after 5 epochs;
     trained to 100% of 500, it stays at 40%.
@@ -67,7 +67,7 @@ class SyntheticImageDataset(Dataset[tuple[Tensor, int]]):
         return self.length
 
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
-        """Image, shape ``(3, size, size)``, uint8, and label."""
+        """Return an image, shape ``(3, size, size)``, uint8, and its label."""
         if not 0 <= index < self.length:
             raise IndexError(f"sample {index} of {self.length}")
         number = self.first + index
@@ -82,7 +82,7 @@ class SyntheticImageDataset(Dataset[tuple[Tensor, int]]):
         return image.mul_(255).add_(0.5).to(torch.uint8), label  # the conversion cuts off: this rounds
 
     def tensors(self) -> tuple[Tensor, Tensor]:
-        """All of it: images ``(N, 3, size, size)`` uint8, labels ``(N,)`` int64."""
+        """Return all images ``(N, 3, size, size)``, uint8, and labels ``(N,)``, int64."""
         images = torch.empty(self.length, 3, self.size, self.size, dtype=torch.uint8)
         for i in range(self.length):
             images[i] = self[i][0]

@@ -1,4 +1,4 @@
-"""Text without a network: the source of Python's own standard library, file by file."""
+"""Read text that needs no network: the source files of Python's standard library."""
 
 import sysconfig
 from pathlib import Path
@@ -12,7 +12,7 @@ _LEFT_OUT = {"__pycache__", "idle_test", "site-packages", "test", "tests", "pydo
 
 
 def library_files(package: str | None = None) -> list[Path]:
-    """The Python files of the standard library, in the order of their names.
+    """List the Python files of the standard library, sorted by name.
 
     Args:
         package: only those below this package, for instance "asyncio"; None takes the modules that stand in no

@@ -1,4 +1,4 @@
-"""What a capsule is on the disk: written whole, read back with its batch.
+"""Write capsules to the disk, and read them with their batch.
 
 A capsule is a directory in ``capsules/`` of the run::
 
@@ -151,7 +151,7 @@ _STATE: Final[Mapping[str, Callable[[Any], bool]]] = {
 
 
 def _problem(about: Mapping[str, Any]) -> str | None:
-    """What in ``capsule.json`` is not of its type."""
+    """Say what in ``capsule.json`` has the wrong type."""
     for name in ("attempted", "epoch", "batch"):
         if not is_count(about.get(name)):
             return f"{name} should be a number of steps, but is {str(about.get(name))[:60]!r}"
@@ -171,7 +171,7 @@ def _problem(about: Mapping[str, Any]) -> str | None:
 
 
 def read_batch(path: Path) -> dict[str, Tensor]:
-    """The tensors of a capsule's batch; none if it has no such file.
+    """Read the tensors of a capsule's batch; none if it has no such file.
 
     Raises:
         DataError: the file is damaged, or no safetensors file of a batch.

@@ -1,1 +1,1 @@
-"""The commands: each a plain typed function, one a module, which imports what it needs when it is called."""
+"""The commands, one typed function a module; each imports what it needs when it is called."""

@@ -39,7 +39,7 @@ def bench(
     no_tune: Annotated[bool, TUNE] = False,
     as_json: Annotated[bool, JSON] = False,
 ) -> None:
-    """Time RECIPE's step against a hand-written loop: eager, compiled, other libraries."""
+    """Time RECIPE's step against a hand-written loop."""
     from steploop.recipe.recipe_files import find_recipe
     from steploop.tools.bench.handwritten import installed_peers
     from steploop.tools.bench.jobs import CASES, CONTENDERS, Job

@@ -38,7 +38,7 @@ def check(
     quick: Annotated[bool, QUICK] = False,
     as_json: Annotated[bool, JSON] = False,
 ) -> None:
-    """Test RECIPE, built small, against every law that applies; exit code 1 if one fails."""
+    """Test RECIPE against every law that applies. Exit code 1 if one fails."""
     # cuBLAS is deterministic only if this is set before it starts
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     from steploop.recipe.config_values import split_assignments

@@ -1,4 +1,4 @@
-"""``steploop diff``: whether two checkpoints are equal, and where not, what differs first and by how much."""
+"""``steploop diff``: compare two checkpoints bit for bit, and show what differs."""
 
 import json
 import sys
@@ -23,7 +23,7 @@ JSON = typer.Option("--json", help="Print one JSON object.")
 
 
 def diff(a: Annotated[Path, A], b: Annotated[Path, B], *, as_json: Annotated[bool, JSON] = False) -> None:
-    """Say whether checkpoints A and B hold equal states, bit for bit; exit 1, with what differs first, where not."""
+    """Compare checkpoints A and B bit for bit. Exit code 1 if they differ, with what differs first."""
     from steploop.checkpoint import open_checkpoint
     from steploop.runs.safe_text import safe_text
 
@@ -43,7 +43,7 @@ def diff(a: Annotated[Path, A], b: Annotated[Path, B], *, as_json: Annotated[boo
 
 
 def _differences(one: "Checkpoint", other: "Checkpoint") -> Iterator[str]:
-    """Each tensor that differs, in the order of the files, then each number."""
+    """Yield each tensor that differs, in the order of the files, then each number."""
     from steploop.core.trees import first_difference
 
     for file in dict.fromkeys([*one.tensors, *other.tensors]):

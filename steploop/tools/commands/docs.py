@@ -44,7 +44,7 @@ class Section:
 
 
 def docs(word: Annotated[str | None, WORD] = None, *, open_page: Annotated[bool, OPEN] = False) -> None:
-    """Print the documentation: a list of pages, one page, or the sections about WORD. Works offline."""
+    """Find and print documentation. A list of pages, a page, or the sections about WORD; works offline."""
     pages = read_pages()
     if word is None:
         _open("steploop", "\n\n".join(pages.values())) if open_page else _list_pages(pages)

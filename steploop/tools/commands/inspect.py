@@ -1,4 +1,4 @@
-"""``steploop inspect``: what is in a checkpoint, once every byte of it has been verified."""
+"""``steploop inspect``: verify a checkpoint, and show what is in it."""
 
 import json
 import os
@@ -26,7 +26,7 @@ def inspect(
     *,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
-    """Verify CHECKPOINT and show what is in it: counters, optimizer, folds, and every tensor of the model."""
+    """Verify CHECKPOINT and show what is in it. Shows counters, optimizer, metrics and every tensor of the model."""
     from steploop.checkpoint import open_checkpoint
 
     opened = open_checkpoint(newest_checkpoint(checkpoint))
@@ -46,7 +46,7 @@ def inspect(
 
 
 def newest_checkpoint(path: Path) -> Path:
-    """The checkpoint itself, or the newest one of a run or of a directory of checkpoints."""
+    """Find the checkpoint itself, or the newest one of a run or of a directory of checkpoints."""
     if not path.is_dir():
         raise ConfigError(
             f"There is no directory {path}. Name a checkpoint, such as runs/cifar_amp-1/checkpoints/step-000000000390."
@@ -115,7 +115,7 @@ def _describe_state(name: str, values: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _shown(value: Any) -> str:
-    """A value as the file has it, without the marks of what JSON lacks."""
+    """Format a value without the marks for what JSON lacks."""
     if not isinstance(value, Mapping):
         return str(value)
     ((mark, inside),) = value.items()

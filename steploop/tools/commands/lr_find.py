@@ -36,7 +36,10 @@ def lr_find(
     device: Annotated[str, DEVICE] = "auto",
     out: Annotated[Path | None, OUT] = None,
 ) -> None:
-    """Find a learning rate: raise it step by step on a copy of RECIPE's state, draw the loss."""
+    """Search a learning rate for RECIPE by a range test.
+
+    Raises the rate step by step on a copy of the state, draws the loss over it, and suggests a rate.
+    """
     from steploop.errors import MissingExtraError
     from steploop.recipe.config_values import configure, split_assignments
     from steploop.recipe.recipe_files import find_recipe, load_recipe_file

@@ -24,7 +24,7 @@ def new(
         ),
     ] = "mnist",
 ) -> None:
-    """Begin your own recipe as a copy of a shipped one; never overwrites a file."""
+    """Begin your own recipe as a copy of another. Never overwrites a file."""
     from steploop.recipe.recipe_files import find_recipe
 
     original = find_recipe(source)

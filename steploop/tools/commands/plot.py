@@ -1,4 +1,4 @@
-"""``steploop plot``: the curves of one run or several as PNG and SVG."""
+"""``steploop plot``: draw the curves of runs as PNG and SVG."""
 
 import sys
 from pathlib import Path
@@ -28,7 +28,10 @@ def plot(
     out: Annotated[Path | None, OUT] = None,
     terminal: Annotated[bool, TERMINAL] = False,
 ) -> None:
-    """Draw loss, metrics, learning rate, gradient norms and loss scale of RUNS as PNG and SVG."""
+    """Draw the curves of RUNS as PNG and SVG.
+
+    Loss, metrics, learning rate, gradient norms and loss scale.
+    """
     from steploop.runs.reading import read_run
     from steploop.runs.safe_text import safe_text
     from steploop.tools.report.panels import arrange, select

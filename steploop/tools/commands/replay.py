@@ -1,4 +1,4 @@
-"""``steploop replay``: takes the step of a capsule again and says which module broke it."""
+"""``steploop replay``: take the step of a capsule again, and name the module that broke it."""
 
 import json
 import math
@@ -25,7 +25,7 @@ def replay(
     as_json: Annotated[bool, JSON] = False,
     trust: Annotated[bool, TRUST] = False,
 ) -> None:
-    """Take the step of CAPSULE again, and name the module that first made a value that is not finite.
+    """Replay the step of CAPSULE and name the module that broke it.
 
     This runs the recipe in CAPSULE.
     """
@@ -53,7 +53,7 @@ def replay(
 
 
 def _without_nan(value: Any) -> Any:
-    """The value with None for each number that JSON does not have."""
+    """Replace each number that JSON lacks by None."""
     if isinstance(value, dict):
         return {key: _without_nan(part) for key, part in value.items()}
     if isinstance(value, (list, tuple)):

@@ -1,4 +1,4 @@
-"""``steploop report``: one HTML file about one run or several."""
+"""``steploop report``: write one HTML file about runs."""
 
 import sys
 from pathlib import Path
@@ -15,7 +15,10 @@ OUT = typer.Option(
 
 
 def report(runs: Annotated[list[Path], RUNS], out: Annotated[Path | None, OUT] = None) -> None:
-    """Write one HTML file about RUNS that opens without a network: result, curves, evaluations, recipe, how to reproduce."""
+    """Write one HTML file about RUNS, which needs no network.
+
+    The result, curves, evaluations, the recipe and how to run it again.
+    """
     from steploop.runs.reading import read_run
     from steploop.runs.safe_text import safe_text
     from steploop.tools.report.output_files import write_output

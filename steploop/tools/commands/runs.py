@@ -1,4 +1,4 @@
-"""``steploop runs``: a table of the runs below a directory."""
+"""``steploop runs``: list the runs below a directory."""
 
 import json
 import sys
@@ -19,7 +19,7 @@ _HEADS = ("run", "recipe", "differs in", "metric", "steps", "time", "state")
 
 
 def runs(root: Annotated[Path, ROOT] = Path("runs"), as_json: Annotated[bool, JSON] = False) -> None:
-    """List the runs below ROOT: recipe, what differs in their Config, best metric, steps, time, state."""
+    """List the runs below ROOT: what differs, best metric, state."""
     from steploop.runs.reading import find_runs
     from steploop.runs.safe_text import safe_text
 
@@ -37,7 +37,7 @@ def runs(root: Annotated[Path, ROOT] = Path("runs"), as_json: Annotated[bool, JS
 
 
 def _read(path: Path) -> "RunRecord":
-    """A run, or what is wrong with it: one bad run does not hide the others."""
+    """Read a run, or say what is wrong with it: one bad run does not hide the others."""
     from steploop.errors import SteploopError
     from steploop.runs.reading import RunRecord, read_run
 
@@ -48,7 +48,7 @@ def _read(path: Path) -> "RunRecord":
 
 
 def _entry(record: "RunRecord") -> dict[str, Any]:
-    """What there is to say of a run, as plain values."""
+    """Describe a run as plain values."""
     from steploop.tools.report.results import result_of
 
     result = result_of(record)
@@ -69,7 +69,7 @@ def _entry(record: "RunRecord") -> dict[str, Any]:
 
 
 def _rows(records: Sequence["RunRecord"]) -> list[list[str]]:
-    """A row of cells for each run, safe to print."""
+    """Make a row of cells for each run, safe to print."""
     from steploop.runs.safe_text import safe_text
     from steploop.tools.report.charts import number
     from steploop.tools.report.results import duration
@@ -96,7 +96,7 @@ def _rows(records: Sequence["RunRecord"]) -> list[list[str]]:
 
 
 def _show(rows: Sequence[Sequence[str]]) -> None:
-    """A table; or, in a window that is too narrow for it, a few lines for each run, so that nothing is cut off."""
+    """Print a table, or a few lines for each run in a window that is too narrow for it."""
     from rich.console import Console
     from rich.measure import Measurement
     from rich.padding import Padding

@@ -1,4 +1,4 @@
-"""``steploop schedules``: the learning-rate schedules side by side, before any training."""
+"""``steploop schedules``: draw learning-rate schedules before training."""
 
 import sys
 from pathlib import Path
@@ -22,7 +22,7 @@ def schedules(
     terminal: Annotated[bool, TERMINAL] = False,
     out: Annotated[Path, OUT] = Path("schedules"),
 ) -> None:
-    """Draw the schedules NAMES side by side, as PNG and SVG or in the terminal."""
+    """Draw learning-rate schedules, as figures or in the terminal."""
     from steploop.tools.report.schedule_previews import preview_schedules
 
     preview = preview_schedules(names or [], steps=steps, lr=lr)

@@ -1,4 +1,4 @@
-"""``steploop status``: what a scheduler's requeue script needs to know of a run."""
+"""``steploop status``: tell a requeue script how a run stands."""
 
 import json
 import sys
@@ -14,7 +14,9 @@ JSON = typer.Option("--json", help="Print one JSON object.")
 
 
 def status(run: Annotated[Path, RUN], *, as_json: Annotated[bool, JSON] = False) -> None:
-    """Say whether RUN is finished, interrupted, failed, died or running (where), and whether to resume it.
+    """Say how RUN stands, and whether to resume it.
+
+    Finished, interrupted, failed, died or running (and where).
 
     Read this rather than an exit code: under torchrun a job's code is 1 after SIGTERM even where every rank left well.
     """
@@ -38,7 +40,7 @@ def status(run: Annotated[Path, RUN], *, as_json: Annotated[bool, JSON] = False)
 
 
 def describe(run: Path) -> dict[str, Any]:
-    """The state of a run as plain values.
+    """Describe the state of a run as plain values.
 
     Returns:
         "state" (finished, interrupted, failed, died, running, unknown), "pid", "host", "exit_code", "step" (the last

@@ -1,4 +1,4 @@
-"""How wide the terminal is."""
+"""Measure the terminal."""
 
 import shutil
 
@@ -6,5 +6,5 @@ __all__ = ["window_width"]
 
 
 def window_width() -> int:
-    """Characters to a line: the window's, 80 where the output is no window."""
+    """Return the width of the terminal in characters; 80 if there is none."""
     return max(shutil.get_terminal_size((80, 24)).columns, 24)

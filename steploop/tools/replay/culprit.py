@@ -1,4 +1,4 @@
-"""Judges a step that was watched: which module, or which code around it, first made a value that is not finite."""
+"""Find the module, or the code around it, that first made a non-finite value in a watched step."""
 
 from collections.abc import Mapping
 from typing import Any, Literal
@@ -19,7 +19,7 @@ Phase = Literal["state", "batch", "forward", "objective", "backward", "norm"]
 
 @attrs.frozen(kw_only=True)
 class Finding:
-    """Where the first value that is not finite came from.
+    """The origin of the first value that is not finite.
 
     Attributes:
         phase: "state": it was there before the step; "batch": it came with the data; "forward" and "backward": a
@@ -59,7 +59,7 @@ def broken_before(states: Mapping[str, TrainState]) -> Finding | None:
 
 
 def _in_batch(batch: Any) -> tuple[Stats, ...]:
-    """The tensors of a batch that are not finite."""
+    """List the tensors of a batch that are not finite."""
     found = [
         stats_of(f"batch {name}".strip(), leaf)
         for name, leaf in named_leaves(batch)
@@ -69,7 +69,7 @@ def _in_batch(batch: Any) -> tuple[Stats, ...]:
 
 
 def judge(watch: StepWatch, batch: Any, *, loss_finite: bool) -> Finding:
-    """Who was first, by what a watch has seen of a step that is not finite.
+    """Find who was first, from the record of a watched step.
 
     Forward: the first module whose output is not finite although what went in was. Backward: the first call that gives
     back a gradient that is not finite although the one that came to it was; what lies between two modules is the code
@@ -99,7 +99,7 @@ def judge(watch: StepWatch, batch: Any, *, loss_finite: bool) -> Finding:
 
 
 def _counts(event: Event) -> bool:
-    """Whether it is a failure: -inf alone may be a mask, which has no gradient, or which a softmax takes up."""
+    """Whether a value is a failure; -inf alone may be a mask."""
     stats = event.stats
     if stats.nan or stats.pos_inf:
         return True
@@ -168,7 +168,7 @@ def _finding(phase: Phase, call: Call, what: str, went_in: list[Stats], came_out
 
 
 def _with_operation(finding: Finding, watch: StepWatch, call: Call | None, *, backward: bool) -> Finding:
-    """With the first operation of torch that turned finite values into others, in the culprit's own code."""
+    """Add the first operation of torch in the culprit's code that made a non-finite value."""
 
     def fits(operation: Operation) -> bool:
         return operation.backward is backward and (backward or operation.call is call)

@@ -1,4 +1,4 @@
-"""Watches one training step: every module, forward and backward, and who first made a value that is not finite."""
+"""Watch every module during one step, forward and backward, for values that are not finite."""
 
 import sys
 from collections.abc import Callable, Mapping
@@ -45,7 +45,7 @@ class Call:
 
 @attrs.frozen(eq=False)
 class Event:
-    """A tensor that was not finite, when it was seen.
+    """A tensor that was seen to be non-finite.
 
     Attributes:
         backward: whether it is a gradient.
@@ -64,7 +64,7 @@ class Event:
 
 @attrs.frozen(eq=False)
 class Operation:
-    """An operation of torch that made a value that is not finite out of finite ones.
+    """An operation of torch that made a non-finite value from finite ones.
 
     Attributes:
         name: such as ``aten.log``.
@@ -84,7 +84,7 @@ def _is_real(value: Any) -> bool:
 
 
 class StepWatch(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch leaves it untyped
-    """While it is entered, notes every module call of some models and every value that is not finite.
+    """Records every module call of some models, and every value that is not finite.
 
     Args:
         models: name of the state ("" for the only one) -> its model, pointing at the state's parameters.
@@ -101,7 +101,7 @@ class StepWatch(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch le
         self.operations: list[Operation] = []
 
     def __enter__(self) -> Self:
-        """Put the hooks on."""
+        """Install the hooks."""
         for state, model in self._models.items():
             for name, module in model.named_modules():
                 label = ".".join(part for part in (state, name) if part)
@@ -116,7 +116,7 @@ class StepWatch(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch le
     def __exit__(
         self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """Take them off."""
+        """Remove the hooks."""
         super().__exit__(kind, value, trace)  # type: ignore[no-untyped-call]  # torch leaves it untyped
         for handle in self._handles:
             handle.remove()
@@ -204,7 +204,7 @@ class StepWatch(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch le
     # -- operations -----------------------------------------------------------------------------------------
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Run an operation, and note it if it is the first to make something that is not finite."""
+        """Run an operation, and record the first that makes a non-finite value."""
         # asked before: an operation in place makes its own input bad
         looking = not self._looking and len(self.operations) < 100 and not _bad((args, kwargs))
         result = func(*args, **(kwargs or {}))
@@ -223,7 +223,7 @@ def _bad(tree: Any) -> bool:
 
 
 def _place() -> str:
-    """The innermost line on the stack that is neither torch's nor ours."""
+    """Return the innermost line on the stack that is neither torch's nor steploop's."""
     import linecache
 
     frame: FrameType | None = sys._getframe(2)

@@ -1,4 +1,4 @@
-"""What is in a tensor, in a line: range, mean, zeros, and how much of it is not finite."""
+"""Describe a tensor in a line: range, mean, zeros, and how much is not finite."""
 
 import attrs
 import torch
@@ -9,7 +9,7 @@ __all__ = ["Stats", "stats_of"]
 
 @attrs.frozen(kw_only=True)
 class Stats:
-    """What is in a tensor.
+    """The statistics of a tensor.
 
     Attributes:
         name: what it is called.
@@ -33,7 +33,7 @@ class Stats:
 
     @property
     def finite(self) -> bool:
-        """Whether all entries are."""
+        """Whether all entries are finite."""
         return not (self.nan or self.pos_inf or self.neg_inf)
 
     def __str__(self) -> str:
@@ -52,7 +52,7 @@ class Stats:
 
 
 def stats_of(name: str, tensor: Tensor) -> Stats:
-    """The statistics of a tensor of floating-point numbers; computed in float64."""
+    """Compute the statistics of a floating-point tensor, in float64."""
     values = tensor.detach()
     values = values.coalesce().values() if values.is_sparse else values
     values = torch.view_as_real(values) if values.is_complex() else values
