@@ -8,6 +8,8 @@ if TYPE_CHECKING:
     from steploop.data.augment import normalize as normalize
     from steploop.data.augment import random_crop as random_crop
     from steploop.data.augment import random_flip as random_flip
+    from steploop.data.batches import Batches as Batches
+    from steploop.data.batches import as_batches as as_batches
     from steploop.data.epochs import EpochBatches as EpochBatches
     from steploop.data.loader import Loader as Loader
     from steploop.data.order import batch_indices as batch_indices
@@ -33,6 +35,8 @@ _HOMES = {
     "normalize": "augment",
     "random_crop": "augment",
     "random_flip": "augment",
+    "Batches": "batches",
+    "as_batches": "batches",
     "EpochBatches": "epochs",
     "Loader": "loader",
     "batch_indices": "order",

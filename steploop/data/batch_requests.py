@@ -23,7 +23,17 @@ from steploop.data.order import AMBIENT, SAMPLE, batch_indices
 from steploop.data.worker_start import SentModules
 from steploop.errors import DataError
 
-__all__ = ["EpochRequests", "Failure", "Fetcher", "MapDataset", "Request", "Transform", "listed"]
+__all__ = [
+    "EpochRequests",
+    "Failure",
+    "Fetcher",
+    "MapDataset",
+    "Request",
+    "Transform",
+    "ambient_generators_restored",
+    "listed",
+    "seed_ambient_generators",
+]
 
 Transform = Callable[[Any, torch.Generator], Any]
 """``(sample, generator) -> sample``; the generator (CPU) is seeded by (seed, epoch, sample index)."""
@@ -125,8 +135,8 @@ def listed(indices: list[int]) -> str:
 
 
 @contextmanager
-def _ambient_generators_restored() -> Iterator[None]:
-    """Give back the states of torch's, Python's and NumPy's global generators (on the CPU) as they were."""
+def ambient_generators_restored() -> Iterator[None]:
+    """Restore afterwards the states of torch's, Python's and NumPy's global generators (on the CPU)."""
     state = torch.default_generator.get_state(), random.getstate(), np.random.get_state()  # noqa: NPY002  (the global one is meant)
     try:
         yield
@@ -136,7 +146,7 @@ def _ambient_generators_restored() -> Iterator[None]:
         np.random.set_state(state[2])  # noqa: NPY002  (likewise)
 
 
-def _seed_ambient_generators(seed: int) -> None:
+def seed_ambient_generators(seed: int) -> None:
     """Seed the global generators, which most datasets and torchvision's transforms draw from."""
     torch.default_generator.manual_seed(seed)  # torch.manual_seed costs a hundred times as much
     random.seed(seed)
@@ -187,15 +197,15 @@ class Fetcher(Dataset[Any]):
                     lambda t: t.index_select(0, rows.to(t.device, non_blocking=True)), self._data
                 )
             # a worker's own generators are nobody else's: there is nothing to put back
-            with _ambient_generators_restored() if info is None else nullcontext():
+            with ambient_generators_restored() if info is None else nullcontext():
                 samples: list[Any] = []
                 if _fetches_many(self._data):
-                    _seed_ambient_generators(fold_in(self._seed, AMBIENT, request.epoch, at[0]))
+                    seed_ambient_generators(fold_in(self._seed, AMBIENT, request.epoch, at[0]))
                     samples = [self._transformed(s, request.epoch, i) for s, i in self._many(request.indices)]
                 else:
                     for index in request.indices:
                         at = [index]
-                        _seed_ambient_generators(fold_in(self._seed, AMBIENT, request.epoch, index))
+                        seed_ambient_generators(fold_in(self._seed, AMBIENT, request.epoch, index))
                         samples.append(self._transformed(self._sample(index), request.epoch, index))
                 at, collating = request.indices, True
                 return self._collate(samples)

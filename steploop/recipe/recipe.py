@@ -1,6 +1,6 @@
 """Recipe: what a recipe file gives to the run: the initial state, the step, the batches, the evaluation."""
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
@@ -10,24 +10,15 @@ from steploop.core.early_stopping import EarlyStopping, Mode
 from steploop.core.plateau import ReduceLROnPlateau
 from steploop.core.state.several import State
 from steploop.core.steps.forward_pass import Objective
+from steploop.data.batches import Batches, as_batches
+from steploop.data.loader import Loader
+from steploop.data.stream import Stream
 from steploop.errors import ConfigError
 from steploop.recipe.html_tables import html_table
 
 __all__ = ["Batches", "Logger", "Recipe", "TrainStep"]
 
 TrainStep = Callable[[Any, Any], Any]
-
-
-class Batches(Protocol):
-    """Batches in an order that is a function of (seed, epoch): ``steploop.data.Loader`` is one."""
-
-    def epoch(self, epoch: int, start: int = 0) -> Iterable[Any]:
-        """The batches of an epoch from the cursor ``start`` on."""
-        ...
-
-    def __len__(self) -> int:
-        """Batches in an epoch."""
-        ...
 
 
 class Logger(Protocol):
@@ -76,6 +67,22 @@ def _as_loggers(value: Any) -> tuple[Any, ...]:
     return found
 
 
+def _batches_note(kind: str, batches: Batches) -> tuple[str, ...]:
+    """What a user should know of batches that were given as something else."""
+    note = ""
+    if isinstance(batches, Loader):
+        note = (
+            f"The {kind} became a Loader: the order of an epoch is a function of (seed, epoch), and the run can go on "
+            "from any step."
+        )
+    elif isinstance(batches, Stream) and not batches.restorable:
+        note = (
+            f"The {kind} is read from its beginning: the run can go on from the end of an epoch, not from the middle of "
+            "one. A Loader, or a Stream that is restorable, can."
+        )
+    return (note,) if note else ()
+
+
 @attrs.frozen(kw_only=True)
 class Recipe:
     """What ``build(config, device)`` of a recipe file returns.
@@ -83,7 +90,7 @@ class Recipe:
     Attributes:
         state: the initial state; a resume loads its values from a checkpoint.
         train_step: ``(state, batch) -> state``, written out of the six functions.
-        batches: the training data.
+        batches: the training data: a `Loader`, a `Stream`, or a torch ``DataLoader``, which `as_batches` turns into one.
         epochs: how many epochs to train.
         evaluate: ``state -> {metric: number or None}``, called after every epoch (or every ``eval_every_steps``); and once before
             the first step, as a trial in which each ``steploop.evaluate`` ends after one batch.
@@ -131,6 +138,14 @@ class Recipe:
     finish: Callable[[Any, Path], None] | None = None
     loggers: tuple[Logger, ...] = attrs.field(default=(), converter=_as_loggers)
     compile: bool | Literal["auto"] = False
+
+    def __attrs_post_init__(self) -> None:
+        states = self.state.values() if isinstance(self.state, Mapping) else (self.state,)
+        batches = as_batches(self.batches, seed=getattr(next(iter(states), None), "seed", 0))
+        if batches is not self.batches:
+            note = _batches_note(type(self.batches).__name__, batches)
+            object.__setattr__(self, "batches", batches)
+            object.__setattr__(self, "notes", (*self.notes, *note))
 
     def _repr_html_(self) -> str:
         """What a notebook shows: what is trained, on what, and how long."""
