@@ -27,13 +27,28 @@ from typing import ClassVar
 
 
 class SteploopError(Exception):
-    """Any error of steploop; catch this to catch all of them."""
+    """Any error of steploop; catch this to catch all of them.
+
+    Example:
+        >>> try:
+        ...     constant(-0.1)
+        ... except SteploopError as error:
+        ...     print(error.exit_code)
+        2
+    """
 
     exit_code: ClassVar[int] = 1
 
 
 class ConfigError(SteploopError, ValueError):
-    """A hyperparameter or an argument is not legal."""
+    """A hyperparameter or an argument is not legal.
+
+    Example:
+        >>> constant(-0.1)
+        Traceback (most recent call last):
+        ...
+        steploop.errors.ConfigError: ...
+    """
 
     exit_code: ClassVar[int] = 2
 
@@ -51,7 +66,14 @@ class SpentStateError(SteploopError, RuntimeError):
 
 
 class ObjectiveError(SteploopError, TypeError):
-    """An objective returned something that cannot be trained on."""
+    """An objective returned something that cannot be trained on.
+
+    Example:
+        >>> forward_loss(state, batch, lambda model, batch: "a loss")
+        Traceback (most recent call last):
+        ...
+        steploop.errors.ObjectiveError: ...
+    """
 
 
 class NonFiniteError(SteploopError, ArithmeticError):
@@ -65,11 +87,25 @@ class OutOfMemoryError(SteploopError, MemoryError):
 
 
 class DataError(SteploopError, RuntimeError):
-    """A dataset, a worker process or a loader failed."""
+    """A dataset, a worker process or a loader failed.
+
+    Example:
+        >>> Stream(lambda epoch, start: [1, 2], length=2).epoch(0, start=1)
+        Traceback (most recent call last):
+        ...
+        steploop.errors.DataError: ...
+    """
 
 
 class EmptyDataError(DataError, ValueError):
-    """There is nothing to train or evaluate on."""
+    """There is nothing to train or evaluate on.
+
+    Example:
+        >>> Loader(torch.empty(0, 4), batch_size=2, seed=0)
+        Traceback (most recent call last):
+        ...
+        steploop.errors.EmptyDataError: ...
+    """
 
 
 class CompileError(SteploopError, RuntimeError):

@@ -131,6 +131,12 @@ class EarlyStopping:
 
     Raises:
         ConfigError: an argument is outside its range; the message names it.
+
+    Example:
+        >>> early = EarlyStopping(patience=2, mode="min")
+        >>> stopping = reduce(early.update, [1.0, 1.1, 1.2], early.init())
+        >>> stopping.stopped
+        True
     """
 
     patience: int = attrs.field(

@@ -61,6 +61,11 @@ class ReduceLROnPlateau:
 
     Raises:
         ConfigError: an argument is outside its range; the message names it.
+
+    Example:
+        >>> plateau = ReduceLROnPlateau(lr=0.1, factor=0.5, patience=0)
+        >>> reduce(plateau.update, [1.0, 2.0], plateau.init()).learning_rate
+        0.05
     """
 
     lr: float = attrs.field(converter=to_real, validator=_RATE)

@@ -73,6 +73,10 @@ class LossScale:
         floor: lower bound of S, >= 0.
 
     Source: Micikevicius et al. 2018, https://arxiv.org/abs/1710.03740; ``torch.amp.GradScaler``.
+
+    Example:
+        >>> LossScale(scale=1024.0).updated(False).scale
+        512.0
     """
 
     scale: float | Tensor = attrs.field(default=2.0**16, converter=_to_float32, validator=_scale_is_legal)
@@ -143,6 +147,11 @@ def best_precision(device: torch.device) -> tuple[Precision, str]:
     """Return the precision that suits a device best, and one sentence that says why.
 
     bf16 needs no loss scale, so it is taken wherever the hardware multiplies in it; fp16 where only that is fast.
+
+    Example:
+        >>> precision, why = best_precision(torch.device("cpu"))
+        >>> precision in {"fp32", "bf16", "fp16"}
+        True
     """
     if device.type == "cuda":
         if torch.cuda.is_bf16_supported(including_emulation=False):

@@ -34,6 +34,10 @@ def fold_in(seed: int, *coordinates: int) -> int:
     Note:
         Legal for ``torch.Generator.manual_seed`` on every device. torch's generator on the CPU (mt19937) keeps
         the low 32 bits only, so two of n places share their numbers there with odds of about n**2 / 2**33.
+
+    Example:
+        >>> fold_in(0, 1, 2) == fold_in(0, 1, 2), fold_in(0, 1, 2) == fold_in(0, 2, 1)
+        (True, False)
     """
     h = (seed * _GOLDEN + _GOLDEN) & _MASK
     for x in coordinates:

@@ -88,9 +88,10 @@ def run(
         KeyboardInterrupt: Ctrl-C came before there was anything to save; nothing is left behind.
 
     Example:
-        >>> summary = steploop.run("digits", epochs=1, out="runs/first")  # doctest: +SKIP
-        >>> summary.metrics["accuracy"]  # doctest: +SKIP
-        0.94
+        >>> recipe = Recipe(state=state, train_step=train_step, batches=loader, epochs=1)
+        >>> summary = steploop.run(recipe, out=folder / "run", progress="none")
+        >>> summary.state, summary.steps_applied
+        ('finished', 4)
     """
     options: dict[str, Any] = {
         "device": device, "limit_steps": limit_steps, "checkpoint_every": checkpoint_every, "log_every": log_every,

@@ -206,6 +206,12 @@ def read_run(path: Path | str) -> RunRecord:
 
     Raises:
         ConfigError: there is no run at ``path``.
+
+    Example:
+        >>> recipe = Recipe(state=state, train_step=train_step, batches=loader, epochs=1)
+        >>> summary = steploop.run(recipe, out=folder / "run", progress="none")
+        >>> read_run(folder / "run").state
+        'finished'
     """
     path = Path(path)
     if not is_run(path):

@@ -8,12 +8,10 @@ import re
 
 import pytest
 import torch
-from running import POINTS
 
-from steploop.tools.cli import call
 from steploop.tools.commands.docs import read_pages
 
-MODULES = ("steploop.data", "steploop.recipe", "steploop.checkpoint", "steploop.testing")
+MODULES = ("steploop", "steploop.data", "steploop.recipe", "steploop.checkpoint", "steploop.testing")
 
 
 def public_names():
@@ -27,15 +25,8 @@ def public_names():
                 yield pytest.param(value, id=f"{name}.{key}")
 
 
-@pytest.fixture(scope="module")
-def finished_run(tmp_path_factory):
-    path = tmp_path_factory.mktemp("api") / "run"
-    assert call(["run", POINTS, "--out", str(path), "--quiet", "--no-tune", "--device", "cpu"]) == 0
-    return path
-
-
 @pytest.fixture
-def names(tmp_path, monkeypatch, request):
+def names(tmp_path, monkeypatch):
     """What the page says that the examples begin with."""
     monkeypatch.chdir(tmp_path)
     program = re.search(r"```python\n(.*?)```", read_pages()["api"], re.DOTALL)[1]
@@ -48,14 +39,12 @@ def names(tmp_path, monkeypatch, request):
 
 
 @pytest.mark.parametrize("value", list(public_names()))
-def test_a_public_name_has_an_example_that_runs(value, names, request):
+def test_a_public_name_has_an_example_that_runs(value, names):
     assert value.__doc__, "no docstring"
     examples = doctest.DocTestParser().get_doctest(
         inspect.getdoc(value), names, value.__name__, inspect.getsourcefile(value), None
     )
     assert examples.examples, "no example"
-    if "finished_run" in examples.docstring:
-        names["finished_run"] = request.getfixturevalue("finished_run")
     said = []
     runner = doctest.DocTestRunner(optionflags=doctest.ELLIPSIS)
     assert runner.run(examples, out=said.append).failed == 0, "".join(said)

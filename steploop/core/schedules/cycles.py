@@ -165,6 +165,11 @@ def one_cycle(
         ConfigError: an argument is outside its range; the message names it.
 
     Source: Smith and Topin 2018, https://arxiv.org/abs/1708.07120; ``torch.optim.lr_scheduler.OneCycleLR``.
+
+    Example:
+        >>> rate = one_cycle(0.1, total_steps=100)
+        >>> rate(0) < rate(30) > rate(99)
+        True
     """
     return OneCycle(
         max_lr=max_lr,

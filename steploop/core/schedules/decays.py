@@ -78,6 +78,10 @@ def constant(lr: float) -> Constant:
 
     Raises:
         ConfigError: ``lr`` is not a finite number >= 0.
+
+    Example:
+        >>> constant(0.1)(1000)
+        0.1
     """
     return Constant(lr=lr)
 
@@ -101,6 +105,11 @@ def step_lr(lr: float, *, step_size: int, gamma: float = 0.1) -> StepDecay:
         ConfigError: an argument is outside its range; the message names it.
 
     Source: ``torch.optim.lr_scheduler.StepLR``.
+
+    Example:
+        >>> halves = step_lr(0.1, step_size=30, gamma=0.5)
+        >>> halves(29), halves(30)
+        (0.1, 0.05)
     """
     return StepDecay(lr=lr, step_size=step_size, gamma=gamma)
 
@@ -127,5 +136,10 @@ def cosine_annealing(lr: float, *, total_steps: int, min_lr: float = 0.0) -> Cos
 
     Source: Loshchilov and Hutter 2017, https://arxiv.org/abs/1608.03983;
     ``torch.optim.lr_scheduler.CosineAnnealingLR``.
+
+    Example:
+        >>> cosine = cosine_annealing(0.1, total_steps=10)
+        >>> cosine(0), cosine(10)
+        (0.1, 0.0)
     """
     return CosineAnnealing(lr=lr, total_steps=total_steps, min_lr=min_lr)

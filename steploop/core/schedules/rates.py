@@ -14,6 +14,10 @@ class Rates:
     Attributes:
         learning_rate: the learning rate, >= 0.
         momentum: SGD's momentum or Adam's beta1, in [0, 1).
+
+    Example:
+        >>> one_cycle(0.1, total_steps=10, momentum=(0.85, 0.95))(3)
+        Rates(learning_rate=..., momentum=...)
     """
 
     learning_rate: float

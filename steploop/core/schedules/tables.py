@@ -95,6 +95,12 @@ def from_torch(
     Raises:
         ConfigError: an argument is outside its range; the scheduler follows a metric (use
             ``steploop.core.plateau.ReduceLROnPlateau``), fails, or gives a rate that is no finite number >= 0.
+
+    Example:
+        >>> scheduler = torch.optim.lr_scheduler.ExponentialLR
+        >>> table = from_torch(lambda optimizer: scheduler(optimizer, gamma=0.5), lr=0.1, total_steps=3)
+        >>> [table(step) for step in range(3)]
+        [0.1, 0.05, 0.025]
     """
     request = _Request(total_steps=total_steps, lr=lr, momentum=momentum)
     if not callable(make_scheduler):

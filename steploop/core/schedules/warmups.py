@@ -128,6 +128,11 @@ def warmup_cosine(lr: float, *, warmup_steps: int, total_steps: int, min_lr: flo
 
     Source: Goyal et al. 2017 (warmup), https://arxiv.org/abs/1706.02677; Loshchilov and Hutter 2017 (cosine),
     https://arxiv.org/abs/1608.03983; the first step as in pytorch/torchtitan, ``torchtitan/components/lr_scheduler.py``.
+
+    Example:
+        >>> rate = warmup_cosine(0.1, warmup_steps=2, total_steps=10)
+        >>> rate(0), rate(1), rate(10)
+        (0.05, 0.1, 0.0)
     """
     return WarmupCosine(lr=lr, warmup_steps=warmup_steps, total_steps=total_steps, min_lr=min_lr)
 
@@ -168,6 +173,11 @@ def warmup_stable_decay(
 
     Source: Hu et al. 2024 (MiniCPM), https://arxiv.org/abs/2404.06395; 1 - sqrt: Hägele et al. 2024,
     https://arxiv.org/abs/2405.18392.
+
+    Example:
+        >>> rate = warmup_stable_decay(0.1, warmup_steps=2, stable_steps=5, decay_steps=2)
+        >>> [rate(step) for step in (0, 2, 6, 8, 9)]
+        [0.05, 0.1, 0.1, 0.05, 0.0]
     """
     return WarmupStableDecay(
         lr=lr,

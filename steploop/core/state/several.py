@@ -16,5 +16,12 @@ def members(state: State) -> dict[str, TrainState]:
 
 
 def clone(state: State) -> State:
-    """Copy one state or several; the copies share no tensor with them."""
+    """Copy one state or several; the copies share no tensor with them.
+
+    Example:
+        >>> other = clone(state)
+        >>> after = train_step(other, batch)
+        >>> state.alive
+        True
+    """
     return {name: one.clone() for name, one in state.items()} if isinstance(state, Mapping) else state.clone()

@@ -48,6 +48,12 @@ class TrainState(PlainValues):
         machine: the module and the optimizer that compute; never saved.
         lease: who owns the tensors.
         generation: of this state in the lease; another number there means that it is spent.
+
+    Example:
+        >>> state = TrainState.create(model, Optimizer(torch.optim.SGD, lr=0.1), seed=0)
+        >>> state = reduce(train_step, batches, state)
+        >>> state.step, state.learning_rate
+        (4, 0.1)
     """
 
     tensors: TensorValues

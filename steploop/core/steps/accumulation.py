@@ -46,6 +46,10 @@ def accumulate(state: TrainState, micro_batches: Iterable[Any], objective: Objec
     Raises:
         EmptyDataError: there is no micro-batch, or the weights sum to 0.
         ObjectiveError: no weight was given and the samples of a batch cannot be counted; a weight is negative or nan.
+
+    Example:
+        >>> state = accumulate(state, split(batch, [5, 3]), objective)
+        >>> state = optimizer_step(unscale_and_clip(state, max_norm=1.0))
     """
     state.check_alive("accumulate")
     parts = list(micro_batches)

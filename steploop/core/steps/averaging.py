@@ -37,6 +37,10 @@ def update_ema(state: TrainState, *, decay: float | Callable[[int], float]) -> T
         StepOrderError: there was no ``optimizer_step`` before.
 
     Source: Polyak and Juditsky 1992; the form is that of ``torch.optim.swa_utils.get_ema_multi_avg_fn``.
+
+    Example:
+        >>> state = TrainState.create(model, optimizer, ema=True)
+        >>> state = update_ema(train_step(state, batch), decay=0.99)
     """
     state.check_alive("update_ema")
     averages = state.tensors.ema

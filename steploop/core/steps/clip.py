@@ -51,6 +51,12 @@ def unscale_and_clip(
 
     Source: Pascanu et al. 2013, https://arxiv.org/abs/1211.5063, with the 1e-6 of
     ``torch.nn.utils.clip_grad_norm_``; Brock et al. 2021, https://arxiv.org/abs/2102.06171.
+
+    Example:
+        >>> state = backward_scaled(forward_loss(state, batch, objective))
+        >>> state = unscale_and_clip(state, max_norm=0.1)
+        >>> float(state.clipped_norm) <= 0.1
+        True
     """
     state.check_alive("unscale_and_clip")
     bound = _one_bound(max_norm, max_value, adaptive)
