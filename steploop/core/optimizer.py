@@ -162,9 +162,15 @@ class Optimizer:
         described = [{"params": [params[name] for name in names], **own} for _, names, own in groups]
         try:
             optimizer = self.torch_class(described, **self.hyperparameters)
-        except (TypeError, ValueError) as error:
-            raise ConfigError(f"{self!r}: {self.torch_class.__name__} refuses this: {error}") from error
-        unknown = sorted({key for _, _, own in groups for key in own} - set(optimizer.defaults))
+        except ConfigError:
+            raise
+        except Exception as error:  # a class of others may raise anything
+            raise ConfigError(
+                f"{self!r}: {self.torch_class.__name__} refuses this: {error}. It is made of parameter groups and these "
+                "hyperparameters."
+            ) from error
+        given = {key for _, _, own in groups for key in own} - set(optimizer.defaults)
+        unknown = sorted(key for key in given if not _reads(self.torch_class, key))
         if unknown:
             known = ", ".join(sorted(optimizer.defaults))
             raise ConfigError(
@@ -219,6 +225,16 @@ def check_rate(what: str, rate: Any) -> None:
     """Raise ConfigError if a learning rate is a number that is negative, nan or infinite."""
     if isinstance(rate, (int, float)) and not 0.0 <= rate < math.inf:
         raise ConfigError(f"{what} must be a finite number >= 0, but is {rate!r}.")
+
+
+def _reads(torch_class: type[torch.optim.Optimizer], key: str) -> bool:
+    """Whether a class of others reads a key of its groups that it does not list among its defaults."""
+    if torch_class.__module__.startswith("torch.optim"):
+        return False
+    try:
+        return repr(key) in inspect.getsource(torch_class).replace('"', "'")
+    except (OSError, TypeError):  # no source at hand
+        return True
 
 
 def _some(names: list[str]) -> str:

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.optim import optimizer as torch_optimizer
 
 from steploop.core.state.module_machine import ModuleMachine
-from steploop.core.state.optimizer_state import attributes_of, check_keepable, restore_attributes
+from steploop.core.state.optimizer_state import STATIC, attributes_of, check_keepable, restore_attributes
 from steploop.core.state.ownership import Holder, Lease
 from steploop.core.state.parts import TensorValues
 from steploop.errors import ConfigError
@@ -108,7 +108,8 @@ class Machine:
     def read_hyper(self) -> tuple[dict[str, Any], ...]:
         """What each group holds besides its parameters, in the order of the groups."""
         return tuple(
-            {k: v for k, v in g.items() if k not in _NOT_VALUES} for g in self.optimizer.param_groups
+            {k: v for k, v in g.items() if k not in _NOT_VALUES and not isinstance(v, STATIC)}
+            for g in self.optimizer.param_groups
         )
 
     def initial_beside(self) -> dict[str, Any]:
@@ -200,8 +201,9 @@ class Machine:
             self._hyper = None
             for group, values in zip(self.optimizer.param_groups, hyper, strict=True):
                 if self.third_party:  # what another state's optimizer added to its groups is not this one's
-                    for key in [k for k in group if k not in values and k not in _NOT_VALUES]:
-                        del group[key]
+                    for key, value in list(group.items()):
+                        if key not in values and key not in _NOT_VALUES and not isinstance(value, STATIC):
+                            del group[key]
                 group.update(values)
             self._hyper = hyper
 

@@ -1,5 +1,6 @@
 """What an optimizer that is none of torch's keeps: what a state can hold of it, and what is refused by name."""
 
+import enum
 import types
 from collections.abc import Mapping
 from typing import Any
@@ -11,12 +12,12 @@ from steploop.core.state.copying import plain_copy
 from steploop.core.trees import unkeepable
 from steploop.errors import ConfigError
 
-__all__ = ["attributes_of", "check_keepable", "check_slots", "restore_attributes"]
+__all__ = ["STATIC", "attributes_of", "check_keepable", "check_slots", "restore_attributes"]
 
-# Attributes that say how an optimizer computes; they do not change while it steps.
-_STATIC = (
+# Values that say how an optimizer computes: constants of its description, which do not change while it steps.
+STATIC = (
     type, types.FunctionType, types.BuiltinFunctionType, types.MethodType, types.ModuleType, torch.dtype, torch.device,
-    torch.layout,
+    torch.layout, enum.Enum,
 )  # fmt: skip
 
 
@@ -34,7 +35,7 @@ def attributes_of(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
     return {
         name: plain_copy(value)
         for name, value in vars(optimizer).items()
-        if name not in _BASE and not isinstance(value, _STATIC) and unkeepable(value) is None
+        if name not in _BASE and not isinstance(value, STATIC) and unkeepable(value) is None
     }
 
 
@@ -51,8 +52,15 @@ def check_keepable(optimizer: torch.optim.Optimizer, hyper: tuple[Mapping[str, A
         ConfigError: names the attribute or the hyperparameter.
     """
     kind = type(optimizer).__name__
+    for name in ("state", "param_groups"):
+        made = getattr(type(optimizer), name, None)
+        if isinstance(made, property) and made.fset is None:
+            raise ConfigError(
+                f"{kind} computes its {name} from another optimizer's, so that a state cannot put values into it. Use the inner "
+                "optimizer, and write what the wrapper does as a function of the state."
+            )
     for name, value in vars(optimizer).items():
-        if name in _BASE or isinstance(value, _STATIC):
+        if name in _BASE or isinstance(value, STATIC):
             continue
         if isinstance(value, torch.optim.Optimizer):
             raise ConfigError(
@@ -64,7 +72,7 @@ def check_keepable(optimizer: torch.optim.Optimizer, hyper: tuple[Mapping[str, A
             raise _refusal(kind, f"the attribute {name}{found[0]}", found[1])
     for index, group in enumerate(hyper):
         for key, value in group.items():
-            if not isinstance(value, _STATIC) and (found := unkeepable(value)) is not None:
+            if (found := unkeepable(value)) is not None:
                 raise _refusal(kind, f"{key!r} of group {index}{found[0]}", found[1])
 
 
@@ -86,7 +94,7 @@ def check_slots(
         if found is not None:
             raise _refusal(kind, f"{where}{found[0].lstrip('.')}", found[1])
     for name, value in vars(optimizer).items():
-        if name not in _BASE and not isinstance(value, (*_STATIC, Tensor)) and (found := unkeepable(value)):
+        if name not in _BASE and not isinstance(value, (*STATIC, Tensor)) and (found := unkeepable(value)):
             raise _refusal(kind, f"the attribute {name}{found[0]}", found[1])
 
 

@@ -39,12 +39,11 @@ class Evaluations:
     def closure(self) -> Any:
         """What ``optimizer.step`` calls: the loss, with gradients in ``.grad``."""
         leaves = self.last.tensors.leaves
-        if self._unused == [leaf._version for leaf in leaves]:
-            self._unused = None  # the parameters are those of the first evaluation: it need not be done again
-        else:
-            self._unused = None
-            lease = self.last.lease
-            self.last = self._evaluated(self.last.replace(generation=lease.generation))
+        unused, self._unused = self._unused, None
+        if unused is None or unused != [leaf._version for leaf in leaves]:
+            # a first evaluation that is not used leaves no trace: buffers and draws are those of the step's beginning
+            before = self.last if unused is None else self._start
+            self.last = self._evaluated(before.replace(generation=before.lease.generation))
         grads = self.last.flight.grads
         for leaf, grad in zip(leaves, grads.values, strict=True):  # type: ignore[union-attr]  # just evaluated
             leaf.grad = grad

@@ -12,7 +12,7 @@ from steploop.core.state.surroundings import shielded
 from steploop.core.state.trace import trace_of
 from steploop.core.state.train_state import TrainState
 from steploop.core.steps.closure import Evaluations
-from steploop.core.steps.forward_pass import did_not_fit
+from steploop.core.steps.forward_pass import did_not_fit, seeded_generators
 from steploop.core.trees import map_tensors
 from steploop.errors import ConfigError, NonFiniteError, OutOfMemoryError, StepOrderError
 
@@ -168,10 +168,13 @@ def _run_optimizer(state: TrainState, evaluations: Evaluations | None = None) ->
     grads = state.flight.grads.values  # type: ignore[union-attr]  # checked by the caller
     try:
         state.lease.tear()
-        if evaluations is None:
-            machine.step(tensors.leaves, grads)
+        closure = None if evaluations is None else evaluations.closure
+        if machine.third_party and trace_of(state) is None:
+            with seeded_generators(machine, state.seed, state.attempted_steps, state.flight.passes):
+                machine.step(tensors.leaves, grads, closure)  # it may draw: the next place of this step
         else:
-            machine.step(tensors.leaves, grads, evaluations.closure)
+            machine.step(tensors.leaves, grads, closure)
+        if evaluations is not None:
             tensors = evaluations.last.tensors.replace(params=tensors.params, slots=tensors.slots)
         return _read_back(state, tensors, first=first) if machine.third_party else {"tensors": tensors}
     except BaseException as error:
@@ -210,12 +213,30 @@ def _after_failure(state: TrainState, error: BaseException, versions: list[int] 
             slot.clear()
         if state.lease.torn:
             state.lease.mend()
+    if machine.third_party:
+        machine.forget_hyper()
+        _explain_third_party(state, error)
     if did_not_fit(error):
         left = "The state is as it was." if whole else "It was cut off half-way: this state is spent."
         raise OutOfMemoryError(
             f"The update of {type(machine.optimizer).__name__} did not fit into the memory of {machine.device}. {left} Take an "
             "optimizer that keeps less for each parameter, or freeze some; optimizer_step(state, donate=False) leaves the "
             "state whole in any case, for the memory of a copy."
+        ) from error
+
+
+def _explain_third_party(state: TrainState, error: BaseException) -> None:
+    """Raise ConfigError for two failures of other people's optimizers whose text does not say what to do here."""
+    kind, text = type(state.machine.optimizer).__name__, str(error).lower()
+    if "closure" in text or "closure" in type(error).__name__.lower():
+        raise ConfigError(
+            f"optimizer_step: {kind} evaluates the loss itself ({error}). Give it a function that does so: "
+            "optimizer_step(state, closure=lambda state: backward_scaled(forward_loss(state, batch, objective)))."
+        ) from error
+    if "does not require grad" in text or "create_graph" in text:
+        raise ConfigError(
+            f"optimizer_step: {kind} differentiates the gradients once more ({error}), but gradients here are values without a "
+            "graph. Use an optimizer that needs none."
         ) from error
 
 
