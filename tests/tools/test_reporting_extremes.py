@@ -69,6 +69,12 @@ def test_a_name_is_no_formula(name, tmp_path):
     assert f">{shown}</text>" in svg.read_text()
 
 
+def test_a_curve_without_a_finite_value_stands_between_others():
+    drawn = draw_grid({"a": (1.0, 2.0), "b": (None, None), "c": (3.0, 1.0)}, width=120)
+    assert "(no finite values)" in drawn
+    assert len(drawn.splitlines()) == len(draw_grid({"a": (1.0, 2.0)}).splitlines())
+
+
 def test_a_value_beyond_all_measure_is_a_gap():
     values = (1e308, 1.0, 5e-324, 0.0, -1e308, None, -2.0)
     drawn = drawable(Curve(tuple(range(7)), values))

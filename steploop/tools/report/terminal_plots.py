@@ -74,7 +74,7 @@ def draw_curve(
     inner = max(width - _LABEL - 2, 4)
     lines = [title[:width].ljust(width)]
     if not known:
-        return [*lines, "(no finite values)".ljust(width), *[" " * width] * height]
+        return [*lines, "(no finite values)"[:width].ljust(width), *[" " * width] * (height + 1)]
     low, high = bounds or (min(known), max(known))
     if high <= low:
         low, high = low - (abs(low) * 0.5 or 1.0), high + (abs(high) * 0.5 or 1.0)
