@@ -23,7 +23,8 @@ from steploop.errors import (
     RunExistsError,
 )
 from steploop.runs.atomic_files import replace_file
-from steploop.runs.directory_reader import read_record
+from steploop.runs.directory_reader import read_record, refuse_irregular
+from steploop.runs.record_values import checked_status, unresumable
 from steploop.runs.text_names import readable
 
 __all__ = [
@@ -42,6 +43,8 @@ __all__ = [
     "write_json",
 ]
 
+# what a run reads or appends to when it goes on
+_FILES = ("config.json", "recipe.py", "status.json", "metrics.jsonl", "metrics.csv", "run.owner.json")
 _OF_THE_LOCK = {"run.lock", "run.owner.json"}
 # written beside a file of that name, to take its place: a kill in between leaves them
 _BESIDE = re.compile(
@@ -134,9 +137,12 @@ def read_status(directory: RunDirectory) -> dict[str, Any]:
     No step depends on it, so it keeps nobody from going on.
     """
     try:
-        return read_json(directory.status)
+        said = read_json(directory.status)
     except CheckpointDamagedError:
         return {}
+    problems: list[str] = []
+    checked_status(said, problems)
+    return {} if problems else said
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -255,12 +261,21 @@ def open_directory(path: Path) -> RunDirectory:
 
     Raises:
         ConfigError: there is no run in it.
+        CheckpointDamagedError: its ``config.json`` is damaged, or a link or a pipe stands in the place of a file.
     """
     directory = RunDirectory(path)
-    if not directory.config.is_file():
+    if not os.path.lexists(directory.config):
         what = "holds no run (there is no config.json)" if path.is_dir() else "is no directory"
         raise ConfigError(
             f"{path} {what}. Give the directory that steploop run wrote, such as runs/cifar_amp-1."
+        )
+    try:
+        refuse_irregular(path, _FILES)
+    except DataError as error:
+        raise CheckpointDamagedError(str(error)) from error
+    if problem := unresumable(read_json(directory.config)):
+        raise CheckpointDamagedError(
+            f"{path} cannot be gone on with: {problem} The file was damaged or changed. Give --out for a new run."
         )
     return directory
 

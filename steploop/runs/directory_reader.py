@@ -9,7 +9,7 @@ import math
 import os
 import re
 import stat
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Final, NoReturn
@@ -23,6 +23,7 @@ __all__ = [
     "parse_object",
     "read_file",
     "read_record",
+    "refuse_irregular",
     "step_folders",
 ]
 
@@ -167,6 +168,20 @@ def nested_deeper(value: Any, limit: int) -> bool:
         if not level:
             return False
     return True
+
+
+def refuse_irregular(directory: Path, names: Iterable[str]) -> None:
+    """Refuse a directory in which something else than a regular file has one of the names.
+
+    Raises:
+        DataError: it is a link, a pipe, a device or a directory.
+    """
+    for name in names:
+        try:
+            with open_file(directory, name):
+                pass
+        except FileNotFoundError:
+            continue
 
 
 def folders_in(directory: Path, *below: str) -> list[str]:

@@ -46,8 +46,8 @@ class RunRecord:
 
     Attributes:
         path: the directory.
-        state: running, finished, interrupted, failed; "died" for a run that never said how it ended and whose process
-            is gone; "unknown" if its status cannot be read.
+        state: running, finished, interrupted, failed; "died" for a run whose process is gone and whose status does not
+            say how it ended; "unknown" for a status that says something else.
         config: ``config.json``; empty if there is none that can be read.
         status: ``status.json``.
         train: the lines of training, in the order of the attempted steps.

@@ -8,7 +8,16 @@ import attrs
 
 from steploop.runs.safe_text import safe_lines, safe_text
 
-__all__ = ["Line", "Status", "checked_config", "checked_line", "checked_status", "is_number"]
+__all__ = [
+    "Line",
+    "Status",
+    "checked_config",
+    "checked_line",
+    "checked_status",
+    "is_number",
+    "is_whole_line",
+    "unresumable",
+]
 
 Line = Mapping[str, Any]
 
@@ -114,6 +123,12 @@ def checked_status(values: Mapping[str, Any], problems: list[str]) -> Status:
         )
         state = ""
     best = read.take("best", dict, "an object") or {}
+    metrics = read.take("metrics", dict, "an object") or {}
+    if not all(value is None or is_number(value) for value in metrics.values()):
+        read.note("metrics should hold numbers")
+    for name in ("checkpoint", "best_checkpoint", "evaluation_due"):
+        read.text(name)
+    read.count("epoch")
     exit_code = read.take("exit_code", int, "a whole number")
     return Status(
         state=state or "",
@@ -124,6 +139,29 @@ def checked_status(values: Mapping[str, Any], problems: list[str]) -> Status:
         error=None if (error := read.take("error", str, "a text")) is None else safe_lines(error),
         metric=_Reader(best, "status.json: best", problems).text("metric"),
     )
+
+
+_WATCHING: Final = {
+    **dict.fromkeys(("log_every", "checkpoint_every", "layer_norms"), int),
+    **dict.fromkeys(("tensorboard", "csv", "mlflow", "wandb"), bool),
+}
+
+
+def unresumable(values: Mapping[str, Any]) -> str | None:
+    """What in the object of ``config.json`` keeps a run from being resumed; None if nothing does."""
+    problems: list[str] = []
+    config = checked_config(values, problems)
+    recipe = config["recipe"] if isinstance(config["recipe"], dict) else {}
+    missing = [f"recipe.{key}" for key in ("path", "name", "sha256") if recipe.get(key) is None]
+    missing += [key for key in ("config", "device") if values.get(key) is None]
+    problems += [f"config.json: {name} is missing." for name in missing]
+    read = _Reader(values, "config.json", problems)
+    inner = _Reader(read.take("watching", dict, "an object") or {}, "config.json: watching", problems)
+    for name, kind in _WATCHING.items():
+        inner.take(name, kind, "a whole number" if kind is int else "true or false")
+    if not isinstance(values.get("compile"), (bool, str, type(None))):
+        read.note(f"compile should be true, false or auto, but is {_shown(values['compile'])}")
+    return problems[0] if problems else None
 
 
 def checked_config(values: Mapping[str, Any], problems: list[str]) -> Line:
@@ -166,6 +204,15 @@ def checked_line(value: Mapping[str, Any]) -> Line | None:
     except ValueError:
         return None
     return line
+
+
+_NEEDED: Final = {"train": {"step", "attempted"}, "eval": {"step", "attempted", "metrics"}}
+
+
+def is_whole_line(value: Mapping[str, Any]) -> bool:
+    """Whether a line of ``metrics.jsonl`` has all that a run needs of it when it goes on."""
+    line = checked_line(value)
+    return line is not None and _NEEDED.get(line["kind"], set()) <= line.keys()
 
 
 # Each gives the entry of a line for a value, or none for a value that is left out; ValueError for one of a wrong type.

@@ -21,8 +21,8 @@ class Standing:
         config: what ``config.json`` says; empty if there is none that can be read.
         status: what ``status.json`` says.
         owner: the process that runs in the directory now, or None.
-        state: running, finished, interrupted, failed; "died" for a run that never said how it ended and whose process
-            is gone; "unknown" if its status cannot be read.
+        state: running, finished, interrupted, failed; "died" for a run whose process is gone and whose status does not
+            say how it ended; "unknown" for a status that says something else.
         checkpoint: the newest checkpoint, or None.
         resumable: whether resuming the run would train on.
         problems: a sentence for each thing that could not be read.
@@ -84,12 +84,14 @@ def read_standing(path: Path) -> Standing:
 def _read_status(path: Path) -> tuple[Status, list[str]]:
     """Read ``status.json``, and say what is wrong with it."""
     problems: list[str] = []
+    # the first status that a run writes says "running": without one it was killed before; and a power loss may have
+    # left half of one
+    unsaid = Status(state="running")
     try:
         said = read_record(path, "status.json")
     except DataError as error:
-        return Status(), [str(error)]
-    # the first status that a run writes says "running": without one it was killed before
-    return Status(state="running") if said is None else checked_status(said, problems), problems
+        return unsaid, [str(error)]
+    return unsaid if said is None else checked_status(said, problems), problems
 
 
 def _state(status: Status, owner: Owner | None) -> str:

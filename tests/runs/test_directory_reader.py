@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from sample_runs import make_run
 
 import steploop
 from steploop.errors import DataError
@@ -19,6 +20,7 @@ from steploop.runs.directory_reader import (
     read_record,
     step_folders,
 )
+from steploop.tools.cli import call
 
 
 def test_a_file_is_read_whole_and_a_missing_one_is_none(tmp_path):
@@ -151,3 +153,33 @@ def test_what_reads_run_directories_opens_no_file_by_its_own_means(name):
         ast.unparse(node.func).rpartition(".")[2] for node in ast.walk(tree) if isinstance(node, ast.Call)
     }
     assert not called & {"open", "fdopen", "read_text", "read_bytes", "load_file"}
+
+
+@pytest.mark.parametrize("name", ["config.json", "recipe.py", "status.json", "metrics.jsonl", "metrics.csv"])
+def test_a_resume_neither_reads_nor_writes_through_a_link(name, tmp_path, capsys):
+    run = make_run(tmp_path / "run", steps=8, epochs=2)
+    (tmp_path / "theirs").write_text("theirs")
+    (run / name).unlink(missing_ok=True)
+    (run / name).symlink_to(tmp_path / "theirs")
+    assert call(["resume", str(run)]) == 3
+    assert f"{run / name} is a link, and links in a run directory are not followed" in capsys.readouterr().err
+    assert (tmp_path / "theirs").read_text() == "theirs"
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"recipe": {"name": "a"}}, "recipe.path is missing"),
+        ({"config": None}, "config is missing"),
+        ({"config": [1]}, "config should be an object, but is [1]"),
+        ({"device": 3}, "device should be a text, but is 3"),
+        ({"watching": {"log_every": "x"}}, "watching: log_every should be a whole number, but is 'x'"),
+        ({"compile": [1]}, "compile should be true, false or auto, but is [1]"),
+    ],
+)
+def test_a_resume_of_a_damaged_config_says_what_is_wrong(change, said, tmp_path, capsys):
+    run = make_run(tmp_path / "run", steps=8, epochs=2)
+    config = json.loads((run / "config.json").read_text())
+    (run / "config.json").write_text(json.dumps(config | change))
+    assert call(["resume", str(run)]) == 3
+    assert f"cannot be gone on with: config.json: {said}." in capsys.readouterr().err

@@ -41,12 +41,19 @@ def test_a_line_is_strict_json_and_names_what_it_cannot_hold(line):
 
 def test_a_line_that_was_cut_off_is_left_out(tmp_path):
     lines = JsonLines(tmp_path / "m.jsonl")
-    lines({"attempted": 1})
-    lines({"attempted": 2, "metrics": {"loss": math.nan}})
+    lines({"kind": "event", "attempted": 1})
+    lines({"kind": "event", "attempted": 2, "metrics": {"loss": math.nan}})
     lines.close()
     with (tmp_path / "m.jsonl").open("ab") as file:
         file.write(b'{"attempted": 3, "lo')
-    expected = [{"attempted": 1}, {"attempted": 2, "metrics": {"loss": None}, "nonfinite": ["metrics.loss"]}]
+    with (tmp_path / "m.jsonl").open("ab") as file:  # and what a damaged disk made of others
+        file.write(
+            b'\n{"attempted": 4}\n{"kind": "train", "step": 1}\n{"kind": "event", "x": "\\ud800"}\n'
+            + b"[" * 9999
+            + b"\n"
+        )
+    numbers = {"metrics": {"loss": None}, "nonfinite": ["metrics.loss"]}
+    expected = [{"kind": "event", "attempted": 1}, {"kind": "event", "attempted": 2} | numbers]
     assert list(read_json_lines(tmp_path / "m.jsonl")) == expected
     assert list(read_json_lines(tmp_path / "none.jsonl")) == []
 
@@ -54,11 +61,11 @@ def test_a_line_that_was_cut_off_is_left_out(tmp_path):
 def test_lines_that_will_be_written_again_are_dropped(tmp_path):
     lines = JsonLines(tmp_path / "m.jsonl")
     for n in range(5):
-        lines({"attempted": n})
+        lines({"kind": "event", "attempted": n})
     with (tmp_path / "m.jsonl").open("ab") as file:
         file.write(b'{"attempted": 9')
     lines.keep(lambda line: line["attempted"] <= 2)
-    lines({"attempted": 3})
+    lines({"kind": "event", "attempted": 3})
     lines.close()
     assert [line["attempted"] for line in read_json_lines(tmp_path / "m.jsonl")] == [0, 1, 2, 3]
     assert [path.name for path in tmp_path.iterdir()] == ["m.jsonl"]

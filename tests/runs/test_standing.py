@@ -100,7 +100,9 @@ def test_the_lock_decides_whether_a_run_runs_for_every_command(run, capsys):
         assert states() == ("running", "running")
     (run / "status.json").write_text('{"state": "running"}')
     assert states() == ("died", "died")
-    (run / "status.json").write_text('{"state": "runn')
+    (run / "status.json").write_text('{"state": "runn')  # half of it, after a power loss
+    assert states() == ("died", "died")
+    (run / "status.json").write_text('{"state": "great"}')
     assert states() == ("unknown", "unknown")
     (run / "status.json").unlink()
     assert states() == ("died", "died")

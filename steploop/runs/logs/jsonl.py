@@ -10,6 +10,7 @@ from typing import Any
 
 from steploop.errors import CheckpointWriteError
 from steploop.runs.atomic_files import replace_file
+from steploop.runs.record_values import is_whole_line
 from steploop.runs.text_names import readable
 
 __all__ = ["JsonLines", "encode", "read_json_lines"]
@@ -44,9 +45,11 @@ def read_json_lines(path: Path) -> Iterator[dict[str, Any]]:
     for line in path.read_bytes().splitlines(keepends=True) if path.exists() else ():
         try:
             found = json.loads(line) if line.endswith(b"\n") else None
-        except ValueError:
+            if b"\\u" in line:  # half a surrogate pair could not be written again: UnicodeEncodeError
+                json.dumps(found, ensure_ascii=False).encode()
+        except (ValueError, RecursionError):
             continue
-        if isinstance(found, dict):
+        if isinstance(found, dict) and is_whole_line(found):
             yield found
 
 
