@@ -123,6 +123,27 @@ def test_an_assert_of_the_recipe_says_where_it_stands():
     assert (verdict.passed, verdict.message) == (False, "AssertionError (odd_batches.py:2)")
 
 
+@pytest.mark.parametrize(
+    ("broken", "example"),
+    [("model = (PerRow", "build"), ("yield self.make(", "the first batches")],
+    ids=["build", "batches"],
+)
+def test_a_recipe_that_raises_before_any_law_gets_one_line(broken, example, tmp_path, capsys):
+    text = FILE.read_text()
+    assert broken in text
+    path = tmp_path / "broken.py"
+    path.write_text(
+        text.replace(broken, f"assert {'0' if example == 'build' else 'epoch'}, 'first\\nsecond'; {broken}")
+    )
+    assert call(["check", str(path), "--device", "cpu", "--set", "kind=sparse"]) == 1
+    line, total = capsys.readouterr().out.splitlines()
+    assert line.startswith(
+        "FAILED          the recipe can be built and gives batches. Smallest failing example: "
+    )
+    assert f"{example}: AssertionError: first (broken.py:" in line
+    assert total == "broken: 1 FAILED"
+
+
 def test_one_line_is_never_long():
     assert one_line(ValueError("x" * 5000)) == f"ValueError: {'x' * 388}..."
     assert one_line(KeyError()) == "KeyError"

@@ -7,11 +7,15 @@ from pathlib import Path
 
 import attrs
 
+from steploop.errors import SteploopError
 from steploop.tools.check.law_cases import LAWS, Case, Law, NotApplicable
 from steploop.tools.check.one_line import one_line, shortened
 from steploop.tools.check.subjects import Subject
 
-__all__ = ["Verdict", "examine"]
+__all__ = ["BUILT", "Verdict", "examine"]
+
+# What is tried before any law; where it fails, no law is.
+BUILT = "the recipe can be built and gives batches"
 
 
 @attrs.frozen(kw_only=True)
@@ -43,7 +47,7 @@ def examine(
     seconds: float | None = None,
     clock: Callable[[], float] = time.monotonic,
 ) -> Iterator[Verdict]:
-    """Test the recipe against every law, and give each verdict as it is found.
+    """Test the recipe against every law, and give each verdict as it is found; only one if it cannot be built.
 
     Args:
         subject: the recipe.
@@ -54,6 +58,9 @@ def examine(
         clock: where the seconds come from.
     """
     begun = clock()
+    if (failure := _unbuilt(subject)) is not None:
+        yield failure
+        return
     for law in LAWS if laws is None else laws:
         show(law.name)
         if seconds is None:
@@ -64,6 +71,21 @@ def examine(
             yield Verdict(law=law.name, passed=None, tried=False, message=f"{seconds:g} s are over")
         else:
             yield _judge(law, subject, quick=True)
+
+
+def _unbuilt(subject: Subject) -> Verdict | None:
+    """The verdict on a recipe that raises while it is built or gives its first batches; None where it does not."""
+    example = "build"
+    try:
+        subject.recipe  # noqa: B018  (made when it is first looked at)
+        example = "the first batches"
+        subject.batches  # noqa: B018  (likewise)
+    except SteploopError:  # said as by every command
+        raise
+    except Exception as error:  # noqa: BLE001  (a recipe may raise anything)
+        message = one_line(error, subject.path)
+        return Verdict(law=BUILT, passed=False, cases=1, example=example, message=message)
+    return None
 
 
 def _judge(law: Law, subject: Subject, *, quick: bool) -> Verdict:

@@ -45,7 +45,7 @@ def check(
     from steploop.recipe.recipe_files import find_recipe
     from steploop.runs.environment import find_device
     from steploop.tools.check.subjects import Subject
-    from steploop.tools.check.verdicts import examine
+    from steploop.tools.check.verdicts import BUILT, examine
 
     path, values, place = find_recipe(recipe), dict(split_assignments(overrides or [])), find_device(device)
     found: dict[str, list[Verdict]] = {}
@@ -55,7 +55,6 @@ def check(
             path=path, values=values, device=place, samples=samples, phase=phase, steps=2 if quick else 3
         )
         name = path.stem if phase == 0 else f"{path.stem}, phase {phase + 1}"
-        more = subject.recipe.then is not None
         seconds = _QUICK_S if quick else None
         found[name] = []
         for verdict in examine(subject, partial(_note, name), seconds=seconds):
@@ -65,6 +64,7 @@ def check(
         if not as_json:
             _print_sum(name, found[name])
         phase += 1
+        more = found[name][-1].law != BUILT and subject.recipe.then is not None
     if as_json:
         import attrs
 
