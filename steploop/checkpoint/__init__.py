@@ -3,7 +3,10 @@
     digest = checkpoint.save(state, "run/half")
     state = checkpoint.load("run/half", like=TrainState.create(model, optimizer))
 
-A state may also be several by name, ``{"generator": g, "discriminator": d}``.
+A state may also be several by name, ``{"generator": g, "discriminator": d}``. To begin a new training with the weights of
+another one, or of a file that somebody else wrote:
+
+    state = checkpoint.load_weights("resnet18.safetensors", into=state, partial=["fc.*"])
 
 **The format, version 1.** A checkpoint is a directory of four regular files; any other name in it is an error. A
 directory whose name begins with a dot is none: ``.tmp-*`` is being written, ``.old-*`` being replaced, ``.trash-*``
@@ -84,3 +87,5 @@ __all__ = [
     "open_checkpoint",
     "save",
 ]
+from steploop.checkpoint.weights import WeightTable as WeightTable
+from steploop.checkpoint.weights import load_weights as load_weights

@@ -118,7 +118,7 @@ def _collect_one(state: TrainState, prefix: str, tensors: dict[str, dict[str, Te
     _refuse_shared_memory(state)
     _warn_of_full_counters(state)
     machine = state.machine
-    transient = _non_persistent(machine)
+    transient = non_persistent(machine)
     model, rest = tensors[MODEL_FILE], tensors[OPTIMIZER_FILE]
     model |= {prefix + name: p for name, p in state.tensors.params.items()}
     model |= {prefix + name: b for name, b in state.tensors.buffers.items() if name not in transient}
@@ -172,7 +172,7 @@ def tied_names(machine: Machine) -> dict[str, str]:
     return {n: first[id(p)] for n, p in model.named_parameters(remove_duplicate=False) if first[id(p)] != n}
 
 
-def _non_persistent(machine: Machine) -> set[str]:
+def non_persistent(machine: Machine) -> set[str]:
     """Name the buffers that the module's ``state_dict`` leaves out."""
     return {
         f"{path}.{name}" if path else name

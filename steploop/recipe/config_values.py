@@ -33,7 +33,7 @@ def nearest(name: str, known: Sequence[str]) -> str:
     return f"Did you mean {close[0]}?" if close else f"There are: {', '.join(known)}."
 
 
-def split_assignments(assignments: Sequence[str]) -> dict[str, str]:
+def split_assignments(assignments: Sequence[str], *, option: str = "--set") -> dict[str, str]:
     """``["lr=0.1", "epochs=2"]`` as a mapping.
 
     Raises:
@@ -43,11 +43,12 @@ def split_assignments(assignments: Sequence[str]) -> dict[str, str]:
     for assignment in assignments:
         name, sign, value = assignment.partition("=")
         name = name.strip()
-        if not sign or not name:
-            raise ConfigError(f"--set takes name=value, as in --set epochs=5, but got {assignment!r}.")
+        if not sign or not (name or option != "--set"):
+            example = "epochs=5" if option == "--set" else "backbone=encoder"
+            raise ConfigError(f"{option} takes name=value, as in {option} {example}, but got {assignment!r}.")
         if name in values:
             raise ConfigError(
-                f"--set {name} is given twice, as {values[name]!r} and as {value!r}. Give it once."
+                f"{option} {name} is given twice, as {values[name]!r} and as {value!r}. Give it once."
             )
         values[name] = value
     return values

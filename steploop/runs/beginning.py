@@ -17,12 +17,13 @@ from steploop.runs.anew import with_folds, with_hyperparameters, with_loss_scale
 from steploop.runs.contract import Change, phase_record, refuse_inexact, sentence
 from steploop.runs.data_changes import begins_anew, changed_data, changed_order
 from steploop.runs.environment import versions
+from steploop.runs.initial_weights import with_initial_weights
 from steploop.runs.members import arranged, at_position, attempted_steps, lead
 from steploop.runs.monitoring import prepared, stopped
 from steploop.runs.requests import Request
 from steploop.runs.trial_evaluation import Weights, try_evaluation
 
-__all__ = ["Beginning", "begin", "begin_again"]
+__all__ = ["Beginning", "begin", "begin_again", "begin_anew"]
 
 Note = Callable[[str], None]
 
@@ -60,6 +61,25 @@ def begin(recipe: Recipe, *, phase: int = 0) -> Beginning:
     recipe = attrs.evolve(recipe, state=prepared(recipe, recipe.state))
     weights = try_evaluation(recipe, recipe.state)
     return Beginning(recipe=recipe, phase=phase, record=phase_record(recipe), weights=weights)
+
+
+def begin_anew(request: Request, note: Note) -> Beginning:
+    """Begin a run: with the weights that are given, or with the recipe's own.
+
+    Raises:
+        CheckpointError: the weights that are given cannot be read, or do not fit.
+        SteploopError: see ``begin``.
+    """
+    recipe = request.build()
+    if request.init is not None:
+        recipe = with_initial_weights(recipe, request.init, note)
+    beginning = begin(recipe)
+    if not beginning.record["restorable"]:
+        note(
+            "the stream cannot begin in the middle of an epoch: an interrupted run goes on at the epoch's beginning, by "
+            "--restart-epoch"
+        )
+    return beginning
 
 
 def begin_again(request: Request, status: Mapping[str, Any], note: Note) -> Beginning:
@@ -117,6 +137,8 @@ class _Resumption:
         load = partial(self._load, prepared(recipe, recipe.state))
         state = load()
         if state is None:  # it was ended before its first checkpoint, and begins anew
+            if self._phase == 0 and request.init is not None:
+                recipe = with_initial_weights(recipe, request.init, note)
             return attrs.evolve(begin(recipe, phase=self._phase), changes=request.changes)
         due = self._status.get("evaluation_due")
         owed = due is not None and due == digest(state)

@@ -8,7 +8,7 @@ from steploop.core.interruption import Interrupted
 from steploop.errors import CheckpointWriteError, SteploopError
 from steploop.recipe.recipe import Logger
 from steploop.runs.allocator import tune_allocator
-from steploop.runs.beginning import Beginning, begin, begin_again
+from steploop.runs.beginning import Beginning, begin_again, begin_anew
 from steploop.runs.directory import Status, clear_unfinished, forget, read_status, refuse_taken
 from steploop.runs.directory_lock import run_lock
 from steploop.runs.logs import read_json_lines
@@ -127,7 +127,7 @@ class _Run:
         """What the run begins with; nothing in its directory is changed yet."""
         if self._request.resume:
             return begin_again(self._request, self._before, self._screen.note)
-        return begin(self._request.build())
+        return begin_anew(self._request, self._screen.note)
 
     @contextmanager
     def _nothing_to_save(self) -> Iterator[None]:

@@ -181,6 +181,7 @@ def scale_record(scale: LossScale) -> dict[str, Any]:
 def _weights(state: TrainState) -> Iterator[tuple[str, Tensor]]:
     yield from state.params.items()
     yield from state.buffers.items()
+    yield from ((f"carry.{n}", leaf) for n, leaf in named_leaves(state.carry) if isinstance(leaf, Tensor))
 
 
 def as_json(value: Any) -> Any:

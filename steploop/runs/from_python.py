@@ -15,6 +15,7 @@ from steploop.recipe.python_recipes import python_recipe
 from steploop.recipe.recipe import Logger, Recipe
 from steploop.recipe.recipe_files import RecipeFile, find_recipe, load_recipe_file
 from steploop.runs.conduct import carry_out
+from steploop.runs.initial_weights import InitialWeights
 from steploop.runs.logs.notebook_screen import NotebookScreen, in_notebook
 from steploop.runs.logs.screens import PlainScreen, QuietScreen, Screen, choose_screen
 from steploop.runs.members import lead
@@ -33,6 +34,7 @@ def run(
     *,
     out: str | Path | None = None,
     resume: str | Path | None = None,
+    init: str | Path | InitialWeights | None = None,
     loggers: Sequence[Logger] = (),
     progress: Progress = "auto",
     device: str = "auto",
@@ -59,6 +61,8 @@ def run(
             None, with ``resume``: the recipe that is in the run directory.
         out: directory for the run; it must be empty. None: the next ``runs/<recipe>-<n>``.
         resume: directory of a run to go on with. A recipe that is in no file is given again.
+        init: weights to begin with: a run, a checkpoint or a safetensors file; InitialWeights(path=..., rename=...,
+            partial=...) for names that differ.
         loggers: get the numbers of each log point and evaluation, besides those of the recipe.
         progress: "auto" shows one line that moves in a notebook or terminal, and a line now and then elsewhere; "plain"
             shows whole lines, "none" nothing.
@@ -97,6 +101,7 @@ def run(
         "device": device, "limit_steps": limit_steps, "checkpoint_every": checkpoint_every, "log_every": log_every,
         "compile": compile, "tensorboard": tensorboard, "csv": csv, "mlflow": mlflow, "wandb": wandb,
         "layer_norms": layer_norms, "require_exact": require_exact, "restart_epoch": restart_epoch,
+        "init": init if init is None or isinstance(init, InitialWeights) else InitialWeights(path=init),
     }  # fmt: skip
     file: RecipeFile | None
     if recipe is None or isinstance(recipe, (str, Path)):
@@ -199,6 +204,10 @@ def launch(
         if out is not None:
             raise ConfigError(
                 "--out and --resume are both given. A resumed run goes on in its own directory: leave --out out."
+            )
+        if options.pop("init", None) is not None:
+            raise ConfigError(
+                "--init and --resume are both given. A resumed run goes on with its own weights: leave --init out."
             )
         require_trust(resume, trust=trust, command="resume")
         request = resume_request(resume, recipe, values, **options)

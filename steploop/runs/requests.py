@@ -14,6 +14,7 @@ from steploop.recipe.recipe_files import RecipeFile, find_recipe, load_recipe_fi
 from steploop.runs.contract import Change, changed_code, changed_settings
 from steploop.runs.directory import RunDirectory, make_directory, open_directory, read_json
 from steploop.runs.environment import find_device
+from steploop.runs.initial_weights import InitialWeights
 from steploop.runs.plan import Plan
 from steploop.runs.text_names import native
 
@@ -39,6 +40,7 @@ class Request:
         tune: set the allocator's thresholds.
         require_exact: refuse to go on where the bits may come out differently.
         restart_epoch: begin the epoch anew instead of in its middle, with the data that there are now.
+        init: weights to begin with, instead of the recipe's own.
         modules: module -> digest, of those that the recipe imports from its folder.
         recorded: what config.json says of the run; empty for a new one.
         changes: what is not as it says, by the settings and the code.
@@ -59,6 +61,7 @@ class Request:
     tune: bool = True
     require_exact: bool = False
     restart_epoch: bool = False
+    init: InitialWeights | None = None
     modules: Mapping[str, str] = attrs.field(factory=dict)
     recorded: Mapping[str, Any] = attrs.field(factory=dict)
     changes: tuple[Change, ...] = ()
@@ -178,8 +181,9 @@ def resume_request(
         options["compile"] = was
     elif was is not None and options["compile"] != was:
         changes.append(Change("--compile", was, options["compile"], "compile"))
+    init = None if recorded.get("init") is None else InitialWeights.from_json(recorded["init"])
     where = find_device(recorded["device"] if device == "auto" else device)
     return Request(
         recipe=file, config=config, directory=opened, device=where, plan=plan, resume=True, modules=modules,
-        recorded=recorded, changes=tuple(changes), **options,
+        recorded=recorded, changes=tuple(changes), init=init, **options,
     )  # fmt: skip

@@ -39,6 +39,7 @@ def record(request: Request, beginning: Beginning, tuning: Mapping[str, int]) ->
         "device": str(request.device),
         "precision": lead(recipe.state).precision,
         "data": phases[0].get("data", {}).get("note", recipe.data),
+        "init": None if request.init is None else request.init.to_json(),
         "states": [name for name in members(recipe.state) if name],
         "phases": phases,
         "versions": versions(),

@@ -9,6 +9,7 @@ from steploop.tools.commands.bench import bench
 from steploop.tools.commands.check import check
 from steploop.tools.commands.diff import diff
 from steploop.tools.commands.docs import docs
+from steploop.tools.commands.export import export
 from steploop.tools.commands.inspect import inspect
 from steploop.tools.commands.lr_find import lr_find
 from steploop.tools.commands.new import new
@@ -34,6 +35,7 @@ for command in (
     recipes,
     new,
     inspect,
+    export,
     diff,
     status,
     runs,

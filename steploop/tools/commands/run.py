@@ -20,6 +20,9 @@ from steploop.tools.commands.run_options import (
     DEVICE,
     EPOCHS,
     EXACT,
+    INIT,
+    INIT_PARTIAL,
+    INIT_RENAME,
     LAYERS,
     LIMIT,
     LOG,
@@ -60,6 +63,9 @@ def run(
     overrides: Annotated[list[str] | None, SET] = None,
     out: Annotated[Path | None, OUT] = None,
     resume_from: Annotated[Path | None, RESUME] = None,
+    init: Annotated[Path | None, INIT] = None,
+    init_rename: Annotated[list[str] | None, INIT_RENAME] = None,
+    init_partial: Annotated[list[str] | None, INIT_PARTIAL] = None,
     device: Annotated[str, DEVICE] = "auto",
     epochs: Annotated[int | None, EPOCHS] = None,
     seed: Annotated[int | None, SEED] = None,
@@ -98,9 +104,15 @@ def run(
         if not quiet:
             _say_what_takes_long(resume_from or recipe)
         from steploop.runs.from_python import launch
+        from steploop.runs.initial_weights import InitialWeights
         from steploop.runs.logs.screens import choose_screen
         from steploop.runs.signals import process_flag
 
+        if init is not None:
+            names = split_assignments(init_rename or [], option="--init-rename")
+            options["init"] = InitialWeights(path=init, rename=names, partial=tuple(init_partial or ()))
+        elif init_rename or init_partial:
+            raise ConfigError("--init-rename and --init-partial are about --init. Give --init WEIGHTS too.")
         code = finish(
             launch(
                 recipe, values, out=out, resume=resume_from, screen=choose_screen(quiet=quiet), stop=process_flag(),
@@ -129,7 +141,7 @@ def resume(
 def _options_of_run() -> dict[str, inspect.Parameter]:
     """What ``run`` takes besides what a new run needs, for ``resume`` to take too."""
     found = dict(inspect.signature(run).parameters)
-    for name in ("out", "resume_from"):
+    for name in ("out", "resume_from", "init", "init_rename", "init_partial"):
         del found[name]
     other = typer.Option(
         "--recipe", help="Go on with another recipe than the copy in DIRECTORY.", show_default=False

@@ -5,7 +5,7 @@ from enum import StrEnum
 import typer
 
 __all__ = [
-    "CHECKPOINT", "COMPILE", "COMPILE_MODES", "CSV", "DEVICE", "EPOCHS", "EXACT", "LAYERS", "LIMIT", "LOG", "MLFLOW", "OUT",
+    "CHECKPOINT", "COMPILE", "COMPILE_MODES", "CSV", "DEVICE", "EPOCHS", "EXACT", "INIT", "INIT_PARTIAL", "INIT_RENAME", "LAYERS", "LIMIT", "LOG", "MLFLOW", "OUT",
     "QUIET", "RECIPE", "RESTART", "RESUME", "SEED", "SET", "TENSORBOARD", "TRUST", "TUNE", "WANDB", "CompileMode",
 ]  # fmt: skip
 
@@ -17,6 +17,24 @@ SET = typer.Option(
 )
 OUT = typer.Option(
     help="Directory for the run; it must be empty. Default: runs/<recipe>-<n>.", show_default=False
+)
+INIT = typer.Option(
+    metavar="WEIGHTS",
+    help="Begin with these weights and nothing else of theirs: a run, a checkpoint, a safetensors file, or a directory with a "
+    "model.safetensors.",
+    show_default=False,
+)
+INIT_RENAME = typer.Option(
+    "--init-rename",
+    metavar="OLD=NEW",
+    help="With --init: a name, or what names begin with before a dot, in the file and here; may be given several times.",
+    show_default=False,
+)
+INIT_PARTIAL = typer.Option(
+    "--init-partial",
+    metavar="PATTERN",
+    help="With --init: tensors that may be missing, left over or of another shape, such as 'fc.*'; may be given several times.",
+    show_default=False,
 )
 RESUME = typer.Option("--resume", help="Directory of a run to go on with.", show_default=False)
 DEVICE = typer.Option(help="auto, cpu, cuda (cuda:1) or mps.")

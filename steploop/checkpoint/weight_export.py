@@ -1,0 +1,84 @@
+"""Write weights as one safetensors file that a plain module takes."""
+
+import os
+from contextlib import suppress
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from torch import Tensor
+
+from steploop.checkpoint.loading import Checkpoint
+from steploop.checkpoint.weight_files import weights_of
+from steploop.errors import CheckpointUnsupportedError, CheckpointWriteError, ConfigError
+
+__all__ = ["export_weights"]
+
+
+def export_weights(
+    checkpoint: Checkpoint,
+    file: Path | str,
+    *,
+    average: bool = False,
+    state: str | None = None,
+    overwrite: bool = False,
+) -> int:
+    """Write the weights of a checkpoint for ``model.load_state_dict(safetensors.torch.load_file(file))``.
+
+    A tied parameter stands under each of its names, so that a plain ``load_state_dict`` finds all it wants.
+
+    Args:
+        checkpoint: from ``open_checkpoint``.
+        file: what to write; its directory exists.
+        average: the averaged parameters instead of the raw ones; buffers are the same.
+        state: of several states the one to write, without its name before its tensors; None: all, each with its name.
+        overwrite: take the place of a file that has the name.
+
+    Returns:
+        How many tensors were written.
+
+    Raises:
+        ConfigError: the file exists, or there is no such state.
+        CheckpointIncompatibleError: ``average``, and the state carries none.
+        CheckpointUnsupportedError: a tensor is of a dtype that safetensors lacks.
+        CheckpointWriteError: the file cannot be written.
+    """
+    target = Path(file)
+    if os.path.lexists(target) and not overwrite:
+        raise ConfigError(f"{target} exists already. Choose another name, or say --overwrite.")
+    weights = weights_of(checkpoint, average=average)
+    tensors = {name: tensor.contiguous() for name, tensor in weights.tensors.items()}
+    tensors |= {alias: tensors[first].clone() for alias, first in weights.aliases.items()}
+    if state is not None:
+        tensors = _of_state(tensors, state)
+    if wide := [name for name, tensor in tensors.items() if tensor.dtype == torch.complex128]:
+        raise CheckpointUnsupportedError(f"{wide[0]} is complex128, which safetensors files cannot hold.")
+    _write(tensors, target)
+    return len(tensors)
+
+
+def _of_state(tensors: dict[str, Tensor], state: str) -> dict[str, Tensor]:
+    prefix = f"{state}."
+    found = {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+    if not found:
+        first = sorted({name.partition(".")[0] for name in tensors})
+        raise ConfigError(f"There is no state {state!r}. Tensors begin with: {', '.join(first)}.")
+    return found
+
+
+def _write(tensors: dict[str, Tensor], target: Path) -> None:
+    """Write beside the target, then take its place: a reader never sees half a file, and a link is not followed."""
+    beside = target.with_name(f".{target.name}-{os.getpid()}")
+    try:
+        beside.touch()
+        mode = beside.stat().st_mode  # safetensors makes files that only their owner can read
+        save_file(tensors, beside, metadata={"format": "pt"})
+        beside.chmod(mode)
+        beside.replace(target)
+    except (OSError, SafetensorError) as error:
+        with suppress(OSError):
+            beside.unlink(missing_ok=True)
+        raised = CheckpointWriteError(f"{target} cannot be written: {error}. Choose another place.")
+        raised.errno = getattr(error, "errno", None)
+        raise raised from error
