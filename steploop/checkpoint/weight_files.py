@@ -114,8 +114,8 @@ def _read_file(path: Path) -> dict[str, Tensor]:
     """All tensors of a safetensors file. Links are followed: a Hugging Face cache is made of them."""
     if path.suffix in _PICKLES:
         raise ConfigError(
-            f"{path} is a pickle, which can run code, and steploop reads none. Convert it once, where you trust it: "
-            f"safetensors.torch.save_file(torch.load({path.name!r}, weights_only=True), 'weights.safetensors')."
+            f"{path} is a pickle, which can run code, and steploop reads none. Convert it once, where you trust it: load it with "
+            "torch (weights_only=True) and write its tensors with safetensors.torch.save_file."
         )
     try:
         regular = stat.S_ISREG(path.stat().st_mode)
