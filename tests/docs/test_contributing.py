@@ -44,16 +44,16 @@ def test_a_logger_can_be_opened_by_a_run():
                     assert re.search(rf"\b{node.name}\(", outlets), f"{path.name}: {node.name}"
 
 
-def test_an_option_of_a_logger_is_kept_for_a_resume():
-    record = (PACKAGE / "runs" / "start_record.py").read_text(encoding="utf-8")
-    command = (PACKAGE / "tools" / "commands" / "run.py").read_text(encoding="utf-8")
-    outlets = (PACKAGE / "runs" / "outlets.py").read_text(encoding="utf-8")
-    names = re.findall(r"if request\.(\w+):", outlets)
+@pytest.mark.parametrize(
+    "file",
+    ["runs/start_record.py", "runs/record_values.py", "tools/commands/run.py", "runs/from_python.py"],
+)
+def test_each_place_knows_each_option_of_a_logger(file):
+    names = re.findall(r"if request\.(\w+):", (PACKAGE / "runs" / "outlets.py").read_text(encoding="utf-8"))
     assert names
     for name in names:
         assert name in inspect.signature(Request).parameters
-        assert f'"{name}"' in record
-        assert f'"{name}"' in command
+        assert f'"{name}"' in (PACKAGE / file).read_text(encoding="utf-8"), f"{file} does not know {name}"
 
 
 def test_an_extra_that_a_message_names_exists():
