@@ -1,4 +1,4 @@
-"""Makes text from elsewhere safe to print: control characters become visible escapes."""
+"""Make text from elsewhere safe to print: control characters become visible escapes."""
 
 import unicodedata
 

@@ -1,4 +1,4 @@
-"""Capsules: a step that was not finite, kept with its batch, so that it can be taken again and looked at.
+"""Keep a step that was not finite, with its batch, for a replay.
 
 On the way of a good step stands one comparison. A skipped step changes neither parameters nor slots nor buffers, so
 the state before it can be put together after it, out of the tensors of the new state and the plain values of the old.
@@ -25,7 +25,7 @@ __all__ = ["CapsuleWriter", "Skipped", "state_before"]
 
 
 def state_before(before: TrainState, after: TrainState) -> TrainState | None:
-    """The state that a skipped step began with, alive again; None where it cannot be had.
+    """Rebuild the state before a skipped step; None if its tensors are gone.
 
     Args:
         before: what went into the train step; spent, unless the step copied.
@@ -71,7 +71,7 @@ class CapsuleWriter:
     Args:
         run_directory: of the run; its config.json and recipe.py are copied.
         phase: which phase of the recipe is trained, from 0.
-        report: told in one sentence, once, if a capsule cannot be written: the run goes on.
+        report: called with one sentence, once, if a capsule cannot be written: the run goes on.
         most: capsules to keep, >= 1.
     """
 

@@ -1,4 +1,4 @@
-"""Replays the step of a capsule under watch, and finds the module that first made a value that is not finite."""
+"""Repeat the step of a capsule and find where its first non-finite value came from."""
 
 import math
 import warnings

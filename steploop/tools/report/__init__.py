@@ -1,1 +1,1 @@
-"""Seeing runs: reading their directories, figures, the HTML report, drawings in the terminal."""
+"""Show runs: figures, the HTML report, drawings in the terminal."""

@@ -1,4 +1,4 @@
-"""Curves as inline SVG: lines stretch with the window, numbers stay text; the data stand beside for the script.
+"""Draw curves as inline SVG that stretches with the window.
 
 The drawing stretches (``preserveAspectRatio="none"``) while its strokes do not, and the numbers at the axes are
 HTML placed in percent: so they are legible at any width, on paper, and with the script switched off.

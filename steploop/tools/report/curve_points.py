@@ -1,4 +1,4 @@
-"""Curves made ready to be drawn: smoothed, without values that axes cannot hold, and with fewer points."""
+"""Prepare curves for drawing: smooth them, bound their values, thin them out."""
 
 from itertools import accumulate
 

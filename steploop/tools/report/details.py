@@ -1,4 +1,4 @@
-"""The lower half of a report: evaluations, events, time, what ran, how to do it again, the recipe itself."""
+"""Make the lower half of a report: evaluations, events, time, what ran, the recipe."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -67,7 +67,7 @@ def evaluations(runs: Sequence[RunRecord], names: Sequence[str]) -> str:
 
 
 def events(runs: Sequence[RunRecord], names: Sequence[str]) -> str:
-    """Skipped steps and whatever else was noted."""
+    """Skipped steps and other events."""
     rows: list[list[object]] = []
     for i, run in enumerate(runs):
         for event in run.events[:_MAX_ROWS]:

@@ -1,4 +1,4 @@
-"""Figures with matplotlib: a run's panels, schedules side by side, a learning-rate range test; as PNG and SVG."""
+"""Draw figures with matplotlib: runs, schedules, a learning-rate range test."""
 
 import math
 import warnings

@@ -1,4 +1,4 @@
-"""Small pieces of HTML: text is escaped unless it says that it is markup."""
+"""Make small pieces of HTML; all text is escaped unless it is Markup."""
 
 import html
 from collections.abc import Mapping, Sequence

@@ -1,4 +1,4 @@
-"""Writes what a report or a figure comes to, never through a link."""
+"""Write reports and figures to files, never through a link."""
 
 import stat
 from pathlib import Path

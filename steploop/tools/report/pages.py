@@ -1,4 +1,4 @@
-"""The report: one HTML file about one run or several, which opens without a network."""
+"""Make the report: one HTML file about runs that needs no network."""
 
 import base64
 import html

@@ -1,4 +1,4 @@
-"""The panels of a run's figure, whatever draws them: which curves stand together, on which scale, over which steps."""
+"""Arrange the curves of runs in panels, for every kind of drawing."""
 
 import difflib
 from collections.abc import Mapping, Sequence
@@ -72,7 +72,7 @@ _ALL_FIXED: Mapping[str, tuple[str, str, Scale]] = {
 }
 # shares and rates mean something only against nothing
 FROM_ZERO = frozenset({"learning_rate", "samples_per_s", "data_wait"})
-# shown in other panels, or only told by the text of a report
+# shown in other panels, or only in the text of a report
 _ELSEWHERE = frozenset({"clipped_norm"})
 _LAYERS = "layer_norm/"
 

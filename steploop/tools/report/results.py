@@ -1,4 +1,4 @@
-"""What a run came to, in numbers and words: its result, its phases, its skipped steps, how to run it again."""
+"""Say how a run went: result, time per phase, how to run it again."""
 
 import shlex
 from collections.abc import Mapping, Sequence

@@ -1,4 +1,4 @@
-"""Tells runs apart: which fields of their Config differ, and a short label for each."""
+"""Label runs by the fields of their Config that differ."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any

@@ -1,4 +1,4 @@
-"""The schedules of the package over a run that is not taken: each with settings that show its shape."""
+"""Tabulate the schedules of the package, each with settings that show its shape."""
 
 import difflib
 from collections.abc import Callable, Mapping, Sequence

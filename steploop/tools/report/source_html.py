@@ -1,4 +1,4 @@
-"""Python source as HTML: keywords, strings, comments and numbers told apart, every line numbered."""
+"""Show Python source as HTML, coloured and with line numbers."""
 
 import html
 import io

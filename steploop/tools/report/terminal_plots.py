@@ -1,4 +1,4 @@
-"""Drawings in the terminal: curves out of Braille dots, several side by side, no wider than the window."""
+"""Draw curves in the terminal with Braille dots."""
 
 import math
 from collections.abc import Mapping, Sequence
