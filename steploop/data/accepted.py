@@ -98,7 +98,7 @@ def _convert(data: Any, name: str, converted: dict[int, Any]) -> None:
             converted[id(data)] = value
             return
     parts = _parts(data)
-    if not parts or callable(getattr(data, "epoch", None)):
+    if not parts or callable(getattr(type(data), "epoch", None)):
         raise _refused(data, name)
     for part, value in parts:
         _convert(value, f"{name}{part}", converted)
@@ -132,7 +132,7 @@ def _check_list(data: Any, *, collates: bool) -> None:
 def _refused(data: Any, name: str) -> DataError:
     if isinstance(data, (str, bytes, Path)):
         advice = "Read the file first, with numpy.load, pandas.read_csv or load_images, say"
-    elif isinstance(data, DataLoader) or callable(getattr(data, "epoch", None)):
+    elif isinstance(data, DataLoader) or callable(getattr(type(data), "epoch", None)):
         advice = "It makes batches already: give it to the Recipe, or give its dataset to a Loader"
     elif isinstance(data, list) or _is_dataset(data):
         advice = (
