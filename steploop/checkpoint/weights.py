@@ -97,7 +97,9 @@ def load_weights(
         CheckpointIncompatibleError: they do not fit; says what is missing, and which prefix to rename if that would do.
 
     Example:
-        >>> state = TrainState.create(model, optimizer)
+        >>> _ = checkpoint.save(state, folder / "pretrained")
+        >>> new = load_weights(folder / "pretrained", into=state, partial=["2.*"], report=print)
+        4 of 4 tensors loaded from ...
         >>> state = load_weights("resnet18.safetensors", into=state, partial=["fc.*"], report=print)  # doctest: +SKIP
         120 of 122 tensors loaded from resnet18.safetensors
           fc.weight  kept      (1000, 512) in the file, (10, 512) here

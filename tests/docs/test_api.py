@@ -9,6 +9,7 @@ import re
 import pytest
 import torch
 
+import steploop
 from steploop.tools.commands.docs import read_pages
 
 MODULES = ("steploop", "steploop.data", "steploop.recipe", "steploop.checkpoint", "steploop.testing")
@@ -44,7 +45,8 @@ def test_a_public_name_has_an_example_that_runs(value, names):
     examples = doctest.DocTestParser().get_doctest(
         inspect.getdoc(value), names, value.__name__, inspect.getsourcefile(value), None
     )
-    assert examples.examples, "no example"
+    runs = [example for example in examples.examples if not example.options.get(doctest.SKIP)]
+    assert runs or value is steploop.compile, "no example that runs"  # a compiler is slow; its tests run it
     said = []
     runner = doctest.DocTestRunner(optionflags=doctest.ELLIPSIS)
     assert runner.run(examples, out=said.append).failed == 0, "".join(said)
