@@ -84,7 +84,9 @@ class Mutator:
         )
         done = []
         for _ in range(self.rng.choice((1, 1, 1, 2, 3))):
-            with suppress(OSError, ValueError):  # the one before may have left no file to damage
+            with suppress(
+                OSError, ValueError, RecursionError
+            ):  # the one before may have left no file to damage
                 done.append(self.rng.choice(kinds)(target))
         return done
 
