@@ -10,6 +10,7 @@ from torch.utils.data import (
     BatchSampler,
     DataLoader,
     Dataset,
+    IterableDataset,
     RandomSampler,
     SequentialSampler,
     TensorDataset,
@@ -100,6 +101,8 @@ def _no_batches(value: Any) -> ConfigError:
     kind = type(value).__name__
     if isinstance(value, Iterator):
         advice = f"A {kind} is spent after one epoch: Stream(lambda epoch, start: make(), length=...) makes a new one"
+    elif isinstance(value, IterableDataset):
+        advice = "Give a DataLoader of it, in Stream(lambda epoch, start: loader, length=...)"
     else:
         advice = "Of data make batches with Loader(data, batch_size=..., seed=...)"
     return ConfigError(

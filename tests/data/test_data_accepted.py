@@ -116,6 +116,22 @@ def test_named_columns_stay_named_and_their_container_what_it_is(data):
     assert torch.equal(torch.cat([get(b, "y") for b in batches]), TY)
 
 
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+@pytest.mark.parametrize("form", [lambda x, y: UserDict(x=x, y=y), OrderedDict, Record, Frozen, Pair])
+def test_a_batch_of_any_kind_stays_what_it_is_on_its_way_to_a_device(form, device):
+    """What collate makes is a user's own: a tokenizer's mapping, a dataclass of a detector."""
+    make = (lambda x, y: OrderedDict(x=x, y=y)) if form is OrderedDict else form
+
+    def collate(samples):
+        return make(torch.stack([torch.from_numpy(x) for x, _ in samples]), [y for _, y in samples])
+
+    for batch in rows_of(list(zip(X, Y.tolist(), strict=True)), collate=collate, device=device):
+        assert type(batch) is type(make(0, 0))
+        x, y = (batch["x"], batch["y"]) if hasattr(batch, "keys") else (batch.x, batch.y)
+        assert x.device.type == device
+        assert all(type(label) is int for label in y)
+
+
 def test_columns_may_be_nested():
     batches = rows_of(((X, {"more": X * 2}), Y))
     (x, named), y = batches[1]

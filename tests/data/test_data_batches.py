@@ -169,9 +169,10 @@ def test_a_list_is_the_same_batches_in_every_epoch_from_any_on():
         (torch.zeros(3), ConfigError, r"got a Tensor\. Of data make"),
         ({"x": torch.zeros(3)}, ConfigError, r"got a dict\. Of data make"),
         (None, ConfigError, r"got a NoneType\."),
+        (Numbers(), ConfigError, r"got a Numbers\. Give a DataLoader of it, in Stream\(lambda epoch, start: loader"),
         ([], EmptyDataError, "batches is an empty list"),
     ],
-    ids=range(9),
+    ids=range(10),
 )  # fmt: skip
 def test_what_makes_no_batches_is_refused_in_words(value, error, message):
     with pytest.raises(error, match=message):
