@@ -16,7 +16,7 @@ from steploop.data.stream import Stream
 from steploop.errors import ConfigError
 from steploop.recipe.html_tables import html_table
 
-__all__ = ["Batches", "Logger", "Recipe", "TrainStep"]
+__all__ = ["Batches", "Logger", "Recipe", "TrainStep", "checked_loggers"]
 
 TrainStep = Callable[[Any, Any], Any]
 
@@ -48,10 +48,11 @@ class Logger(Protocol):
         """
 
 
-def _as_loggers(value: Any) -> tuple[Any, ...]:
+def checked_loggers(value: Any, owner: str = "Recipe") -> tuple[Any, ...]:
+    """The loggers as a tuple; raises ConfigError for what is none."""
     if callable(value):
         raise ConfigError(
-            f"Recipe: loggers must be a sequence of loggers, but is one ({value!r}). Write loggers=[...]."
+            f"{owner}: loggers must be a sequence of loggers, but is one ({value!r}). Write loggers=[...]."
         )
     try:
         found = tuple(value)
@@ -61,7 +62,7 @@ def _as_loggers(value: Any) -> tuple[Any, ...]:
         if not callable(one) or isinstance(one, type):
             what = "is a class: give an instance" if isinstance(one, type) else "cannot be called"
             raise ConfigError(
-                f"Recipe: a logger is called as logger(step, values), but {one!r} {what}. "
+                f"{owner}: a logger is called as logger(step, values), but {one!r} {what}. "
                 "A function will do: loggers=[lambda step, values: print(step, values)]."
             )
     return found
@@ -136,7 +137,7 @@ class Recipe:
     notes: tuple[str, ...] = ()
     then: "Callable[[Any], Recipe] | None" = None
     finish: Callable[[Any, Path], None] | None = None
-    loggers: tuple[Logger, ...] = attrs.field(default=(), converter=_as_loggers)
+    loggers: tuple[Logger, ...] = attrs.field(default=(), converter=checked_loggers)
     compile: bool | Literal["auto"] = False
 
     def __attrs_post_init__(self) -> None:

@@ -1,8 +1,9 @@
 """A run from its beginning to its end: builds the recipe, owns the directory, folds phase after phase, says how it went."""
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from typing import Any
 
 from steploop.core.interruption import Interrupted
 from steploop.errors import CheckpointWriteError, SteploopError
@@ -13,7 +14,7 @@ from steploop.runs.directory import Status, clear_unfinished, forget, read_statu
 from steploop.runs.directory_lock import run_lock
 from steploop.runs.logs import read_json_lines
 from steploop.runs.logs.screens import Screen
-from steploop.runs.outlets import open_outlets
+from steploop.runs.outlets import open_outlets, open_services
 from steploop.runs.phases import Phases
 from steploop.runs.requests import Request
 from steploop.runs.signals import StopFlag, signals_as
@@ -75,10 +76,7 @@ class _Run:
         times = (self._before.get("seconds"), *(line.get("time_s") for line in past))
         spent = max((time_s for time_s in times if isinstance(time_s, (int, float))), default=0.0)
         self._zero_s = time.perf_counter() - spent
-        self._metrics = next(
-            (line["metrics"] for line in reversed(past) if line.get("kind") == "eval" and "metrics" in line),
-            self._before.get("metrics") or {},
-        )
+        self._metrics = _newest_metrics(past, self._before)
 
     def run(self) -> Summary:
         """Build, train, say how it went."""
@@ -86,11 +84,12 @@ class _Run:
         try:
             with self._nothing_to_save():
                 beginning = self._begin()
+                services = open_services(self._request)
                 record(self._request, beginning, tuning)
                 announce(self._request, beginning.recipe, self._screen)
             kept = {key: self._before[key] for key in _KEPT if key in self._before}
             status = Status(self._directory, monitor=beginning.recipe.monitor, **kept)
-            outlets = open_outlets(self._request, status, self._screen.note)
+            outlets = open_outlets(self._request, status, self._screen.note, services)
         except BaseException:
             if not self._request.resume:
                 forget(self._directory)
@@ -144,3 +143,17 @@ class _Run:
         code = error.exit_code if isinstance(error, SteploopError) else 1
         with suppress(SteploopError):  # the error itself matters more
             status.update(state="failed", exit_code=code, error=f"{type(error).__name__}: {error}")
+
+
+def _newest_metrics(
+    past: Sequence[Mapping[str, Any]], before: Mapping[str, Any]
+) -> Mapping[str, float | None]:
+    """The metrics of the newest evaluation that the log or the status knows; the log may lack lines."""
+    said: Mapping[str, float | None] = before.get("metrics") or {}
+    for line in reversed(past):
+        if line.get("kind") == "eval" and "metrics" in line:
+            known = before.get("step")
+            newer = bool(said) and isinstance(known, int) and known >= line.get("step", 0)
+            logged: Mapping[str, float | None] = line["metrics"]
+            return said if newer else logged
+    return said

@@ -45,6 +45,7 @@ __all__ = [
 
 # what a run reads or appends to when it goes on
 _FILES = ("config.json", "recipe.py", "status.json", "metrics.jsonl", "metrics.csv", "run.owner.json")
+_OF_A_START = ("recipe.py", "status.json", "metrics.jsonl", "loggers.json")
 _OF_THE_LOCK = {"run.lock", "run.owner.json"}
 # written beside a file of that name, to take its place: a kill in between leaves them
 _BESIDE = re.compile(
@@ -229,7 +230,7 @@ def forget(directory: RunDirectory, *, keep_if_begun: bool = False) -> None:
             with suppress(OSError):
                 path.rmdir()
         return
-    for path in (directory.config, directory.recipe, directory.status, directory.metrics):
+    for path in (*(directory.path / name for name in _OF_A_START), directory.config):
         with suppress(OSError):
             path.unlink(missing_ok=True)
 

@@ -12,7 +12,7 @@ from steploop.core.interruption import Interrupted
 from steploop.errors import ConfigError, RunExistsError
 from steploop.recipe.config_values import fields_of
 from steploop.recipe.python_recipes import python_recipe
-from steploop.recipe.recipe import Logger, Recipe
+from steploop.recipe.recipe import Logger, Recipe, checked_loggers
 from steploop.recipe.recipe_files import RecipeFile, find_recipe, load_recipe_file
 from steploop.runs.conduct import carry_out
 from steploop.runs.initial_weights import InitialWeights
@@ -117,7 +117,7 @@ def run(
     try:
         summary = launch(
             file, config, out=None if out is None else Path(out), resume=None if resume is None else Path(resume),
-            screen=screen, stop=flag, loggers=loggers, trust=trust, command=("steploop.run",), **options,
+            screen=screen, stop=flag, loggers=checked_loggers(loggers, "steploop.run"), trust=trust, command=("steploop.run",), **options,
         )  # fmt: skip
     except RunExistsError as error:
         holds, _, hint = str(error).partition(". ")

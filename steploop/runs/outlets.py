@@ -1,6 +1,6 @@
 """Where a run is recorded: metrics.jsonl, the loggers that were asked for, and status.json."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from typing import Any
 
@@ -59,19 +59,26 @@ class Outlets:
             self.say()
 
 
-def open_outlets(request: Request, status: Status, note: Callable[[str], None]) -> Outlets:
-    """Open the files and loggers that a run asks for.
+def open_outlets(
+    request: Request, status: Status, note: Callable[[str], None], loggers: Sequence[Logger]
+) -> Outlets:
+    """Open the files of a run's record.
 
     Args:
         request: what was asked for, and where.
         status: of the run.
-        note: told if a logger fails.
+        note: told if a logger fails, or a file cannot be written for a time.
+        loggers: those of ``open_services``.
     """
-    lines = JsonLines(request.directory.metrics, note)
-    return Outlets(lines, Loggers(_loggers(request), note), status)
+    return Outlets(JsonLines(request.directory.metrics, note), Loggers(loggers, note), status)
 
 
-def _loggers(request: Request) -> list[Logger]:
+def open_services(request: Request) -> list[Logger]:
+    """The loggers that the options of a run ask for.
+
+    Raises:
+        MissingExtraError: one of them is not installed.
+    """
     path, config = request.directory.path, to_json(request.config)
     loggers: list[Logger] = []
     if request.tensorboard:

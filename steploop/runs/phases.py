@@ -126,7 +126,7 @@ class Phases:
             state, ending = loop.run(state, evaluation_due=beginning.owed)
         finally:
             if loop.evaluation_due is not None:
-                outlets.status.update(evaluation_due=loop.evaluation_due)
+                outlets.say(evaluation_due=loop.evaluation_due)
             keeper.close()
             if (close := getattr(recipe.batches, "close", None)) is not None:
                 close()  # workers that were kept for the next epoch

@@ -155,7 +155,16 @@ class RunRecord:
 
     def best(self) -> Line | None:
         """The evaluation that was the best, or None if no metric was monitored."""
-        return next((line for line in reversed(self.evals) if line.get("best")), None)
+        logged = next((line for line in reversed(self.evals) if line.get("best")), None)
+        said = self.status.best
+        # the log may lack the line of the best; a status that is written at the end knows better
+        if (
+            said is None
+            or self.state == "running"
+            or said["step"] in {line.get("step") for line in self.evals}
+        ):
+            return logged
+        return said if logged is None or logged.get("step", 0) < said["step"] else logged
 
 
 # what says where a line stands, and is no curve

@@ -64,6 +64,7 @@ class Status:
         exit_code: of the process, once it has ended.
         error: why a run failed, safe to print.
         metric: the name of the metric that decides which evaluation is the best.
+        best: that evaluation as a line of the log, with this metric alone.
     """
 
     state: str = ""
@@ -73,6 +74,7 @@ class Status:
     exit_code: int | None = None
     error: str | None = None
     metric: str | None = None
+    best: Line | None = None
 
 
 class _Reader:
@@ -138,7 +140,16 @@ def checked_status(values: Mapping[str, Any], problems: list[str]) -> Status:
         exit_code=exit_code if exit_code is None or abs(exit_code) < MOST_STEPS else None,
         error=None if (error := read.take("error", str, "a text")) is None else safe_lines(error),
         metric=_Reader(best, "status.json: best", problems).text("metric"),
+        best=_best_line(best),
     )
+
+
+def _best_line(best: Mapping[str, Any]) -> Line | None:
+    if not is_count(best.get("step")):
+        return None
+    place = {key: best[key] for key in ("step", "epoch") if key in best}
+    metrics = {str(best.get("metric")): best.get("value")}
+    return checked_line({"kind": "eval", **place, "metrics": metrics, "best": True})
 
 
 _WATCHING: Final = {

@@ -78,6 +78,8 @@ def test_settings_are_checked_by_name_and_type_before_anything_is_made(tmp_path)
         run(build(device=CPU), learning_rate=1)
     with pytest.raises(ConfigError, match='progress must be "auto", "plain" or "none", but is \'loud\''):
         run(build, progress="loud")
+    with pytest.raises(ConfigError, match=r"steploop.run: loggers must be a sequence of loggers, but is one"):
+        run(build, loggers=print)
     with pytest.raises(ConfigError, match="device='meta', but the state of this Recipe is on cpu"):
         run(build(device=CPU), device="meta")
     assert list(tmp_path.iterdir()) == []

@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from running import POINTS, lines, train
 
+from steploop import read_run
 from steploop.runs.directory import RunDirectory, Status
 from steploop.runs.logs.jsonl import JsonLines, encode, read_json_lines
 from steploop.runs.outlets import Outlets
@@ -150,3 +151,19 @@ def test_a_status_that_cannot_be_written_now_is_written_with_the_next(tmp_path, 
     outlets.say(checkpoint="step-4")
     found = json.loads((tmp_path / "status.json").read_bytes())
     assert (found["step"], found["checkpoint"]) == (3, "step-4")
+
+
+def test_a_log_that_lacks_lines_does_not_overrule_the_status(tmp_path):
+    """Not in a report, nor in a resume that has nothing left to do."""
+    summary = train(tmp_path / "run")
+    log = tmp_path / "run" / "metrics.jsonl"
+    whole = read_run(tmp_path / "run").best()
+    kept = [line for line in log.read_bytes().splitlines(keepends=True) if b'"epoch": 1' in line]
+    log.write_bytes(b"".join(kept))
+    best = read_run(tmp_path / "run").best()
+    assert summary.best["epoch"] == 2
+    assert (best["step"], best["epoch"], best["metrics"]["loss"]) == (
+        whole["step"], whole["epoch"], whole["metrics"]["loss"],
+    )  # fmt: skip
+    again = train(tmp_path / "run", resume=True)
+    assert (again.metrics, again.best) == (summary.metrics, summary.best)

@@ -140,7 +140,7 @@ def a_summary(**changes):
         "state": "finished", "ending": "finished", "exit_code": 0, "run": "runs/my run", "recipe": "points", "data": "",
         "device": "cpu", "precision": "fp32", "epoch": 2, "steps_attempted": 1400, "steps_applied": 1399, "steps_skipped": 1,
         "metrics": {"loss": 0.25, "accuracy": None}, "best": {"metric": "loss", "value": 0.25, "step": 13, "epoch": 2},
-        "seconds": 75.4,
+        "seconds": 75.4, "states": {},
     }  # fmt: skip
     return Summary(**{**values, **changes})
 

@@ -4,6 +4,7 @@ import threading
 import urllib.request
 from typing import Any
 
+from steploop.data.sources.progress import say
 from steploop.errors import DataError
 
 __all__ = ["open_url"]
@@ -34,6 +35,7 @@ def open_url(url: str, *, timeout_s: float) -> Any:
         except Exception as error:  # noqa: BLE001  (it is raised below, in the thread that asked)
             found.append(error)
 
+    say(f"trying {url}, for {timeout_s:g} s at most ...")
     thread = threading.Thread(target=ask, daemon=True)
     thread.start()
     thread.join(timeout_s)
