@@ -16,6 +16,7 @@ from steploop.runs.logs import read_json_lines
 from steploop.runs.logs.screens import Screen
 from steploop.runs.outlets import open_outlets, open_services
 from steploop.runs.phases import Phases
+from steploop.runs.record_values import is_whole_line
 from steploop.runs.requests import Request
 from steploop.runs.signals import StopFlag, signals_as
 from steploop.runs.standard_streams import lasting_streams
@@ -72,7 +73,8 @@ class _Run:
         self._loggers = loggers
         self._stop = stop
         self._before = read_status(self._directory) if request.resume else {}
-        past = list(read_json_lines(self._directory.metrics)) if request.resume else []
+        lines = read_json_lines(self._directory.metrics) if request.resume else ()
+        past = [line for line in lines if is_whole_line(line)]
         times = (self._before.get("seconds"), *(line.get("time_s") for line in past))
         spent = max((time_s for time_s in times if isinstance(time_s, (int, float))), default=0.0)
         self._zero_s = time.perf_counter() - spent

@@ -12,6 +12,7 @@ from steploop.runs.directory import Status
 from steploop.runs.journal import LoggedSteps
 from steploop.runs.logs import CsvTable, JsonLines, Logger, Loggers, TensorBoard
 from steploop.runs.metric_values import plain_metrics
+from steploop.runs.record_values import is_whole_line
 from steploop.runs.requests import Request
 
 __all__ = ["Outlets", "open_outlets"]
@@ -49,7 +50,8 @@ class Outlets:
         Args:
             stands: which lines of metrics.jsonl stay.
         """
-        self.loggers.rewrite(self.logged.read(self.lines.keep(stands)))
+        kept = self.lines.keep(lambda line: is_whole_line(line) and stands(line))
+        self.loggers.rewrite(self.logged.read(kept))
 
     def close(self) -> None:
         """Write out what is held back; what cannot be is counted in status.json."""

@@ -10,7 +10,6 @@ from typing import Any
 
 from steploop.errors import CheckpointWriteError
 from steploop.runs.atomic_files import replace_file
-from steploop.runs.record_values import is_whole_line
 from steploop.runs.text_names import readable
 
 __all__ = ["JsonLines", "encode", "read_json_lines"]
@@ -49,7 +48,7 @@ def read_json_lines(path: Path) -> Iterator[dict[str, Any]]:
                 json.dumps(found, ensure_ascii=False).encode()
         except (ValueError, RecursionError):
             continue
-        if isinstance(found, dict) and is_whole_line(found):
+        if isinstance(found, dict):
             yield found
 
 
