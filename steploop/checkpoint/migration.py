@@ -52,7 +52,7 @@ def differences(saved: Migrated, like: TrainState) -> list[str]:
     ]
     if saved.optimizer != ours:
         found.append(f"optimizer: saved with {saved.optimizer}, but this state has {ours}")
-    elif not machine.third_party and [sorted(g) for g in saved.hyper] != [sorted(g) for g in like.hyper]:
+    elif not _same_hyperparameters(saved, like):
         found.append(
             f"optimizer: the groups of {ours} have other hyperparameters than here: another version of it"
         )
@@ -66,8 +66,24 @@ def differences(saved: Migrated, like: TrainState) -> list[str]:
         )
     elif saved.ema is not None and like.tensors.ema is not None:
         found += _tensor_differences("ema", saved.ema, like.tensors.ema, ordered=False)
+    extra = saved.others.get("extra", {})
+    found += [
+        f"extra state of {name or 'the model'}: {'in the checkpoint only' if name in extra else 'not in the checkpoint'}"
+        for name in sorted(extra.keys() ^ like.tensors.extra.keys())
+    ]
     strays = [name for name in saved.slots if name not in machine.trainable]
     return found or [f"slots: saved for {name}, which is not trained" for name in strays]
+
+
+def _same_hyperparameters(saved: Migrated, like: TrainState) -> bool:
+    """Whether the groups hold the same keys; an optimizer that is none of torch's may add some while it steps."""
+    ours = like.machine.initial_hyper
+    if len(saved.hyper) != len(ours):
+        return True  # said already: the groups differ
+    pairs = zip(saved.hyper, ours, strict=True)
+    if like.machine.third_party:
+        return all(theirs.keys() >= initial.keys() for theirs, initial in pairs)
+    return all(theirs.keys() == initial.keys() for theirs, initial in pairs)
 
 
 def _not_grown(saved: Migrated, like: TrainState) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
@@ -175,7 +191,10 @@ def migrated(saved: Migrated, like: TrainState, names: Mapping[str, str | None])
         hyper=saved.hyper if keeps_hyper else like.hyper,
         slots=carried,
         ema=ema,
-        others=saved.others if same_class else {k: v for k, v in saved.others.items() if k != "beside"},
+        others={
+            **({"extra": like.tensors.extra} if like.tensors.extra else {}),
+            **{k: v for k, v in saved.others.items() if same_class or k != "beside"},
+        },
     )
 
 

@@ -127,6 +127,11 @@ def _read_part(
         raise CheckpointDamagedError(
             "The averages or hyperparameters in the manifest are not what steploop writes."
         )
+    others = {key: decode(values[key], key, held) for key in optional if key in values}
+    if not all(_named(others.get(key, {})) for key in ("beside", "extra")):
+        raise CheckpointDamagedError(
+            "What the optimizer or a module keeps besides is not in the manifest as steploop writes it."
+        )
     if len(part["groups"]) != len(part["hyper"]):
         raise CheckpointDamagedError(
             "The manifest names another number of parameter groups than it has hyperparameters for."
@@ -143,7 +148,7 @@ def _read_part(
         hyper=tuple(part["hyper"]),
         slots=slots,
         ema=ema,
-        others={key: decode(values[key], key, held) for key in optional if key in values},
+        others=others,
         grown=_shapes(values.get("grown", {})),
     )
 

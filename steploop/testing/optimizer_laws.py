@@ -1,6 +1,7 @@
 """The law of optimizers: ``optimizer_step`` gives the bits of a loop written by hand."""
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -30,7 +31,10 @@ def check_optimizer_equals_its_loop(
 ) -> None:
     """Law 16. Parameters, buffers and slots equal those of a loop written by hand.
 
-        for x in xs:  loss(twin, x).backward();  clip_grad_norm_;  torch's step();  zero_grad()
+        for x in xs:  zero_grad();  loss(twin, x).backward();  clip_grad_norm_;  torch's step()
+
+    An optimizer that evaluates the loss itself gets a closure on both sides: ours of pure steps, the other one of the
+    lines above without the last.
 
     Args:
         optimizer: the description; the loop uses torch's own object that it builds.
@@ -50,12 +54,12 @@ def check_optimizer_equals_its_loop(
     theirs, _ = optimizer.build(trainable)
     twin.train()
     for index, batch in enumerate(batches):
-        state = unscale_and_clip(backward_scaled(forward_loss(state, batch, objective)), max_norm=max_norm)
-        state = optimizer_step(state, donate=donate)
-        loss, _, _ = read_objective(objective(twin, batch))
-        loss.backward()  # type: ignore[no-untyped-call]  # torch has no types for it
-        torch.nn.utils.clip_grad_norm_(trainable.values(), max_norm)
-        _step(theirs, loss)
+        evaluate_again = partial(_with_gradients, batch=batch, objective=objective, max_norm=max_norm)
+        if state.machine.needs_closure:
+            state = optimizer_step(state, closure=evaluate_again, donate=donate)
+        else:
+            state = optimizer_step(evaluate_again(state), donate=donate)
+        _step_by_hand(theirs, twin, batch, objective, max_norm)
         theirs.zero_grad()
         expected = {
             "params": {name: p.detach() for name, p in twin.named_parameters()},
@@ -68,8 +72,24 @@ def check_optimizer_equals_its_loop(
         )
 
 
-def _step(optimizer: torch.optim.Optimizer, loss: torch.Tensor) -> None:
+def _with_gradients(state: TrainState, batch: Any, objective: Objective, max_norm: float) -> TrainState:
+    return unscale_and_clip(backward_scaled(forward_loss(state, batch, objective)), max_norm=max_norm)
+
+
+def _step_by_hand(
+    optimizer: torch.optim.Optimizer, model: nn.Module, batch: Any, objective: Objective, max_norm: float
+) -> None:
+    """One step as torch's tutorials write it; shares nothing with the step functions."""
+
+    def closure() -> torch.Tensor:
+        optimizer.zero_grad()
+        loss, _, _ = read_objective(objective(model, batch))
+        loss.backward()  # type: ignore[no-untyped-call]  # torch has no types for it
+        torch.nn.utils.clip_grad_norm_([p for p in model.parameters() if p.requires_grad], max_norm)
+        return loss
+
     if isinstance(optimizer, torch.optim.LBFGS):
-        optimizer.step(loss.detach)  # type: ignore[no-untyped-call]  # torch has no types for it
+        optimizer.step(closure)  # type: ignore[no-untyped-call]  # torch has no types for it
     else:
+        closure()
         optimizer.step()

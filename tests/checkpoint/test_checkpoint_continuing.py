@@ -36,7 +36,7 @@ from steploop import (
 from steploop.checkpoint import InexactResumeWarning
 from steploop.checkpoint.format.manifest import seal
 from steploop.checkpoint.provenance import _EXACT
-from steploop.errors import CheckpointIncompatibleError, CheckpointUnsupportedError
+from steploop.errors import CheckpointIncompatibleError, CheckpointUnsupportedError, ConfigError
 
 STEPS = 9
 BATCHES = [torch.full((2, 3), 1.0 + n) for n in range(STEPS)]
@@ -166,12 +166,12 @@ def test_a_state_with_a_tensor_that_no_file_holds_is_refused_with_nothing_writte
 
 
 def test_parameters_added_after_the_start_are_none_of_the_state(tmp_path):
-    """It trains and saves what it was made with; a new state takes them all."""
+    """It saves what it was made with and refuses to train without them; a new state takes them all."""
     model = nn.Sequential(nn.Linear(3, 3))
     state = TrainState.create(model, Optimizer(torch.optim.SGD, lr=0.1))
     model.append(nn.Linear(3, 2))
-    step = step_of(constant(0.1))
-    state = step(state.replace(plateau=PLATEAU.init()), BATCHES[0])
+    with pytest.raises(ConfigError, match=r"The model was changed behind the state: .* 1\.weight, 1\.bias\."):
+        step_of(constant(0.1))(state.replace(plateau=PLATEAU.init()), BATCHES[0])
     assert list(state.params) == ["0.weight", "0.bias"]
     checkpoint.save(state, tmp_path / "a")
     wider = TrainState.create(state.model, Optimizer(torch.optim.SGD, lr=0.1))

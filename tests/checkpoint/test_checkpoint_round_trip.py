@@ -11,13 +11,14 @@ import torch
 import torch.nn.functional as F
 from checkpoint_helpers import make_batches, make_linear, make_model, make_state, train_step
 from safetensors.torch import load_file
+from state_helpers import take_step
 from torch import nn
 
 from steploop import EarlyStopping, LossScale, Optimizer, ReduceLROnPlateau, TrainState, checkpoint
-from steploop.checkpoint import packing as collecting
 from steploop.checkpoint.format.manifest import seal
 from steploop.checkpoint.provenance import InexactResumeWarning
 from steploop.core.early_stopping import Best
+from steploop.core.state.parts import plain_names
 from steploop.core.trees import named_leaves
 from steploop.errors import (
     CheckpointDamagedError,
@@ -26,7 +27,7 @@ from steploop.errors import (
     SpentStateError,
     StepOrderError,
 )
-from steploop.testing.state_comparison import require_same
+from steploop.testing.state_comparison import require_same, values
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 
@@ -38,12 +39,17 @@ def advanced(state, count, batches=None):
 def full_state(seed=0):
     """A state in which every field has a value of its own."""
     early, plateau = EarlyStopping(patience=3), ReduceLROnPlateau(lr=0.5)
-    return advanced(make_state(seed), 3).replace(
-        epoch=2,
-        nonfinite_steps=1,
-        early_stopping=early.update(early.init(), 0.25),
-        plateau=plateau.update(plateau.init(), 0.5),
-        best=Best(value=0.25, step=2, epoch=1),
+    carry = {"hidden": torch.arange(3.0), "queue": [torch.ones(2, dtype=torch.int64)]}
+    return (
+        advanced(make_state(seed), 3)
+        .with_carry(carry)
+        .replace(
+            epoch=2,
+            nonfinite_steps=1,
+            early_stopping=early.update(early.init(), 0.25),
+            plateau=plateau.update(plateau.init(), 0.5),
+            best=Best(value=0.25, step=2, epoch=1),
+        )
     )
 
 
@@ -71,17 +77,10 @@ def test_stopping_several_times_in_an_epoch_changes_no_bit(tmp_path, stops):
     require_same(reduce(train_step, batches[state.batch :], state), whole, "the run is the uninterrupted one")
 
 
-def test_every_field_of_a_state_is_saved_or_in_flight():
-    """A field that someone adds and forgets here fails this test."""
-    known = {*collecting.SCALARS, *collecting.RECORDS, *collecting.TENSORS, *collecting.IN_FLIGHT}
-    assert {field.name for field in attrs.fields(TrainState)} == known
-
-
 def test_every_leaf_survives_and_counts_in_the_digest(tmp_path):
     """Changing any one leaf changes the digest, and comes back."""
     state = full_state()
-    fields = ("_params", "_buffers", "_slots", "_ema", "hyper", *collecting.SCALARS, *collecting.RECORDS)
-    leaves = [name for name, _ in named_leaves({key: getattr(state, key) for key in fields})]
+    leaves = [name for name, _ in named_leaves(values(state))]
     assert len(leaves) > 60
     digests = {checkpoint.digest(state)}
     like = make_state(1)
@@ -107,9 +106,11 @@ def changed(value):
 def with_changed_leaf(state, path):
     """The state with one leaf changed, or None where the leaf has only one legal value."""
     key, _, rest = path.partition(".")
-    if key in collecting.SCALARS:
-        return None if key == "precision" else state.replace(**{key: changed(getattr(state, key))})
-    if key in collecting.RECORDS:
+    if key == "precision":
+        return None
+    if key in plain_names(TrainState) and not rest:
+        return state.replace(**{key: changed(getattr(state, key))})
+    if key in plain_names(TrainState) and key != "hyper":
         record = getattr(state, key)
         return state.replace(**{key: attrs.evolve(record, **{rest: changed(getattr(record, rest))})})
     if key == "hyper":
@@ -122,8 +123,7 @@ def with_changed_leaf(state, path):
         else:
             group[name] = changed(group[name])
         return state.replace(hyper=tuple(group if i == int(number) else g for i, g in enumerate(state.hyper)))
-    table = getattr(state, key)
-    tensor = dict(named_leaves(table))[rest]
+    tensor = dict(named_leaves(getattr(state.tensors, key)))[rest]
     with torch.no_grad():
         flat = tensor.data.contiguous().reshape(-1).view(torch.uint8).clone()
         flat[-1] ^= 1
@@ -276,6 +276,7 @@ VARIANTS = [(name, {}) for name in TORCH_OPTIMIZERS] + [
     ("AdamW", {"foreach": True}),
     ("RMSprop", {"momentum": 0.5, "centered": True}),
     ("LBFGS", {"lr": 0.05, "history_size": 5, "line_search_fn": None}),
+    ("LBFGS", {"lr": 0.5, "max_iter": 3, "history_size": 2, "line_search_fn": "strong_wolfe"}),
     ("Adafactor", {"eps": (None, 1e-3)}),
 ]
 
@@ -290,11 +291,15 @@ def optimizer_step_of(name):
     def objective(model, batch):
         return F.mse_loss(model(batch), torch.ones(()).expand(3, 4))
 
-    from steploop import backward_scaled, forward_loss, optimizer_step, unscale_and_clip
+    from steploop import backward_scaled, forward_loss, unscale_and_clip
 
     def step(state, batch):
-        state = backward_scaled(forward_loss(state, batch, objective))
-        return optimizer_step(unscale_and_clip(state, max_norm=float("inf")))
+        def gradients(state):
+            return unscale_and_clip(
+                backward_scaled(forward_loss(state, batch, objective)), max_norm=float("inf")
+            )
+
+        return take_step(state, gradients)
 
     return step
 
@@ -376,14 +381,14 @@ def test_a_count_that_float32_cannot_raise_is_warned_of(tmp_path):
         ("best", {"value": {"float": "nan"}, "step": 0, "epoch": 0}), ("plateau", {"learning_rate": -1.0, "best": None, "bad_checks": 0, "cooldown_left": 0}),
         ("params", [1]), ("params", ["weight", "absent"]), ("groups", 3), ("groups", [[1]]), ("groups", []), ("optimizer", 3), ("slots", {"dict": [["weight", 1]]}),
         ("slots", {"dict": [[1, {"dict": []}]]}), ("slots", []), ("hyper", [1]), ("ema", {"dict": [["weight", 1]]}), ("ema", []), ("transient_buffers", None), ("hyper", {"tensor": "x"}),
-        ("extra", 1),
+        ("extra", 1), ("extra", {"dict": [[1, 2]]}), ("beside", [1]), ("grown", {"a": [1.5]}), ("unknown", 1),
     ],
     ids=str,
 )  # fmt: skip
 def test_a_state_that_no_steploop_writes_is_refused(tmp_path, field, value):
     checkpoint.save(make_linear(), tmp_path / "a")
     rewritten(tmp_path / "a", lambda values: values.update({field: value}))
-    with pytest.raises(CheckpointDamagedError, match=r"manifest|slots|steploop never writes"):
+    with pytest.raises(CheckpointDamagedError, match=r"manifest|slots|steploop never writes|other fields"):
         checkpoint.load(tmp_path / "a", like=make_linear())
 
 

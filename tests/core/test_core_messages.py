@@ -183,7 +183,7 @@ REFUSALS = [
     (lambda: create(optimizer=Optimizer(torch.optim.SGD, lr=0.1, no_decay="head")), ConfigError, "Optimizer: no_decay='head' takes no parameter. The trainable parameters are weight, bias."),
     (lambda: create(frozen()), ConfigError, "Optimizer: the model has no parameter that requires a gradient, so there is nothing to train."),
     (lambda: create(optimizer=Optimizer(torch.optim.SGD, lr=-1.0)), ConfigError, "Optimizer(SGD, lr=-1.0): SGD refuses this: Invalid learning rate: -1.0"),
-    (lambda: create(optimizer=Optimizer(torch.optim.SGD, lr=0.1, groups=[("weight", {"beta": 1})])), ConfigError, "Optimizer(SGD, lr=0.1, groups=[('weight', {'beta': 1})]): ['beta'] is no hyperparameter of SGD, which has dampening, differentiable, foreach, fused, lr, maximize, momentum, nesterov, weight_decay."),
+    (lambda: create(optimizer=Optimizer(torch.optim.SGD, lr=0.1, groups=[("weight", {"beta": 1})])), ConfigError, "Optimizer(SGD, lr=0.1, groups=[('weight', {'beta': 1})]): SGD has no hyperparameter 'beta'. It has: dampening, differentiable, foreach, fused, lr, maximize, momentum, nesterov, weight_decay."),
     (lambda: schedule(create(optimizer=Optimizer(torch.optim.Adagrad, lr=0.1)), one_cycle(0.1, total_steps=5, momentum=(0.8, 0.9))), ConfigError, "schedule: this schedule cycles the momentum, but the optimizer has neither momentum nor betas. Pass momentum=None to the schedule, or use an optimizer that has one."),
     (lambda: backward_scaled(create()), StepOrderError, "backward_scaled: this state has no loss to differentiate. Call forward_loss(state, batch, objective) before."),
     (used_twice, SpentStateError, "backward_scaled: the graph of this loss was used up by another backward pass. Call forward_loss again."),
@@ -211,8 +211,8 @@ REFUSALS = [
     (lambda: from_torch("StepLR", 3), ConfigError, "from_torch: make_scheduler must be a function from an optimizer to a torch scheduler, got 'StepLR'. Give for instance lambda optimizer: StepLR(optimizer, step_size=30)."),
     (lambda: from_torch(lambda optimizer: None, 3), ConfigError, "from_torch: make_scheduler must return a torch.optim.lr_scheduler.LRScheduler, got None. Return the scheduler that it builds."),
     (lambda: from_torch(torch.optim.lr_scheduler.ReduceLROnPlateau, 3), ConfigError, "from_torch: make_scheduler must return a scheduler that is a function of the step, got ReduceLROnPlateau, which follows a metric. Use steploop.core.plateau.ReduceLROnPlateau, a fold over the metric."),
-    (lambda: tabulated([1.0, 1.0].__getitem__), ConfigError, "from_torch: the scheduler must run for total_steps = 3 steps on an SGD of one parameter group, but at step 2 it failed with IndexError: list index out of range. Correct its arguments, or give fewer total_steps."),
-    (lambda: tabulated(no_form), ConfigError, "from_torch: the scheduler must run for total_steps = 3 steps on an SGD of one parameter group, but at step 0 it failed with ValueError: there is no form X. Correct its arguments, or give fewer total_steps."),
+    (lambda: tabulated([1.0, 1.0].__getitem__), ConfigError, "from_torch: the scheduler must run for total_steps = 3 steps on an SGD of one parameter group, but at step 2 it failed with IndexError: list index out of range. Correct its arguments, give lr a list with the rate of each group, or give fewer total_steps."),
+    (lambda: tabulated(no_form), ConfigError, "from_torch: the scheduler must run for total_steps = 3 steps on an SGD of one parameter group, but at step 0 it failed with ValueError: there is no form X. Correct its arguments, give lr a list with the rate of each group, or give fewer total_steps."),
     (lambda: tabulated([1.0, -1.0].__getitem__), ConfigError, OUT_OF_RANGE.format(-0.1, 0.9, 1)),
     (lambda: from_torch(lambda o: CyclicLR(o, 0.1, 0.2, max_momentum=-0.5), 3), ConfigError, OUT_OF_RANGE.format(0.1, -0.5, 0)),
     (lambda: one_cycle(**CYCLE, div_factor=5e-324), ConfigError, "OneCycle: div_factor must be such that max_lr / div_factor is finite (max_lr is 0.5), got 5e-324. Torch's default is 25."),
@@ -273,8 +273,8 @@ def test_an_update_that_does_not_fit_says_whether_the_state_is_whole():
     with pytest.raises(SpentStateError) as excinfo:
         _ = state.params
     assert str(excinfo.value) == (
-        "params: this state is spent: the optimizer failed in the middle of attempted step 1, and its tensors are half "
-        "updated. Go on from a checkpoint, or from a copy that state.clone() or optimizer_step(state, donate=False) had left."
+        "params: this state is spent: an update was cut off in the middle of attempted step 1, and its tensors are half "
+        "updated. Go on from a checkpoint, or from a copy that state.clone() or optimizer_step(state, donate=False) left."
     )
     assert stepped(1, donate=False)[0].alive
 
@@ -329,13 +329,12 @@ def test_a_state_prints_where_it_stands_and_whether_it_is_spent():
     after = optimizer_step(
         unscale_and_clip(backward_scaled(forward_loss(state, Task().batch(0), classification)), max_norm=1.0)
     )
-    assert (
-        repr(after)
-        == "TrainState(step=1, attempted=1, epoch=0, batch=1, precision='bf16', 31 parameters on cpu)"
+    assert repr(after) == (
+        f"TrainState(step=1, attempted=1, epoch=0, batch=1, loss={float(after.loss):.4g}, lr=0.1, precision='bf16', Network of "
+        "31 parameters on cpu)"
     )
-    assert (
-        repr(state)
-        == "TrainState(step=0, attempted=0, epoch=0, batch=0, precision='bf16', 31 parameters on cpu) (spent)"
+    assert repr(state) == (
+        "TrainState(step=0, attempted=0, epoch=0, batch=0, lr=0.1, precision='bf16', Network of 31 parameters on cpu) (spent)"
     )
 
 

@@ -80,12 +80,12 @@ class Wrong(EarlyStopping):
 @pytest.mark.parametrize(
     ("law", "history", "message"),
     [
-        (check_stops_at_the_patience_th_bad_check, [1.0] * 5, "stops at check 3, but at 4"),
-        (check_best_is_the_running_best, [2.0, math.nan, 1.0], "is 1.0, but 2.0"),
+        (check_stops_at_the_patience_th_bad_check, [1.0] * 5, "must stop at check 3, but stopped at 4"),
+        (check_best_is_the_running_best, [2.0, math.nan, 1.0], "must be 1.0, but is 2.0"),
         (
             lambda e, h: check_more_patience_never_stops_earlier(e, h, -1),
             [1.0] * 5,
-            "more patience never stops earlier",
+            "more patience must not stop earlier",
         ),
     ],
 )

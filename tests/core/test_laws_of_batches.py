@@ -7,6 +7,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from state_helpers import take_step
 
 from steploop import (
     LossScale,
@@ -17,7 +18,6 @@ from steploop import (
     backward_scaled,
     evaluate,
     forward_loss,
-    optimizer_step,
     unscale_and_clip,
 )
 from steploop.data import Loader
@@ -47,8 +47,10 @@ def mean_loss(model, batch):
 
 
 def step(state, batch):
-    state = backward_scaled(forward_loss(state, batch, classification))
-    return optimizer_step(unscale_and_clip(state, max_norm=1.0))
+    def gradients(state):
+        return unscale_and_clip(backward_scaled(forward_loss(state, batch, classification)), max_norm=1.0)
+
+    return take_step(state, gradients)
 
 
 def counted(outputs, batch):

@@ -48,6 +48,17 @@ def test_every_optimizer_is_itself_in_a_loop_written_by_hand(torch_class, data, 
     )
 
 
+@pytest.mark.parametrize("line_search", [None, "strong_wolfe"])
+@pytest.mark.parametrize("donate", [True, False])
+def test_an_optimizer_that_evaluates_again_is_itself_with_and_without_a_line_search(line_search, donate):
+    """The loop by hand passes a closure that begins with zero_grad() and ends with backward()."""
+    task = Task(batch_norm=True, tied=True, frozen=True, unused=True, scalar=True, counter=True)
+    optimizer = Optimizer(torch.optim.LBFGS, lr=0.5, max_iter=6, history_size=3, line_search_fn=line_search)
+    check_optimizer_equals_its_loop(
+        optimizer, task.model(), task.model(), task.batches(4), classification, max_norm=1e9, donate=donate
+    )
+
+
 FUSED = [c for c in OPTIMIZERS if "fused" in inspect.signature(c.__init__).parameters]
 AMSGRAD = [c for c in OPTIMIZERS if "amsgrad" in inspect.signature(c.__init__).parameters]
 

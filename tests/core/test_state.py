@@ -7,6 +7,7 @@ import attrs
 import pytest
 import torch
 import torch.nn.functional as F
+from state_helpers import with_flight
 from torch import nn
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
@@ -243,7 +244,7 @@ def test_frozen_parameters_stay_as_they_are_and_have_no_slots():
             lambda: TrainState.create(
                 network(), Optimizer(torch.optim.SGD, lr=1.0, groups=[("0.*", {"beta": 1})])
             ),
-            "is no hyperparameter of SGD",
+            "SGD has no hyperparameter 'beta'",
         ),
     ],
 )
@@ -323,15 +324,20 @@ def test_a_model_that_is_saved_whole_and_loaded_belongs_to_nobody():
     assert first_difference(dict(state.params), dict(other.params)) is None
 
 
+def handed_on(state, by):
+    state.lease.tear()
+    return state.replace(generation=state.lease.hand_on(by))
+
+
 def test_a_state_spent_by_another_function_names_it():
     """Of those in between nothing is known but that they were steps."""
     state = TrainState.create(network(), SGD)
-    second = state.donate("update_ema")
+    second = handed_on(state, "update_ema")
     with pytest.raises(
         SpentStateError, match=r"^params: this state is spent: update_ema at attempted step 0 "
     ):
         _ = state.params
-    second.donate("update_ema")
+    handed_on(second, "update_ema")
     with pytest.raises(SpentStateError, match=r"^params: this state is spent: optimizer_step at "):
         _ = state.params
 
@@ -375,7 +381,8 @@ def test_an_optimizer_of_somebody_else_may_have_no_rate_and_put_new_slots_in_pla
     assert factors(optimizer) == (1.0, 1.0)
     state = step(step(TrainState.create(network(), optimizer), batch()), batch())
     assert state.slots["0.weight"] == {"seen": 2}
-    assert TrainState.create(network(), SGD).machine.replaces_slots is False
+    assert TrainState.create(network(), SGD).machine.third_party is False
+    assert state.machine.third_party is True
 
 
 def test_a_group_is_chosen_by_patterns_or_by_name_and_tensor():
@@ -408,7 +415,7 @@ def test_settling_reads_what_is_on_the_device_and_nothing_else():
         applied_steps=torch.tensor(3),
         nonfinite_steps=torch.tensor(1),
         scale=scale,
-        finite=torch.zeros(()) < 1,
+        flight=state.flight.replace(finite=torch.zeros(()) < 1),
     )
     settled = state.settle()
     assert (settled.applied_steps, settled.nonfinite_steps, settled.finite) == (3, 1, True)
@@ -489,13 +496,14 @@ def test_a_machine_is_lent_only_where_another_living_state_has_it():
     state = TrainState.create(network(), SGD)
     machine, other = state.machine, state.clone()
     for s, lent in ((state, False), (other, True)):
-        before = machine.point_optimizer(s.lease, s.tensors.params, s.tensors.slots, s.hyper)
-        assert (before is not None) is lent
-        machine.put_back(before)
+        put_back = machine.point_optimizer(s.lease, s.tensors, s.hyper)
+        assert (put_back is not None) is lent
+        if lent:
+            put_back()
         params = machine.module.point(s.lease, s.tensors.params)
         assert (params is not None) is lent
     machine.module.place_params(params)
-    assert machine._hyper is state.hyper
+    assert machine.optimizer.param_groups[0]["params"][0] is state.params["0.weight"]
 
 
 def test_what_does_not_match_is_not_stepped_on():
@@ -505,13 +513,13 @@ def test_what_does_not_match_is_not_stepped_on():
     )
     for wrong in (
         state.replace(hyper=state.hyper * 2),
-        state.replace(_grads=Gradients(state.flight.grads.values[:-1])),
+        with_flight(state, grads=Gradients(state.flight.grads.values[:-1])),
     ):
         with pytest.raises(ValueError, match=r"^zip\(\) argument 2 is "):
             optimizer_step(wrong)
     with pytest.raises(ValueError, match=r"^zip\(\) argument 2 is longer"):
         unscale_and_clip(
-            state.replace(_grads=Gradients(state.flight.grads.values[:-1]), grad_norm=None), adaptive=0.1
+            with_flight(state, grads=Gradients(state.flight.grads.values[:-1]), grad_norm=None), adaptive=0.1
         )
     with pytest.raises(ValueError, match=r"^zip\(\) argument 2 is shorter"):
         schedule(state.replace(hyper=state.hyper * 2), lambda step: 0.1)
@@ -534,9 +542,9 @@ class Skipping(Unrated):
 def test_a_fused_optimizer_of_somebody_else_may_put_new_slots_in_place_of_the_old_too():
     state = TrainState.create(network(), Optimizer(Skipping))
     state = unscale_and_clip(backward_scaled(forward_loss(state, batch(), objective)), max_norm=1.0)
-    after = optimizer_step(state.replace(finite=torch.tensor([True])[0]), donate=False)
+    after = optimizer_step(with_flight(state, finite=torch.tensor([True])[0]), donate=False)
     assert after.slots["0.weight"] == {"seen": 1}
-    skipped = optimizer_step(state.replace(finite=torch.tensor([False])[0]))
+    skipped = optimizer_step(with_flight(state, finite=torch.tensor([False])[0]))
     assert skipped.slots["0.weight"] == {}
     assert (after.step, skipped.step) == (1, 0)
 

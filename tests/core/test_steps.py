@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
+from state_helpers import with_flight
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
@@ -104,9 +105,14 @@ def test_a_step_out_of_order_names_what_comes_before(call, says):
             lambda: update_ema(optimizer_step(unscale_and_clip(grads(), max_norm=1.0)), decay=0.9),
             "carries no average",
         ),
-        (
-            lambda: update_ema(optimizer_step(unscale_and_clip(grads(ema=True), max_norm=1.0)), decay=1.0),
-            "[0, 1)",
+        *(
+            (
+                lambda d=d: update_ema(
+                    optimizer_step(unscale_and_clip(grads(ema=True), max_norm=1.0)), decay=d
+                ),
+                f"[0, 1], but is {d}",
+            )
+            for d in (1.5, -0.1, math.nan)
         ),
         (lambda: evaluate(fresh(), [], objective, {"loss": accuracy}), "give the metric another name"),
         (lambda: evaluate(fresh(), [], objective, use_ema=True), "carries no average"),
@@ -334,7 +340,7 @@ def test_what_is_known_of_a_step_is_plain_where_the_host_may_look():
     assert state.clipped_norm.item() == pytest.approx(torch.stack(norms).norm().item())
     assert state.clipped_norm < state.grad_norm
     for answer in (True, False):  # on a device, where this optimizer cannot skip by itself
-        after = optimizer_step(state.replace(finite=torch.tensor([answer])[0]), donate=False)
+        after = optimizer_step(with_flight(state, finite=torch.tensor([answer])[0]), donate=False)
         assert after.finite is answer
 
 
@@ -349,7 +355,7 @@ def test_a_skipped_step_without_a_forward_pass_before_it_keeps_the_buffers():
     """Gradients may come from elsewhere."""
     state = TrainState.create(nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3)), SGD)
     ready = unscale_and_clip(backward_scaled(forward_loss(state, batch(), objective)), max_norm=1.0)
-    state = state.replace(_grads=ready.flight.grads, grad_norm=ready.grad_norm, finite=False)
+    state = with_flight(state, grads=ready.flight.grads, grad_norm=ready.grad_norm, finite=False)
     after = optimizer_step(state, donate=False)
     assert list(after.buffers) == list(state.buffers)
     assert after.buffers["1.num_batches_tracked"] == 0
@@ -448,7 +454,7 @@ def test_a_step_that_is_traced_leaves_to_the_trace_what_the_host_has_to_do():
     state = state.replace(
         attempted_steps=TracedCount(trace, "attempted_steps"),
         applied_steps=torch.zeros((), dtype=torch.int64),
-        finite=torch.tensor(True).as_subclass(Traced),  # noqa: FBT003  (the value itself)
+        flight=state.flight.replace(finite=torch.tensor(True).as_subclass(Traced)),  # noqa: FBT003  (the value itself)
     )
     # nothing is seeded by a count that is not known: whoever runs the graph does it
     assert forward_loss(state, batch(), objective).loss == forward_loss(fresh(), batch(), objective).loss
@@ -466,7 +472,7 @@ def test_the_rates_on_a_device_are_looked_up_in_a_table_that_is_made_once_for_ea
         asked.append(step)
         return float(step)
 
-    state = fresh().replace(applied_steps=torch.tensor(3), attempted_steps=700, _known=(2, 700))
+    state = with_flight(fresh(), known=(2, 700)).replace(applied_steps=torch.tensor(3), attempted_steps=700)
     assert float(schedule(state, rate).hyper[0]["lr"]) == 3.0
     assert asked == list(range(2, 2 + 1024 + 1))
     later = state.replace(applied_steps=torch.tensor(5))
@@ -482,13 +488,14 @@ def test_the_rates_on_a_device_are_looked_up_in_a_table_that_is_made_once_for_ea
 
 def test_the_table_of_rates_is_float32_on_the_device_of_the_count():
     with DefaultDtype(torch.float64):
-        table = _Table.of(one_cycle(0.1, total_steps=4, momentum=(0.8, 0.9)), 0, torch.device("meta"))
-        plain = _Table.of(lambda step: 0.5, 0, torch.device("cpu"))
+        machine, cycle = fresh().machine, one_cycle(0.1, total_steps=4, momentum=(0.8, 0.9))
+        (cycled,) = _Table.of(machine, cycle, 0, torch.device("meta")).groups
+        (plain,) = _Table.of(machine, lambda step: 0.5, 0, torch.device("cpu")).groups
     elsewhere = fresh().replace(applied_steps=torch.zeros((), dtype=torch.int64, device="meta"))
     assert schedule(elsewhere, lambda step: 0.5).hyper[0]["lr"].device.type == "meta"
-    for values in (table.rates, table.momenta):
+    for values in cycled:
         assert (values.dtype, values.device.type) == (torch.float32, "meta")
-    assert (plain.rates.dtype, plain.momenta) == (torch.float32, None)
+    assert (plain[0].dtype, plain[1]) == (torch.float32, None)
 
 
 def test_out_of_memory_says_the_shapes_of_the_batch_and_leaves_the_state_usable():

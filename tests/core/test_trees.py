@@ -139,11 +139,6 @@ def test_shapes_say_size_and_kind():
     assert shapes(["text"]) == "no tensors"
 
 
-def test_samples_are_counted_in_the_first_tensor_that_has_an_axis():
-    assert count_samples({"scale": torch.zeros(()), "x": torch.zeros(5, 2), "y": torch.zeros(7)}) == 5
-    assert count_samples([1, torch.zeros(())]) is None
-
-
 @pytest.mark.parametrize(
     ("batch", "expected"),
     [
@@ -153,6 +148,15 @@ def test_samples_are_counted_in_the_first_tensor_that_has_an_axis():
         ((1, torch.zeros(5)), 5),
         ((torch.zeros(()), torch.zeros(5)), 5),
         ({0: "text", 1: torch.zeros(5)}, 5),
+        ({"scale": torch.zeros(()), "x": torch.zeros(5, 2), "y": torch.zeros(5)}, 5),
+        ({"scale": torch.zeros(()), "x": torch.zeros(5, 2), "y": torch.zeros(7)}, None),
+        ((torch.zeros(9, 5), torch.zeros(5)), None),
+        ((torch.zeros(5, 2), torch.zeros(5), torch.zeros(4)), None),
+        ([torch.zeros(3, 8, 6), torch.zeros(3, 8, 6), torch.zeros(3, 8, 6)], None),
+        ([{"boxes": torch.zeros(2, 4)}, {"boxes": torch.zeros(2, 4)}], None),
+        ([(torch.zeros(2, 4), torch.zeros(2)), (torch.zeros(2, 4), torch.zeros(2))], None),
+        (([torch.zeros(3, 8), torch.zeros(3, 8)], torch.zeros(3)), None),
+        ([1, torch.zeros(())], None),
         (torch.zeros(5), 5),
         (torch.zeros(()), None),
         ((), None),

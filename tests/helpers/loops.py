@@ -4,12 +4,12 @@ from typing import Any
 
 import attrs
 from hypothesis import strategies as st
+from state_helpers import take_step
 
 from steploop import (
     accumulate,
     backward_scaled,
     forward_loss,
-    optimizer_step,
     schedule,
     unscale_and_clip,
     update_ema,
@@ -38,14 +38,16 @@ class Loop:
     def batches(self):
         return [self.task.batch(index, size) for index, size in self.batches_of]
 
-    def step(self, state, batch, *, donate=True):
+    def gradients(self, state, batch):
         if self.accumulated:
             size = len(batch[0])
             state = accumulate(state, split(batch, [2, size - 2] if size > 3 else [size]), classification)
         else:
             state = backward_scaled(forward_loss(state, batch, classification))
-        state = unscale_and_clip(state, **dict([self.bound]))
-        state = optimizer_step(state, donate=donate)
+        return unscale_and_clip(state, **dict([self.bound]))
+
+    def step(self, state, batch, *, donate=True):
+        state = take_step(state, lambda s: self.gradients(s, batch), donate=donate)
         if state.ema is not None:
             state = update_ema(state, decay=0.9)
         return schedule(state, self.rate)
