@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from steploop.core.optimizer import Optimizer
-from steploop.core.state.parts import Gradients, InFlight
+from steploop.core.state.parts import Gradients, InFlight, field_names
 from steploop.core.state.train_state import TrainState
 from steploop.core.steps.clip import unscale_and_clip
 from steploop.core.steps.update import optimizer_step
@@ -262,7 +262,7 @@ def check_only_finite_gradients_are_stepped_on(state: TrainState, **bound: float
 
 
 def check_a_batch_of_nan_changes_nothing(step: Step, state: TrainState, batch: Any) -> None:
-    """Law 7. A batch full of nan is counted and changes no parameter, slot, buffer or average.
+    """Law 7. A batch full of nan is counted and changes no parameter, slot, buffer, average or carry.
 
     Args:
         step: any step.
@@ -282,6 +282,7 @@ def check_a_batch_of_nan_changes_nothing(step: Step, state: TrainState, batch: A
     after = step(state.clone(), poisoned)
     if after.loss is not None and torch.isfinite(after.loss):
         return
-    for name in ("params", "buffers", "slots", "ema", "applied_steps"):
-        require_same(values(after)[name], before[name], f"a batch of nan must not change the {name}")
+    found = values(after)
+    for name in (*field_names(type(state.tensors)), "applied_steps"):
+        require_same(found[name], before[name], f"a batch of nan must not change the {name}")
     require(after.attempted_steps > before["attempted_steps"], "a skipped step must be counted")

@@ -90,10 +90,12 @@ def require_same(found: Any, expected: Any, law: str) -> None:
     difference = first_difference(_tree(found), _tree(expected))
     if difference is not None:
         difference = _GROUP.sub(r"\1the optimizer's group \2: ", difference)
+        difference = _BESIDE.sub(r"\1the optimizer's own ", difference)
     require(difference is None, f"{law}: {difference}")
 
 
-# A leaf of ``values``: the hyperparameters of each group of the optimizer, and what the optimizer keeps there.
+# Leaves of ``values``: what the optimizer keeps of its own, and in its groups, whose hyperparameters stand there too.
+_BESIDE = re.compile(r"^((?:\w+\.)?)beside\.(?:attributes\.)?")
 _GROUP = re.compile(r"^((?:\w+\.)?)hyper\.(\d+)\.")
 
 

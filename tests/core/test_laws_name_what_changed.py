@@ -104,3 +104,25 @@ def test_sparse_nested_and_numpy_values_are_compared_by_their_numbers():
 
 def test_what_is_saved_in_values_does_not_depend_on_the_naming():
     assert values(counting())["hyper"][0]["lr"] == 0.1
+
+
+class CountingSGD(torch.optim.SGD):
+    """Counts its steps in an attribute of its own, which belongs to the state."""
+
+    def __init__(self, params, lr=0.1):
+        super().__init__(params, lr=lr)
+        self.taken = 0
+
+    def step(self, closure=None):
+        self.taken += 1
+        return super().step(closure)
+
+
+def test_what_an_optimizer_keeps_of_its_own_is_named():
+    state = TrainState.create(nn.Linear(2, 2), Optimizer(CountingSGD))
+    with pytest.raises(AssertionError, match=r"nothing changes: the optimizer's own taken: 1 against 0"):
+        require_same(
+            {**values(state), "beside": values(step(state.clone(), torch.ones(3, 2)))["beside"]},
+            values(state),
+            "nothing changes",
+        )

@@ -2,6 +2,7 @@
 
 import itertools
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from steploop.recipe.recipe_files import load_recipe_file
 from steploop.tools.bench.jobs import Job
 from steploop.tools.check.law_cases import LAWS, Law
 from steploop.tools.check.one_line import one_line
+from steploop.tools.check.resume_process import main
 from steploop.tools.check.subjects import Subject
 from steploop.tools.check.verdicts import examine
 from steploop.tools.cli import call
@@ -45,6 +47,8 @@ WHOLE = {
     "object": ("the batch holds a value of type Graph", None),
     "time first": (None, 8),
     "samples_of": (None, 8),
+    "carry": (None, 8),
+    "policy": ("the batch holds no tensor with an axis for samples", None),
 }
 
 
@@ -86,15 +90,29 @@ def test_an_objective_that_takes_another_batch_than_the_step_is_not_judged():
     assert verdict.message.startswith("the objective by itself, on this batch and with Adam, ends with ")
 
 
+@pytest.fixture
+def resumed_here(monkeypatch):
+    """The other process of a resume is this one: to start one takes seconds."""
+
+    def run(command, **_):
+        main(command[-1])
+        return SimpleNamespace(returncode=0, stderr="")
+
+    monkeypatch.setattr("steploop.tools.check.resume_process.subprocess.run", run)
+
+
+@pytest.mark.usefixtures("resumed_here")
 def test_plateau_and_early_stopping_have_begun_as_in_a_run():
-    """All laws, and the resume in another process."""
+    """All laws, the resume too."""
     assert subject_of("plateau").recipe.state.plateau.learning_rate == 0.1
     found = verdicts_of(subject_of("plateau", steps=2))
     assert found[RESUME].passed
 
 
-def test_a_resumed_process_cuts_its_batches_in_the_same_way():
-    (verdict,) = examine(subject_of("adjacency", steps=2), laws=[law for law in LAWS if law.name == RESUME])
+@pytest.mark.usefixtures("resumed_here")
+@pytest.mark.parametrize("kind", ["adjacency", "samples_of", "carry", "rows"])
+def test_a_resumed_process_cuts_its_batches_in_the_same_way(kind):
+    (verdict,) = examine(subject_of(kind, steps=2), laws=[law for law in LAWS if law.name == RESUME])
     assert verdict.passed, verdict
 
 

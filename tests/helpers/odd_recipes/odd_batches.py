@@ -146,7 +146,25 @@ KINDS = {
     "rows": (_dense, _plain),
     "plateau": (_dense, _plain),
     "samples_of": (_edges, _of_edges),
+    "carry": (_time_first, _of_series),
+    "policy": (lambda _: 1, None),
 }
+
+
+def _of_carried_series(model, batch, *, hidden):
+    """The hidden state goes on from batch to batch, as in truncated backpropagation."""
+    x, y = batch
+    total = 0.0
+    for moment, target in zip(x, y, strict=True):
+        hidden = model(moment) + 0.5 * hidden
+        total = total + F.mse_loss(hidden, target)
+    return total / len(x), hidden, len(x)
+
+
+def _of_policy(model, _):
+    """The data are drawn from what the model does."""
+    places = model(torch.randn(6, 3))
+    return (places + 0.1 * torch.randn_like(places)).square().mean(), None, 6
 
 
 def _first_nodes(graph, n):
@@ -156,6 +174,7 @@ def _first_nodes(graph, n):
 
 def build(config: Config, device: torch.device) -> Recipe:
     make, objective = KINDS[config.kind]
+    objective = objective or _of_policy
 
     def train_step(state, batch):
         if config.kind == "plateau":
@@ -164,6 +183,9 @@ def build(config: Config, device: torch.device) -> Recipe:
             )
         if config.kind == "micro-batches":
             state = accumulate(state, batch, objective)
+        elif config.kind == "carry":
+            state = forward_loss(state, batch, partial(_of_carried_series, hidden=state.carry))
+            state = backward_scaled(state.with_carry(state.outputs))
         else:
             state = backward_scaled(forward_loss(state, batch, objective))
         return optimizer_step(unscale_and_clip(state, max_norm=1.0))
@@ -176,7 +198,11 @@ def build(config: Config, device: torch.device) -> Recipe:
         batches = Loader((x, _targets(x)), batch_size=12, seed=0)
     judged = next(iter(Source(make).epoch(7)))
     return Recipe(
-        state=TrainState.create(model, Optimizer(torch.optim.SGD, lr=0.05)),
+        state=TrainState.create(
+            model,
+            Optimizer(torch.optim.SGD, lr=0.05),
+            carry=torch.zeros(2, 1) if config.kind == "carry" else None,
+        ),
         train_step=train_step,
         batches=batches,
         epochs=config.epochs,
@@ -184,7 +210,7 @@ def build(config: Config, device: torch.device) -> Recipe:
         evaluate=lambda s: evaluate(
             s,
             judged if config.kind == "micro-batches" else [judged],
-            lambda m, b: (objective(m, b), None, 12),
+            objective if config.kind == "policy" else lambda m, b: (objective(m, b), None, 12),
         ),
         monitor="loss",
         early_stopping=EarlyStopping(patience=2, monitor="loss") if config.kind == "plateau" else None,
