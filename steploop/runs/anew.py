@@ -127,7 +127,9 @@ def with_hyperparameters(
     changed = {}
     for name, one in members(state).items():
         fresh = members(recipe.state)[name].hyper
-        old = before.get(name, {}).get("hyper", now[name]["hyper"])
+        old = before.get(name, now[name])["hyper"]
+        if len(old) != len(fresh):  # a record of other groups
+            old = now[name]["hyper"]
         given = [
             {k: fresh[n][k] for k in group if k in fresh[n] and old[n].get(k) != now[name]["hyper"][n].get(k)}
             for n, group in enumerate(one.hyper)

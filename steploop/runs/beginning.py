@@ -20,6 +20,7 @@ from steploop.runs.environment import versions
 from steploop.runs.initial_weights import with_initial_weights
 from steploop.runs.members import arranged, at_position, attempted_steps, lead
 from steploop.runs.monitoring import prepared, stopped
+from steploop.runs.recorded_phases import recorded_phase
 from steploop.runs.requests import Request
 from steploop.runs.trial_evaluation import Weights, try_evaluation
 
@@ -99,8 +100,12 @@ def begin_again(request: Request, status: Mapping[str, Any], note: Note) -> Begi
         refuse_inexact(request.changes)
     recipe, phase = _phase_of(request, request.build())
     order = request.recorded.get("states")
-    if isinstance(recipe.state, Mapping) and order is not None and sorted(order) == sorted(recipe.state):
-        recipe = attrs.evolve(recipe, state=arranged(recipe.state, tuple(order)))
+    if (
+        isinstance(order, list)
+        and isinstance(recipe.state, Mapping)
+        and {*map(str, order)} == {*recipe.state}
+    ):
+        recipe = attrs.evolve(recipe, state=arranged(recipe.state, tuple(map(str, order))))
     return _Resumption(request, recipe, phase, status, note).begin()
 
 
@@ -173,12 +178,8 @@ class _Resumption:
     def _recorded_phase(self) -> Mapping[str, Any]:
         """The record of the phase; of a run of version 0.1.0, what is known without one."""
         recorded = self._request.recorded
-        phases = recorded.get("phases", [])
-        if self._phase < len(phases):
-            found: Mapping[str, Any] = phases[self._phase]
+        if (found := recorded_phase(recorded, self._phase)) or self._phase:
             return found
-        if self._phase:
-            return {}
         before: dict[str, Any] = {"data": {"note": recorded.get("data")}}
         if any(change.kind == "setting" for change in self._request.changes):
             before["start"] = phase_record(self._built_as_recorded())["start"]

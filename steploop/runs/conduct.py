@@ -1,9 +1,8 @@
 """A run from its beginning to its end: builds the recipe, owns the directory, folds phase after phase, says how it went."""
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
-from typing import Any
 
 from steploop.core.interruption import Interrupted
 from steploop.errors import CheckpointWriteError, SteploopError
@@ -12,11 +11,11 @@ from steploop.runs.allocator import tune_allocator
 from steploop.runs.beginning import Beginning, begin_again, begin_anew
 from steploop.runs.directory import Status, clear_unfinished, forget, read_status, refuse_taken
 from steploop.runs.directory_lock import run_lock
-from steploop.runs.logs import read_json_lines
 from steploop.runs.logs.screens import Screen
 from steploop.runs.outlets import open_outlets, open_services
+from steploop.runs.past import Past, read_past
 from steploop.runs.phases import Phases
-from steploop.runs.record_values import is_whole_line
+from steploop.runs.record_values import is_duration
 from steploop.runs.requests import Request
 from steploop.runs.signals import StopFlag, signals_as
 from steploop.runs.standard_streams import lasting_streams
@@ -73,12 +72,8 @@ class _Run:
         self._loggers = loggers
         self._stop = stop
         self._before = read_status(self._directory) if request.resume else {}
-        lines = read_json_lines(self._directory.metrics) if request.resume else ()
-        past = [line for line in lines if is_whole_line(line)]
-        times = (self._before.get("seconds"), *(line.get("time_s") for line in past))
-        spent = max((time_s for time_s in times if isinstance(time_s, (int, float))), default=0.0)
-        self._zero_s = time.perf_counter() - spent
-        self._metrics = _newest_metrics(past, self._before)
+        self._past = read_past(self._directory, self._before) if request.resume else Past()
+        self._zero_s = time.perf_counter() - self._past.seconds
 
     def run(self) -> Summary:
         """Build, train, say how it went."""
@@ -98,8 +93,9 @@ class _Run:
             raise
         try:
             phases = Phases(
-                self._request, outlets, self._screen, self._stop, self._loggers, zero_s=self._zero_s
-            )
+                self._request, outlets, self._screen, self._stop, self._loggers, zero_s=self._zero_s,
+                form=self._past.compiled,
+            )  # fmt: skip
             folded = phases.fold(beginning)
             if folded.recipe.finish is not None and folded.ending != "interrupted":
                 folded.recipe.finish(folded.state, self._directory.path)
@@ -108,14 +104,14 @@ class _Run:
             raise
         finally:
             outlets.close()
-        idle = folded.idle and "seconds" in self._before
+        idle = folded.idle and is_duration(self._before.get("seconds"))
         summary = summarize(
             self._request,
             folded.recipe,
             folded.state,
             ending=folded.ending,
             stop=self._stop,
-            metrics=folded.metrics or self._metrics,
+            metrics=folded.metrics or self._past.metrics,
             seconds=self._before["seconds"] if idle else time.perf_counter() - self._zero_s,
         )
         status.update(
@@ -145,17 +141,3 @@ class _Run:
         code = error.exit_code if isinstance(error, SteploopError) else 1
         with suppress(SteploopError):  # the error itself matters more
             status.update(state="failed", exit_code=code, error=f"{type(error).__name__}: {error}")
-
-
-def _newest_metrics(
-    past: Sequence[Mapping[str, Any]], before: Mapping[str, Any]
-) -> Mapping[str, float | None]:
-    """The metrics of the newest evaluation that the log or the status knows; the log may lack lines."""
-    said: Mapping[str, float | None] = before.get("metrics") or {}
-    for line in reversed(past):
-        if line.get("kind") == "eval" and "metrics" in line:
-            known = before.get("step")
-            newer = bool(said) and isinstance(known, int) and known >= line.get("step", 0)
-            logged: Mapping[str, float | None] = line["metrics"]
-            return said if newer else logged
-    return said

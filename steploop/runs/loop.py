@@ -5,16 +5,16 @@ evaluation's metrics, and the cursor, write to it.
 """
 
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from contextlib import nullcontext
 from functools import reduce
 from typing import Any
 
-from steploop.checkpoint import digest
 from steploop.core.interruption import Interrupted
 from steploop.core.state.several import State, members
 from steploop.errors import EmptyDataError, NonFiniteError
 from steploop.recipe.recipe import Recipe
+from steploop.runs.evaluations import Evaluations
 from steploop.runs.layer_norms import LayerNorms
 from steploop.runs.members import (
     arranged,
@@ -24,8 +24,7 @@ from steploop.runs.members import (
     next_epoch,
     place_of,
 )
-from steploop.runs.metric_values import read_metrics
-from steploop.runs.monitoring import fold_metrics, stopped
+from steploop.runs.monitoring import stopped
 from steploop.runs.pace import Pace
 from steploop.runs.plan import Ending, Journal, Keeper, Plan, Witness, lines_every
 from steploop.runs.signals import StopFlag
@@ -82,12 +81,8 @@ class Loop:
         self._names: tuple[str, ...] = ("",)
         self._position = 0
         self._attempted = 0
-        self._evaluated_at = -1
         self._taken = False
-        self.metrics: Mapping[str, float | None] = {}
-        self.evaluation_due: str | None = (
-            None  # the digest of the state whose evaluation did not come to its end
-        )
+        self.evaluations = Evaluations(recipe, journal, keeper, stop, self._pace)
 
     def run(self, state: State, *, evaluation_due: bool = False) -> tuple[State, Ending]:
         """Train to the end, or until told to stop.
@@ -103,7 +98,7 @@ class Loop:
         self._names = tuple(members(state))
         if evaluation_due:
             best = lead(state).best
-            state = self._evaluated(state)
+            state = self._evaluated(state, between_steps=True)
             self._keeper.save(state, best=lead(state).best is not best)
         depth = self._plan.layer_norms
         with nullcontext() if depth is None else LayerNorms(state, depth=depth) as self._norms:
@@ -125,7 +120,7 @@ class Loop:
     @property
     def idle(self) -> bool:
         """Whether nothing was left to train or to evaluate."""
-        return not self._taken and self._evaluated_at < 0
+        return not self._taken and self.evaluations.last < 0
 
     def _epoch(self, state: State) -> State:
         """The fold over the rest of an epoch."""
@@ -147,7 +142,7 @@ class Loop:
         if self._is_over():
             return state
         before = lead(state).best
-        if self._recipe.evaluate is not None and self._evaluates_after_epoch(state):
+        if self.evaluations.comes_after_epoch(state):
             self._keeper.save(state, best=False)  # a failing or killed evaluation costs no training
             state = self._evaluated(state)
             if self._is_over():  # interrupted: the cursor stays behind the last batch, and a resume evaluates
@@ -158,18 +153,8 @@ class Loop:
 
     def evaluates_first(self, state: State, *, due: bool) -> bool:
         """Whether a run that begins with ``state`` begins with an evaluation, which may be in its log already."""
-        return due or (lead(state).batch == self._steps_per_epoch and self._evaluates_after_epoch(state))
-
-    def _evaluates_after_epoch(self, state: State) -> bool:
-        """Whether an evaluation is due between the last step of the state's epoch and its checkpoint."""
-        every = self._recipe.eval_every_steps
-        if every is None:
-            return True
-        # a last step of all between two evaluations counts as one. It is folded before the state is kept, so that a run
-        # that is killed at its very end makes up for it, and one that had ended does not evaluate again
-        attempted = attempted_steps(state)
-        seen = self._evaluated_at == attempted or attempted % every == 0
-        return lead(state).epoch + 1 >= self._recipe.epochs and not seen
+        whole = lead(state).batch == self._steps_per_epoch
+        return due or (whole and self.evaluations.comes_after_epoch(state))
 
     def _until_told(self, batches: Iterable[Any]) -> Iterator[Any]:
         """The batches, until there is a reason to stop; counts the time they make us wait."""
@@ -212,7 +197,7 @@ class Loop:
         improved = False
         if self._recipe.eval_every_steps is not None and _crossed(self._recipe.eval_every_steps, before, now):
             best = lead(state).best
-            state = self._evaluated(state)
+            state = self._evaluated(state, between_steps=True)
             improved = lead(state).best is not best
             if stopped(state):
                 self._ending = "early_stop"
@@ -237,58 +222,25 @@ class Loop:
     def _reached_limit(self, attempted: int) -> bool:
         return self._plan.limit_steps is not None and attempted >= self._plan.limit_steps
 
-    def _after(self, state: State) -> dict[str, Any]:
-        """The place of an evaluation, before which an epoch whose batches are used up is whole."""
-        return place_of(next_epoch(state) if lead(state).batch == self._steps_per_epoch else state)
-
     def _log(self, state: State, batch: Any) -> None:
         values = read_step(state, batch, self._recipe.train_metrics)  # waits for the device: times are honest
         if self._norms is not None:
             values |= {f"layer_norm/{group}": norm for group, norm in self._norms.read().items()}
         self._journal.train({**place_of(state), **values, **self._pace.read()})
 
-    def _evaluated(self, state: State, *, fold: bool = True) -> State:
+    def _evaluated(self, state: State, *, between_steps: bool = False, fold: bool = True) -> State:
         """The state after an evaluation; as it was if a signal came, with ``_ending`` set."""
         if self._recipe.evaluate is None:
             return state
-        trained = self._pace.stand()
-        begun = time.perf_counter()
-        try:
-            with self._stop.interruption_allowed():
-                metrics = read_metrics(self._recipe.evaluate(state))
-        except Interrupted:
+        evaluated = self.evaluations.evaluate(state, between_steps=between_steps, fold=fold)
+        if evaluated is None:
             self._ending = "interrupted"
-            self._owe(state, fold=fold)
             return state
-        except Exception:
-            self._owe(state, fold=fold)
-            self._keeper.save(state, best=False)  # a mistake in an evaluation costs no training
-            raise
-        taken = time.perf_counter() - begun
-        if trained:
-            self._pace.go()
-        self.metrics = metrics
-        self._evaluated_at = self._attempted
-        better = False
-        if fold:
-            state, better = fold_metrics(self._recipe, state, metrics)
-        self._journal.evaluation({
-            **self._after(state), "metrics": metrics, "best": better,
-            "time_s": self._pace.time_s, "eval_s": taken,
-        })  # fmt: skip
-        if fold and stopped(state):
-            self._journal.event({"event": "early_stop", **self._after(state)})
-        return state
-
-    def _owe(self, state: State, *, fold: bool) -> None:
-        """Note that a resume has to evaluate first; after an epoch the cursor says so: it stays behind the last batch."""
-        every = self._recipe.eval_every_steps
-        if fold and every is not None and self._attempted % every == 0:
-            self.evaluation_due = digest(state)  # once it is folded, the digest is another
+        return evaluated
 
     def _closed(self, state: State) -> State:
         """The last state, kept; looked at once more where its last step was not evaluated."""
-        if self._ending == "limit" and self._evaluated_at != self._attempted and self._taken:
+        if self._ending == "limit" and self.evaluations.last != self._attempted and self._taken:
             # this look leaves no trace in the state: a resume goes on as if it had never stopped
             self._evaluated(state, fold=False)
         self._keeper.save(state, best=False)

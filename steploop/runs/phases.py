@@ -53,6 +53,7 @@ class Phases:
         stop: which signal came, if one did.
         loggers: besides those of the recipe.
         zero_s: ``time.perf_counter()`` when the run began; before a resume lies the time of the process before.
+        form: whether the step was compiled before a resume, where ``auto`` has chosen.
     """
 
     def __init__(
@@ -64,6 +65,7 @@ class Phases:
         loggers: Sequence[Logger],
         *,
         zero_s: float,
+        form: bool | None,
     ) -> None:
         self._request = request
         self._loggers = loggers
@@ -71,6 +73,7 @@ class Phases:
         self._screen = screen
         self._stop = stop
         self._zero_s = zero_s
+        self._form_before = form
 
     def fold(self, beginning: Beginning) -> Folded:
         """Fold a phase, and what follows it."""
@@ -112,7 +115,7 @@ class Phases:
         elif self._request.resume:  # it was ended before its first checkpoint: it begins anew
             outlets.keep(lambda _: False)
         loop = Loop(
-            compiled(recipe, self._form(recipe), journal, screen),
+            compiled(recipe, self._form(beginning), journal, screen),
             plan=self._request.plan,
             journal=journal,
             keeper=keeper,
@@ -125,15 +128,30 @@ class Phases:
         try:
             state, ending = loop.run(state, evaluation_due=beginning.owed)
         finally:
-            if loop.evaluation_due is not None:
-                outlets.say(evaluation_due=loop.evaluation_due)
+            if (due := loop.evaluations.due) is not None:
+                outlets.say(evaluation_due=due)
             keeper.close()
             if (close := getattr(recipe.batches, "close", None)) is not None:
                 close()  # workers that were kept for the next epoch
-        return Folded(state=state, recipe=recipe, ending=ending, metrics=loop.metrics, idle=loop.idle)
+        return Folded(
+            state=state, recipe=recipe, ending=ending, metrics=loop.evaluations.metrics, idle=loop.idle
+        )
 
-    def _form(self, recipe: Recipe) -> bool | Literal["auto"]:
-        return recipe.compile if self._request.compile is None else self._request.compile
+    def _form(self, beginning: Beginning) -> bool | Literal["auto"]:
+        """Whether to compile the step; what ``auto`` has chosen before a resume stays, as the bits depend on it."""
+        request = self._request
+        wanted = beginning.recipe.compile if request.compile is None else request.compile
+        given_anew = any(change.kind in {"compile", "recipe"} for change in beginning.changes)
+        same_device = str(request.device) == request.recorded.get("device")
+        if (
+            wanted == "auto"
+            and beginning.loaded
+            and same_device
+            and not given_anew
+            and self._form_before is not None
+        ):
+            return self._form_before
+        return wanted
 
     def _go_on(self, beginning: Beginning, journal: RunJournal, loop: Loop) -> None:
         """Drop the lines of what will be done again, the last evaluation perhaps, and say where the run goes on."""
@@ -146,7 +164,7 @@ class Phases:
         again = loop.evaluates_first(state, due=beginning.owed)
 
         def stands(line: Mapping[str, Any]) -> bool:
-            at = line.get("phase", 0), line.get("attempted", 0)
+            at = tuple(n if type(n := line.get(name)) is int else 0 for name in ("phase", "attempted"))
             return at < (phase, attempted) or (
                 at == (phase, attempted) and not (again and line.get("kind") == "eval")
             )

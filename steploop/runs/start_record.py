@@ -1,7 +1,7 @@
 """What a run records when it begins: config.json, the copy of its recipe, and a few lines on the screen."""
 
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 from steploop import __version__
@@ -12,6 +12,7 @@ from steploop.runs.directory import RunDirectory, json_bytes, read_json, write_d
 from steploop.runs.environment import git_commit, versions
 from steploop.runs.logs.screens import Screen
 from steploop.runs.members import lead
+from steploop.runs.recorded_phases import recorded_phase
 from steploop.runs.requests import Request
 
 __all__ = ["announce", "record", "record_phase"]
@@ -25,7 +26,7 @@ def record(request: Request, beginning: Beginning, tuning: Mapping[str, int]) ->
     """
     directory, recipe = request.directory, beginning.recipe
     path = request.recipe.path.resolve()
-    phases = _phases(request.recorded.get("phases", []), beginning)
+    phases = _phases(request.recorded, beginning)
     about = {
         "steploop": __version__,
         "recipe": {
@@ -67,16 +68,15 @@ def record_phase(directory: RunDirectory, beginning: Beginning) -> None:
         CheckpointWriteError: it cannot be written.
     """
     about = read_json(directory.config)
-    about["phases"] = _phases(about.get("phases", []), beginning)
+    about["phases"] = _phases(about, beginning)
     write_durably(directory.config, json_bytes(about))
 
 
-def _phases(recorded: Sequence[Mapping[str, Any]], beginning: Beginning) -> list[Mapping[str, Any]]:
+def _phases(recorded: Mapping[str, Any], beginning: Beginning) -> list[Mapping[str, Any]]:
     """The records of the phases up to the one that begins; those of a run of version 0.1.0 are empty."""
-    number = beginning.phase
-    before = [*recorded[:number], *({} for _ in range(number - len(recorded)))]
-    known = recorded[number].get("evaluated") if number < len(recorded) else None
-    return [*before, {**beginning.record, "evaluated": beginning.weights or known}]
+    before = [recorded_phase(recorded, number) for number in range(beginning.phase)]
+    weights = beginning.weights or recorded_phase(recorded, beginning.phase).get("evaluated")
+    return [*before, {**beginning.record, "evaluated": weights}]
 
 
 def watching(request: Request) -> dict[str, Any]:

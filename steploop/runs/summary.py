@@ -16,6 +16,7 @@ from steploop.runs.members import attempted_steps, epoch_of, lead
 from steploop.runs.metric_values import plain_metrics
 from steploop.runs.plan import Ending
 from steploop.runs.requests import Request
+from steploop.runs.resume_command import resume_command
 from steploop.runs.signals import StopFlag, exit_code_of
 from steploop.runs.text_names import readable
 
@@ -36,6 +37,7 @@ class Summary:
         best: "metric", "value", "step" and "epoch" of the best evaluation; None where nothing is monitored.
         seconds: of training and evaluation, those before a resume included.
         states: of several states, the steps of each by its name.
+        resume: the command that goes on with it.
     """
 
     state: str
@@ -54,6 +56,11 @@ class Summary:
     best: Mapping[str, Any] | None
     seconds: float
     states: Mapping[str, Mapping[str, int]]
+    resume: str = attrs.field()
+
+    @resume.default
+    def _plain_resume(self) -> str:
+        return resume_command(self.run, restart_epoch=False)
 
     def __str__(self) -> str:
         """One sentence for a person."""
@@ -127,6 +134,11 @@ def summarize(
         best=None if first.best is None else best_entry(recipe.monitor, first.best),
         seconds=round(seconds, 3),
         states=_counts(state),
+        resume=resume_command(
+            readable(request.directory.given),
+            restart_epoch=not getattr(recipe.batches, "restorable", True)
+            and 0 < first.batch < len(recipe.batches),
+        ),
     )
 
 

@@ -426,3 +426,52 @@ def test_a_recipe_that_changes_its_directory_writes_where_the_run_began(recipe, 
     os.chdir(tmp_path)
     carry_out(resume_request(Path("run"), None, {}, limit_steps=4, device="cpu"), QuietScreen())
     assert not list((tmp_path / "elsewhere").iterdir())
+
+
+@pytest.mark.parametrize(
+    "phases",
+    [
+        3, [3], [{"data": 3}], [{"monitor": ["loss"]}], [{"plateau": ["x", "min"]}], [{"start": {"": 3}}],
+        [{"start": {"": {"hyper": [3]}}}], [{"start": {"": {"hyper": [], "scale": 3}}}], [{"batches": {"per_epoch": "6"}}],
+    ],
+    ids=str,
+)  # fmt: skip
+def test_a_record_that_somebody_changed_is_one_sentence(phases, recipe, tmp_path, capsys):
+    out = tmp_path / "run"
+    train(out, recipe=recipe, limit_steps=2)
+    (out / "config.json").write_text(json.dumps(config(out) | {"phases": phases}))
+    assert call(["resume", str(out), "--quiet", "--set", "rate=0.2"]) == 3
+    said = capsys.readouterr().err
+    assert "config.json: phases is damaged or was changed" in said
+    assert "Traceback" not in said
+
+
+@pytest.mark.parametrize("stop", [4, 6])
+def test_status_and_the_last_line_say_how_to_go_on_with_a_stream_that_cannot_begin_in_the_middle(
+    stop, recipe, tmp_path, capsys
+):
+    out = tmp_path / "run"
+    screen = Saying()
+    train(out, {"stream": True}, recipe=recipe, screen=screen, limit_steps=1)
+    assert "the stream cannot begin in the middle of an epoch" in "\n".join(screen.notes)
+    summary = train(out, resume=True, stop_at=stop, restart_epoch=True, log_every=1)
+    command = f"steploop resume {out}" + (" --restart-epoch" if summary.steps_attempted != 7 else "")
+    assert summary.resume == command
+    assert call(["status", str(out), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["command"] == command
+    assert call(command.split()[1:]) == 0
+
+
+def test_the_form_that_auto_has_chosen_stays_at_a_resume(recipe, tmp_path, monkeypatch):
+    out = tmp_path / "run"
+    train(out, recipe=recipe, limit_steps=4)
+    about = config(out) | {"compile": "auto"}
+    (out / "config.json").write_text(json.dumps(about))
+    chosen = []
+    monkeypatch.setattr("steploop.runs.phases.compiled", lambda made, mode, *_: chosen.append(mode) or made)
+    for form, expected in (("compiled", True), ("eager", False), (None, "auto")):
+        kept = [line for line in lines(out) if line.get("event") != "compile"]
+        kept += [{"kind": "event", "event": "compile", "note": "", "attempted": 1, "form": form}]
+        (out / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in kept))
+        train(out, resume=True, limit_steps=len(chosen) + 5)
+        assert chosen[-1] == expected

@@ -24,24 +24,24 @@ def finish(summary: "Summary") -> int:
     """
     import attrs
 
-    resume = f"steploop resume {shlex.quote(summary.run)}"
     interrupted = summary.state == "interrupted"
     if sys.stdout.isatty():
         go_on = interrupted or summary.ending == "limit"
         following = (
-            f"Go on with: {resume}"
+            f"Go on with: {summary.resume}"
             if go_on
             else f"Look at it with: steploop report {shlex.quote(summary.run)}"
         )
         _say(sys.stdout, f"{safe_text(summary)}\n{safe_text(following)}")
         return summary.exit_code
     line = attrs.asdict(summary)
-    if interrupted:
-        line["resume"] = f"steploop resume {summary.run}"
+    if not interrupted:
+        del line["resume"]
+    else:
         _say(
             sys.stderr,
             safe_text(
-                f"Interrupted after step {summary.steps_attempted}, which is saved. Go on with: {resume}"
+                f"Interrupted after step {summary.steps_attempted}, which is saved. Go on with: {summary.resume}"
             ),
         )
     _write_json(line)

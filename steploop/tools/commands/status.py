@@ -3,11 +3,18 @@
 import json
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from steploop.errors import DataError
+
+if TYPE_CHECKING:
+    from steploop.runs.standing import Standing
+
 __all__ = ["status"]
+
+_STATE_LIMIT = 32 << 20  # bytes, as many as a checkpoint's state.json may have
 
 RUN = typer.Argument(help="The directory of a run.", show_default=False, metavar="RUN")
 JSON = typer.Option("--json", help="Print one JSON object.")
@@ -32,7 +39,7 @@ def status(run: Annotated[Path, RUN], *, as_json: Annotated[bool, JSON] = False)
         f"{run}: {found['state']}{who}",
         f"steps: {taken}, checkpoint: {found['checkpoint'] or 'none'}",
         *found["problems"],
-        *([f"go on with: steploop resume {run}"] if found["resume"] else []),
+        *([f"go on with: {found['command']}"] if found["resume"] else []),
     ]
     if found["error"]:  # its further lines are indented, so that they are not taken for ours
         lines.insert(2, found["error"].replace("\n", "\n  "))
@@ -45,12 +52,14 @@ def describe(run: Path) -> dict[str, Any]:
     Returns:
         "state" (finished, interrupted, failed, died, running, unknown), "pid", "host", "exit_code", "step" (the last
         that is known to be taken, or None), "checkpoint" (the newest one's path or None), "error", "resume": whether
-        resuming it would train on, and "problems": a sentence for each record that could not be read.
+        resuming it would train on, "command": the words that do it, and "problems": a sentence for each record that could not be read.
 
     Raises:
         ConfigError: there is no run in the directory.
     """
+    from steploop.runs.resume_command import resume_command
     from steploop.runs.standing import read_standing
+    from steploop.runs.text_names import readable
 
     standing = read_standing(run)
     said, owner, newest = standing.status, standing.owner, standing.checkpoint
@@ -66,5 +75,29 @@ def describe(run: Path) -> dict[str, Any]:
         "checkpoint": None if newest is None else str(newest),
         "error": said.error,
         "resume": standing.resumable,
+        "command": resume_command(readable(run), restart_epoch=_restarts(standing)),
         "problems": list(standing.problems),
     }
+
+
+def _restarts(standing: "Standing") -> bool:
+    """Whether the run stands in the middle of an epoch of a stream that cannot begin there."""
+    from steploop.runs.directory_reader import read_record
+
+    newest = standing.checkpoint
+    if newest is None:
+        return False
+    number = newest.parent.name.removeprefix("checkpoints-phase-")
+    try:
+        phase = standing.config["phases"][int(number) - 1 if number.isdecimal() else 0]
+        states = (read_record(newest, "state.json", limit=_STATE_LIMIT) or {})["state"]["states"]
+        batch, per_epoch = next(iter(states.values()))["batch"], phase["batches"]["per_epoch"]
+        return phase["restorable"] is False and 0 < batch < per_epoch
+    except (
+        DataError,
+        LookupError,
+        TypeError,
+        AttributeError,
+        StopIteration,
+    ):  # 0.1.0, or damaged: resume will say it
+        return False
