@@ -10,6 +10,7 @@ from steploop.errors import CheckpointWriteError
 from steploop.recipe.config_values import to_json
 from steploop.runs.directory import Status
 from steploop.runs.journal import LoggedSteps
+from steploop.runs.journal_lines import from_one
 from steploop.runs.logs import CsvTable, JsonLines, Logger, Loggers, TensorBoard
 from steploop.runs.metric_values import plain_metrics
 from steploop.runs.record_values import is_whole_line
@@ -25,6 +26,7 @@ class Outlets:
     lines: JsonLines
     loggers: Loggers
     status: Status
+    recorded: Mapping[str, Any] = attrs.field(factory=dict)  # config.json as it was before a resume
     logged: LoggedSteps = attrs.field(factory=LoggedSteps)
 
     def tell(self, line: Mapping[str, Any], monitor: str | None) -> None:
@@ -50,7 +52,10 @@ class Outlets:
         Args:
             stands: which lines of metrics.jsonl stay.
         """
-        kept = self.lines.keep(lambda line: is_whole_line(line) and stands(line))
+        kept = self.lines.keep(
+            lambda line: is_whole_line(line) and stands(line),
+            lambda line: from_one(line, self.recorded) if self.recorded else line,
+        )
         self.loggers.rewrite(self.logged.read(kept))
 
     def close(self) -> None:
@@ -72,7 +77,8 @@ def open_outlets(
         note: told if a logger fails, or a file cannot be written for a time.
         loggers: those of ``open_services``.
     """
-    return Outlets(JsonLines(request.directory.metrics, note), Loggers(loggers, note), status)
+    lines = JsonLines(request.directory.metrics, note)
+    return Outlets(lines, Loggers(loggers, note), status, request.recorded)
 
 
 def open_services(request: Request) -> list[Logger]:

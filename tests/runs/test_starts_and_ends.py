@@ -130,6 +130,23 @@ def test_a_run_of_0_1_0_is_read_with_epochs_from_1(tmp_path):
     assert [line["epoch"] for line in (*run.train, *run.evals)] == [1, 1]
 
 
+def test_a_resume_of_a_run_of_0_1_0_brings_its_log_to_the_new_count(tmp_path):
+    """No line in the log is counted otherwise than the others."""
+    out = tmp_path / "run"
+    train(out, stop_at=10)
+    config = json.loads((out / "config.json").read_bytes())
+    del config["epochs_from"]
+    (out / "config.json").write_text(json.dumps(config))
+    older = [{**line, "epoch": line["epoch"] - bool(line["batch"])} for line in lines(out)]
+    (out / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in older))
+    train(out, resume=True)
+    train(tmp_path / "whole")
+    found = [(line["attempted"], line["epoch"]) for line in lines(out) if line["kind"] != "event"]
+    assert found == [
+        (line["attempted"], line["epoch"]) for line in lines(tmp_path / "whole") if line["kind"] != "event"
+    ]
+
+
 class Terminal(io.StringIO):
     def isatty(self):
         return True

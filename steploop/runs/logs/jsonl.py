@@ -125,13 +125,21 @@ class JsonLines:
             else None
         )
 
-    def keep(self, wanted: Callable[[Mapping[str, Any]], bool]) -> list[dict[str, Any]]:
+    def keep(
+        self,
+        wanted: Callable[[Mapping[str, Any]], bool],
+        change: Callable[[Mapping[str, Any]], Mapping[str, Any]] = lambda line: line,
+    ) -> list[Mapping[str, Any]]:
         """Drop the lines that are not wanted, and one that was cut off, all at once.
 
+        Args:
+            wanted: which lines stay.
+            change: what becomes of each of them.
+
         Returns:
-            The lines that stay.
+            The lines that are in the file now.
         """
-        kept = [line for line in read_json_lines(self._path) if wanted(line)]
+        kept = [change(line) for line in read_json_lines(self._path) if wanted(line)]
         data = b"".join(map(encode, kept))
         if data != self._path.read_bytes():
             try:
