@@ -24,7 +24,7 @@ TrainStep = Callable[[Any, Any], Any]
 class Logger(Protocol):
     """A function that takes named numbers at a step: ``lambda step, values: print(step, values)`` is one.
 
-    It may have methods besides, each of which is called where it exists:
+    It may also have these methods; each is called if it exists:
 
     - ``begin(directory)``, before anything else, with the run directory (a Path);
     - ``rewrite(rows)``, at a resume, with all the ``(step, values)`` that stand of what was logged before;
@@ -109,7 +109,7 @@ class Recipe:
         notes: further sentences to show when the run begins, such as which precision was chosen and why.
         then: what follows when this recipe has finished: ``state -> Recipe`` of the next phase (a fold of its own).
         finish: called at the very end with the state and the run directory, to draw or print a sample.
-        loggers: what gets the numbers of each log point and evaluation, besides metrics.jsonl; see `Logger`.
+        loggers: what gets the numbers of each log point and evaluation, in addition to metrics.jsonl; see `Logger`.
         compile: True, False or "auto": whether ``run`` compiles ``train_step`` unless told otherwise.
 
     Example:

@@ -34,7 +34,7 @@ def carry_out(
         request: what and how.
         screen: where progress is shown; it is closed at the end.
         stop: the flag that signals set.
-        loggers: besides those of the recipe.
+        loggers: in addition to those of the recipe.
 
     Raises:
         RunLockedError: another process trains in this directory.

@@ -36,7 +36,7 @@ def run(
     resume: str | Path | None = None,
     init: str | Path | InitialWeights | None = None,
     loggers: Sequence[Logger] = (),
-    progress: Progress = "auto",
+    progress: Progress | bool = "auto",
     device: str = "auto",
     limit_steps: int | None = None,
     checkpoint_every: int | None = None,
@@ -63,12 +63,12 @@ def run(
         resume: directory of a run to go on with. A recipe that is in no file is given again.
         init: weights to begin with: a run, a checkpoint or a safetensors file; InitialWeights(path=..., rename=...,
             partial=...) for names that differ.
-        loggers: get the numbers of each log point and evaluation, besides those of the recipe.
+        loggers: get the numbers of each log point and evaluation, in addition to those of the recipe.
         progress: "auto" shows one line that moves in a notebook or terminal, and a line now and then elsewhere; "plain"
-            shows whole lines, "none" nothing.
+            shows whole lines, "none" nothing. True is "auto", False is "none".
         device: "auto", "cpu", "cuda", "cuda:1" or "mps"; a Recipe is trained where its state is.
         limit_steps: stop after so many steps, evaluate and end.
-        checkpoint_every: steps between two checkpoints, besides one an epoch.
+        checkpoint_every: steps between two checkpoints, in addition to one an epoch.
         log_every: steps between two lines; None: ten an epoch, and one in 50 steps at least.
         compile: compile the step into one graph; "auto" takes the faster form; None: as the recipe says.
         tensorboard: write TensorBoard event files into the run directory.
@@ -133,7 +133,7 @@ def run(
         if interrupted.signum == signal.SIGINT:
             raise KeyboardInterrupt from None
         raise SystemExit(exit_code_of(interrupted.signum)) from None
-    if summary.state == "interrupted" and progress != "none":
+    if summary.state == "interrupted" and not isinstance(screen, QuietScreen):
         same = "" if recipe is None or isinstance(recipe, (str, Path)) else "RECIPE, "  # it is in no file
         sys.stdout.write(
             f"Interrupted after step {summary.steps_attempted}, which is saved. "
@@ -162,12 +162,12 @@ def _refuse_unclear(file: RecipeFile, given: Sequence[str]) -> None:
         )
 
 
-def _screen(progress: Progress) -> Screen:
-    if progress == "none":
+def _screen(progress: Progress | bool) -> Screen:
+    if progress in {"none", False}:
         return QuietScreen()
     if progress == "plain":
         return PlainScreen()
-    if progress != "auto":
+    if progress not in {"auto", True}:
         raise ConfigError(f'progress must be "auto", "plain" or "none", but is {progress!r}.')
     return NotebookScreen() if in_notebook() else choose_screen(quiet=False)
 
@@ -193,7 +193,7 @@ def launch(
         resume: directory of a run to go on with, or None.
         screen: where progress is shown.
         stop: the flag that signals set.
-        loggers: besides those of the recipe.
+        loggers: in addition to those of the recipe.
         trust: go on with a run whose files belong to another user.
         options: fields of Plan and of Request.
 

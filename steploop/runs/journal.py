@@ -23,7 +23,7 @@ def _numbers(values: Mapping[str, Any], prefix: str) -> dict[str, float]:
 
 
 class LoggedSteps:
-    """The step and the numbers that loggers get of each log point and evaluation.
+    """Turns lines of the log into what loggers get: a step and its numbers.
 
     A later phase of a recipe counts its steps from 0 again. For the loggers they go on behind the last step that was
     logged of the phase before: the curves of two phases do not overlay.
@@ -55,7 +55,7 @@ class RunJournal:
         steps_per_epoch: batches in an epoch.
         epochs: how many there will be.
         phase: which of a recipe's phases this is, from 0; the lines of a later one say so.
-        on_evaluation: told of each evaluation besides.
+        on_evaluation: called with each evaluation.
     """
 
     def __init__(

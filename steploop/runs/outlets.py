@@ -74,7 +74,7 @@ def open_outlets(
     Args:
         request: what was asked for, and where.
         status: of the run.
-        note: told if a logger fails, or a file cannot be written for a time.
+        note: called with a sentence if a logger fails, or a file cannot be written for a time.
         loggers: those of ``open_services``.
     """
     lines = JsonLines(request.directory.metrics, note)

@@ -1,4 +1,4 @@
-"""Signals as a flag: Ctrl-C, SIGTERM, SIGHUP and SIGUSR1 are noted, and looked at where nothing is half done."""
+"""Signals as a flag: a handler notes them, and the run looks at the flag where nothing is half done."""
 
 import os
 import signal
@@ -81,7 +81,7 @@ class StopFlag:
 
 
 def _stop_at_second(reader: socket.socket) -> None:
-    """End the process at the second Ctrl-C, whatever the main thread is doing: a step may take minutes."""
+    """End the process at the second Ctrl-C, even within a step that takes minutes."""
     seen = 0
     while data := reader.recv(64):
         seen += data.count(signal.SIGINT)

@@ -1,4 +1,4 @@
-"""What a run says of steps that are not finite: which samples they were taken on, and where they are kept."""
+"""Reports steps that are not finite: their samples, their capsule, and the command that replays them."""
 
 import shlex
 from pathlib import Path
@@ -15,12 +15,12 @@ __all__ = ["SkipReporter"]
 
 
 class SkipReporter:
-    """Tells the journal of each step that was skipped, and names the samples of the last one where a run ends by them.
+    """Reports each skipped step to the journal, and completes the error that ends a run.
 
     Args:
         batches: of the recipe; where they have ``samples_of(epoch, batch)``, as a `Loader` has, samples are named.
         witness: keeps skipped steps; None: they are only counted.
-        journal: told of each.
+        journal: gets each of them.
     """
 
     def __init__(self, batches: Any, witness: Witness | None, journal: Journal) -> None:

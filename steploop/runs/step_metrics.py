@@ -1,4 +1,4 @@
-"""What a log line says of a step: the only place in a run that fetches numbers from the device."""
+"""Read the numbers of a step for the log; nothing else in a run waits for the device."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -12,7 +12,7 @@ from steploop.core.steps.update import check_nonfinite
 
 __all__ = ["MAX_NONFINITE_STEPS", "read_step"]
 
-MAX_NONFINITE_STEPS = 100  # optimizer_step's default; on a device nobody else looks at the count
+MAX_NONFINITE_STEPS = 100  # optimizer_step's default; on a device, this is where the count is read
 
 
 def _number(value: float | Tensor | None) -> float | None:

@@ -1,4 +1,4 @@
-"""A Logger that writes a CSV table: a row for each log point and each evaluation, a column for each name."""
+"""A logger that writes a CSV table: a row for each log point and evaluation."""
 
 import csv
 import io

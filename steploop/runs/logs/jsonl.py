@@ -1,4 +1,4 @@
-"""A file of JSON objects, one a line: strict JSON, whole lines, in UTF-8 whatever the locale says."""
+"""A file of JSON objects, one a line: strict JSON, whole lines, in UTF-8 under any locale."""
 
 import json
 import math
@@ -59,7 +59,7 @@ class JsonLines:
 
     Args:
         path: the file; an existing one is continued.
-        report: told when lines begin to be held back, and when they are written again.
+        report: called with a sentence when lines begin to be held back, and when they are written again.
         most_held_bytes: beyond so many, the oldest lines that are held back are lost.
 
     Raises:

@@ -1,4 +1,4 @@
-"""Several loggers as one: a logger that fails is reported once and left out, the run goes on."""
+"""Calls several loggers as one; a logger that fails is reported once and left out."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -14,7 +14,7 @@ class Loggers:
 
     Args:
         loggers: each is called with every line, in this order.
-        report: told, once for each logger that fails, in one sentence.
+        report: called once for each logger that fails, with one sentence.
     """
 
     def __init__(self, loggers: Sequence[Logger], report: Callable[[str], None]) -> None:

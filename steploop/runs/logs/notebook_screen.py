@@ -39,17 +39,20 @@ class NotebookScreen:
         """Renew the line, five times a second at most."""
         head, parts = format_step(line, left_s)
         self._step, self._done = "  ".join((head, *parts.values())), min(done, 1.0)
-        if time.monotonic() - self._shown_s >= _EVERY_S:
-            self._show()
+        self._show_now_and_then()
 
     def evaluation(self, line: Mapping[str, Any]) -> None:
         """Renew the line."""
         self._evaluation = format_metrics(line)
-        self._show()
+        self._show_now_and_then()
 
     def close(self) -> None:
         """Show the last of it."""
         if self._step or self._evaluation:
+            self._show()
+
+    def _show_now_and_then(self) -> None:
+        if time.monotonic() - self._shown_s >= _EVERY_S:
             self._show()
 
     def _show(self) -> None:

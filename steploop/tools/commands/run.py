@@ -139,7 +139,7 @@ def resume(
 
 
 def _options_of_run() -> dict[str, inspect.Parameter]:
-    """What ``run`` takes besides what a new run needs, for ``resume`` to take too."""
+    """The options of ``run`` that ``resume`` takes too."""
     found = dict(inspect.signature(run).parameters)
     for name in ("out", "resume_from", "init", "init_rename", "init_partial"):
         del found[name]
