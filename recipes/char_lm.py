@@ -88,7 +88,7 @@ class GPT(nn.Module):
         self.blocks = nn.Sequential(*(Block(width, config.heads) for _ in range(config.layers)))
         self.norm = nn.LayerNorm(width)
         self.head = nn.Linear(width, vocabulary, bias=False)
-        nn.init.normal_(self.positions.weight, std=0.1)  # beside characters of 1
+        nn.init.normal_(self.positions.weight, std=0.1)  # characters have 1
         for name, p in self.blocks.named_parameters():
             if (
                 p.dim() > 1

@@ -90,7 +90,7 @@ def build(config: Config, device: torch.device) -> Recipe:
 
     def train_step(states: States, batch: Batch) -> States:
         g, d = states["generator"], states["discriminator"]
-        judge = d.model.train()  # with its dropout, in whatever mode it was left
+        judge = d.model.train()  # with its dropout, in any mode it was left in
         g = backward_scaled(forward_loss(g, batch, partial(fooled, judge=judge, noise=config.noise)))
         d = backward_scaled(forward_loss(d, (batch[0], g.outputs["images"]), told_apart))
         return {"generator": updated(g), "discriminator": updated(d)}

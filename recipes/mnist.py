@@ -42,7 +42,7 @@ class Config:
     learning_rate: float = 0.01
     batch_size: int = 64  # images
     l1: float = 0.0  # times the sum of |w| over the weight matrices, added to the loss
-    l2: float = 0.0  # times the sum of w**2 over the weight matrices, likewise
+    l2: float = 0.0  # times the sum of w**2 over the weight matrices
     epochs: int = 100
     seed: int = 0
 

@@ -56,10 +56,10 @@ class Config:
         "auto"  # cifar10, folder (a tree with train/ and test/), synthetic, digits; auto: cifar10 or digits
     )
     root: str | None = None  # directory that holds the data
-    weights: str = "auto"  # imagenet, none, auto (imagenet where it can be had) or a safetensors file
+    weights: str = "auto"  # imagenet, none, auto (imagenet if it can be downloaded) or a safetensors file
     size: int = 32  # S, pixels to which images are brought
     train_images: int = 1400  # at most; 0 for all
-    test_images: int = 500  # likewise
+    test_images: int = 500
     frozen_epochs: int = 2  # of the head alone
     frozen_learning_rate: float = 0.05
     epochs: int = 5  # of all layers, after that

@@ -48,9 +48,9 @@ class Config:
     root: str = "data"  # directory that holds the pets, or will
     size: int = 48  # S, pixels; a multiple of 8
     train_images: int = 1200  # at most
-    test_images: int = 200  # likewise
+    test_images: int = 200
     width: int = 12  # channels of the first level; each lower one has twice as many
-    dice_weight: float = 1.0  # of the Dice loss beside the cross-entropy
+    dice_weight: float = 1.0  # of the Dice loss, added to the cross-entropy
     learning_rate: float = 4e-3  # the peak of one-cycle
     max_norm: float = 1.0
     batch_size: int = 16  # images
@@ -86,8 +86,8 @@ class UNet(nn.Module):
         for level in self.down:
             x = level(F.max_pool2d(x, 2) if seen else x)
             seen.append(x)
-        for level, beside in zip(self.up, reversed(seen[:-1]), strict=True):
-            x = level(torch.cat([F.interpolate(x, scale_factor=2.0), beside], dim=1))
+        for level, features in zip(self.up, reversed(seen[:-1]), strict=True):
+            x = level(torch.cat([F.interpolate(x, scale_factor=2.0), features], dim=1))
         logits: Tensor = self.head(x)
         return logits  # (B, classes, S, S)
 

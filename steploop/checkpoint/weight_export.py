@@ -68,7 +68,7 @@ def _of_state(tensors: dict[str, Tensor], state: str) -> dict[str, Tensor]:
 
 
 def _write(tensors: dict[str, Tensor], target: Path) -> None:
-    """Write beside the target, then take its place: a reader never sees half a file, and a link is not followed."""
+    """Write a temporary file and rename it: a reader never sees half a file, and no link is followed."""
     beside = target.with_name(f".{target.name}-{os.getpid()}")
     try:
         beside.touch()

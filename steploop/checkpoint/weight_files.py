@@ -158,6 +158,6 @@ def _read_shards(folder: Path) -> dict[str, Tensor]:
     tensors: dict[str, Tensor] = {}
     for name in sorted(names):
         if Path(name).name != name or name.startswith("."):
-            raise CheckpointDamagedError(f"{index} names {name!r}, which is not a file beside it.")
+            raise CheckpointDamagedError(f"{index} names {name!r}, which is not a file in its folder.")
         tensors |= _read_file(folder / name)
     return tensors

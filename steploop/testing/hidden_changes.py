@@ -1,4 +1,4 @@
-"""What lives beside a state and may change unseen: values that a model or an optimizer keeps for itself."""
+"""Find values that a model or an optimizer keeps outside of the state, and that change unseen."""
 
 from collections.abc import Iterator
 from typing import Any

@@ -177,7 +177,7 @@ def _other_generators(_: State) -> Iterator[None]:
     before = torch.default_generator.get_state(), random.getstate(), np.random.get_state()  # noqa: NPY002  (the global one)
     torch.default_generator.manual_seed(20_061_216)
     random.seed(20_061_216)
-    np.random.seed(20_061_216)  # noqa: NPY002  (likewise)
+    np.random.seed(20_061_216)  # noqa: NPY002  (the global generator is the subject)
     drawn = torch.default_generator.get_state()
     try:
         yield
@@ -186,7 +186,7 @@ def _other_generators(_: State) -> Iterator[None]:
     finally:
         torch.default_generator.set_state(before[0])
         random.setstate(before[1])
-        np.random.set_state(before[2])  # noqa: NPY002  (likewise)
+        np.random.set_state(before[2])  # noqa: NPY002  (the global generator is the subject)
 
 
 @contextmanager

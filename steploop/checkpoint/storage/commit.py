@@ -1,6 +1,6 @@
 """Commit a directory atomically: it appears whole or not at all, even through a power loss.
 
-    .tmp-<name>-<pid>/  is written beside the target, each file flushed, then the directory itself
+    .tmp-<name>-<pid>/  is written in the same folder, each file flushed, then the directory itself
     rename to <name>    the one moment at which the checkpoint begins to exist
     flush the parent    from here on it survives a power loss
 

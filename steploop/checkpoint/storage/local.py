@@ -15,7 +15,7 @@ __all__ = ["LOCAL", "FileReader", "FileWriter", "Fs", "LocalFs"]
 
 _NEW_FILE: Final = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
 _FOLDER: Final = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
-# O_NONBLOCK: opening a FIFO that nobody writes to would wait for ever
+# O_NONBLOCK: opening a FIFO without a writer would wait for ever
 _READ: Final = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
 
 

@@ -155,7 +155,7 @@ def _serve(requests: TextIO, answers: TextIO) -> None:
                 answer: Any = {"samples": contender.samples()}
             else:
                 answer = {"value": getattr(contender, request["call"])(request["count"])}
-        except Exception as error:  # noqa: BLE001  whatever a recipe or a library raises becomes this row of the table
+        except Exception as error:  # noqa: BLE001  any error of a recipe or a library becomes its row of the table
             answer = {
                 "error": f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error) else ''}"
             }

@@ -42,7 +42,7 @@ def pure_step(s: Subject) -> Iterator[Case]:
 def surroundings(s: Subject) -> Iterator[Case]:
     """What the caller left switched on plays no part."""
     batches = [s.batches[0], s.batches[-1]]
-    # a step may prepare its batch by itself, and nobody can train on tensors that were made in inference mode
+    # a step may prepare its batch by itself, and tensors made in inference mode cannot be trained on
     for name in (name for name in SURROUNDINGS if name != "torch.inference_mode()"):
         yield (
             f"{run_of(s, 2)}, {name}",

@@ -103,5 +103,5 @@ def _print_sum(name: str, verdicts: "list[Verdict]") -> None:
 
     counts = Counter(map(_word, verdicts))
     several = {"does not apply": "do not apply"}
-    told = [f"{n} {several.get(word, word) if n > 1 else word}" for word, n in counts.items()]
-    sys.stdout.write(f"{name}: {', '.join(told)}\n")
+    counted = [f"{n} {several.get(word, word) if n > 1 else word}" for word, n in counts.items()]
+    sys.stdout.write(f"{name}: {', '.join(counted)}\n")

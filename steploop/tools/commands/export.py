@@ -19,8 +19,8 @@ __all__ = ["export"]
 
 RUN = typer.Argument(help="A run: its newest checkpoint; or a checkpoint.", show_default=False, metavar="RUN")
 FILE = typer.Argument(help="The safetensors file to write.", show_default=False, metavar="FILE")
-RAW = typer.Option("--raw", help="The weights that are trained, whatever was evaluated.")
-AVERAGE = typer.Option("--average", help="The averaged weights, whatever was evaluated.")
+RAW = typer.Option("--raw", help="The weights that are trained.")
+AVERAGE = typer.Option("--average", help="The averaged weights.")
 BEST = typer.Option("--best", help="The run's best checkpoint instead of its newest.")
 STATE = typer.Option(
     "--state", metavar="NAME", help="Of several states, write one, without its name.", show_default=False
