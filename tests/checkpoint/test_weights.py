@@ -263,7 +263,7 @@ def test_shards_of_an_index_are_read_together(tmp_path):
     (tmp_path / "model.safetensors.index.json").write_text(
         json.dumps({"weight_map": {"a": "../x.safetensors"}})
     )
-    with pytest.raises(CheckpointDamagedError, match="not a file beside it"):
+    with pytest.raises(CheckpointDamagedError, match="not a file in its folder"):
         checkpoint.load_weights(tmp_path, into=a_state())
 
 
