@@ -38,7 +38,8 @@ being deleted, ``.corrupt-*`` was found damaged. No pickle is in it, and nothing
       ``seed``), ``precision``; ``scale``, ``early_stopping``, ``plateau``, ``best``: an object of numbers or null;
       ``params`` and ``buffers``: the names in order; ``optimizer``: the name of its class; ``groups``: the
       parameter names of each group; ``hyper``: the hyperparameters of each; ``slots``: parameter -> slot -> value;
-      ``ema`` and ``transient_buffers``: name -> tensor.
+      ``ema`` and ``transient_buffers``: name -> tensor; and where frozen parameters are not saved, ``left_out``: name -> the
+      SHA-256 of shape, dtype and values of each.
 
     In ``hyper``, ``slots``, ``ema``, ``transient_buffers`` and the objects of numbers a value that JSON lacks is an
     object of one key: ``{"tuple": [...]}``, ``{"dict": [[key, value], ...]}`` in order, ``{"float": "nan"}`` (or

@@ -31,6 +31,7 @@ class BackgroundSaver:
     Args:
         fs: where to write; tests put another in its place.
         after: called by the thread after each checkpoint that is on the disk.
+        frozen: False leaves out the parameters that are not trained (see ``save``).
 
     Example::
 
@@ -46,8 +47,11 @@ class BackgroundSaver:
         ...     state = train_step(state, batch)  # while the checkpoint is written
     """
 
-    def __init__(self, *, fs: Fs = LOCAL, after: Callable[[], None] | None = None) -> None:
+    def __init__(
+        self, *, fs: Fs = LOCAL, after: Callable[[], None] | None = None, frozen: bool = True
+    ) -> None:
         self._fs = fs
+        self._frozen = frozen
         self._after = after
         self._kept: dict[tuple[str, str], Tensor] = {}
         self._thread: threading.Thread | None = None
@@ -75,7 +79,7 @@ class BackgroundSaver:
             StepOrderError: it holds gradients that no optimizer step has used.
         """
         self.wait()
-        snapshot, device = self._snapshot(collect(state)), device_of(state)
+        snapshot, device = self._snapshot(collect(state, frozen=self._frozen)), device_of(state)
         self._thread = threading.Thread(
             target=self._write,
             args=(snapshot, Path(directory), device),

@@ -9,10 +9,12 @@ from collections.abc import Mapping
 from typing import Any, Final
 
 import attrs
+import torch
 from torch import Tensor
 
 from steploop.checkpoint.format.json_values import check_json, encode
 from steploop.checkpoint.format.layout import TensorSpec, header_bytes, spec_of
+from steploop.checkpoint.left_out import frozen_digests
 from steploop.core.state.machine import Machine
 from steploop.core.state.parts import field_names, plain_names
 from steploop.core.state.several import State, members
@@ -74,8 +76,12 @@ def named_members(state: State) -> dict[str, TrainState]:
     return found
 
 
-def collect(state: State) -> Collected:
+def collect(state: State, *, frozen: bool = True) -> Collected:
     """Take a state, or several, apart for saving.
+
+    Args:
+        state: one, or several by name.
+        frozen: whether parameters that are not trained are saved too.
 
     Raises:
         SpentStateError: the state gave its tensors away.
@@ -87,7 +93,8 @@ def collect(state: State) -> Collected:
     parts, trained = {}, []
     for name, one in named_members(state).items():
         prefix = f"{name}." if name else ""
-        parts[name] = _collect_one(one, prefix, tensors)
+        left_out = {} if frozen else frozen_digests(one)
+        parts[name] = _collect_one(one, prefix, tensors, left_out)
         aliases |= {prefix + alias: prefix + target for alias, target in tied_names(one.machine).items()}
         trained += [prefix + trainable for trainable in one.machine.trainable]
     specs = {file: {name: spec_of(name, t) for name, t in table.items()} for file, table in tensors.items()}
@@ -107,7 +114,9 @@ def _metadata(specs: Mapping[str, TensorSpec], aliases: Mapping[str, str]) -> st
     return json.dumps({"aliases": dict(aliases), "complex128": wide}, sort_keys=True, separators=(",", ":"))
 
 
-def _collect_one(state: TrainState, prefix: str, tensors: dict[str, dict[str, Tensor]]) -> dict[str, Any]:
+def _collect_one(
+    state: TrainState, prefix: str, tensors: dict[str, dict[str, Tensor]], left_out: Mapping[str, str]
+) -> dict[str, Any]:
     state.check_alive("checkpoint.save")
     if state.flight.grads is not None:
         raise StepOrderError(
@@ -120,7 +129,7 @@ def _collect_one(state: TrainState, prefix: str, tensors: dict[str, dict[str, Te
     machine = state.machine
     transient = non_persistent(machine)
     model, rest = tensors[MODEL_FILE], tensors[OPTIMIZER_FILE]
-    model |= {prefix + name: p for name, p in state.tensors.params.items()}
+    model |= {prefix + name: p for name, p in state.tensors.params.items() if name not in left_out}
     model |= {prefix + name: b for name, b in state.tensors.buffers.items() if name not in transient}
     held: dict[str, Tensor] = {}
     values: dict[str, Any] = {
@@ -137,17 +146,29 @@ def _collect_one(state: TrainState, prefix: str, tensors: dict[str, dict[str, Te
         "buffers": list(buffers),
         "hyper": encode([dict(group) for group in state.hyper], "hyper", held),
         "slots": encode(state.tensors.slots, "slots", held),
-        "ema": None if state.tensors.ema is None else encode(state.tensors.ema, "ema", held),
+        "ema": None if state.tensors.ema is None else encode(_averages(state, left_out), "ema", held),
         "transient_buffers": encode({n: b for n, b in buffers.items() if n in transient}, "buffers", held),
     }
     # fields that most states leave empty are there only where they are not
     for name in field_names(type(state.tensors)):
         if name not in OWN_FIELDS and (value := getattr(state.tensors, name)) is not None and value != {}:
             values[name] = encode(value, name, held)
+    if left_out:
+        values["left_out"] = dict(left_out)
     if grown := _grown(machine, buffers):
         values["grown"] = grown
     rest |= {prefix + name: tensor for name, tensor in held.items()}
     return values
+
+
+def _averages(state: TrainState, left_out: Mapping[str, str]) -> dict[str, Tensor]:
+    """The averages, without those that equal a parameter that is left out."""
+    params = state.tensors.params
+    return {
+        name: average
+        for name, average in (state.tensors.ema or {}).items()
+        if name not in left_out or not torch.equal(average, params[name])
+    }
 
 
 def _record(value: Any) -> dict[str, Any]:

@@ -19,7 +19,14 @@ from steploop.errors import CheckpointWriteError
 __all__ = ["digest", "save", "write_collected"]
 
 
-def save(state: State, directory: Path | str, *, overwrite: bool = False, require_finite: bool = True) -> str:
+def save(
+    state: State,
+    directory: Path | str,
+    *,
+    overwrite: bool = False,
+    require_finite: bool = True,
+    frozen: bool = True,
+) -> str:
     """Save a state, or several by name, as the checkpoint ``directory``.
 
     When this returns, the checkpoint is on the disk and outlives a power loss; while it runs, and if it fails, there
@@ -32,6 +39,8 @@ def save(state: State, directory: Path | str, *, overwrite: bool = False, requir
         overwrite: take the place of a checkpoint that has the name.
         require_finite: refuse a state with a nan or an inf in a trained parameter: no run can go on from it,
             and the checkpoint it replaces may be the last good one. Buffers may hold any value.
+        frozen: False leaves out the parameters that are not trained (a large model under LoRA): ``load`` takes them from
+            ``like``, and refuses other values by their digests.
 
     Returns:
         The checkpoint's digest: the SHA-256 of its ``state.json``. Equal states have equal digests.
@@ -51,7 +60,7 @@ def save(state: State, directory: Path | str, *, overwrite: bool = False, requir
     return write_collected(
         LOCAL,
         Path(directory),
-        collect(state),
+        collect(state, frozen=frozen),
         device_of(state),
         overwrite=overwrite,
         require_finite=require_finite,

@@ -47,6 +47,7 @@ class CheckpointStore:
         directory: of the checkpoints.
         keep: how many of the newest to keep, >= 2; the best one is kept as well.
         background: write in a thread while training goes on (see ``BackgroundSaver``).
+        frozen: False leaves out the parameters that are not trained (see ``save``).
         fs: the storage to write to.
 
     Raises:
@@ -64,7 +65,13 @@ class CheckpointStore:
     """
 
     def __init__(
-        self, directory: Path | str, *, keep: int = 3, background: bool = False, fs: Fs = LOCAL
+        self,
+        directory: Path | str,
+        *,
+        keep: int = 3,
+        background: bool = False,
+        frozen: bool = True,
+        fs: Fs = LOCAL,
     ) -> None:
         if not isinstance(keep, int) or keep < _LEAST:
             raise ConfigError(
@@ -73,9 +80,10 @@ class CheckpointStore:
             )
         self.directory = Path(directory)
         self._keep = keep
+        self._frozen = frozen
         self._fs = fs
         self._best: int | None = None
-        self._saver = BackgroundSaver(fs=fs, after=self._prune) if background else None
+        self._saver = BackgroundSaver(fs=fs, after=self._prune, frozen=frozen) if background else None
 
     def prepare(self) -> list[str]:
         """Create the directory, check that it is writable, and remove what crashed runs left.
@@ -125,7 +133,9 @@ class CheckpointStore:
         if self._saver is not None:
             self._saver.save(state, target, overwrite=True)
         else:
-            write_collected(self._fs, target, collect(state), device_of(state), overwrite=True)
+            write_collected(
+                self._fs, target, collect(state, frozen=self._frozen), device_of(state), overwrite=True
+            )
             self._prune()
 
     def wait(self) -> None:

@@ -10,6 +10,7 @@ import attrs
 from torch import Tensor
 
 from steploop.checkpoint.format.json_values import decode
+from steploop.checkpoint.left_out import taken_from
 from steploop.checkpoint.migration import Migrated, differences, migrated
 from steploop.checkpoint.packing import MODEL_FILE, OPTIMIZER_FILE, OWN_FIELDS, named_members
 from steploop.core.precision import Precision
@@ -59,13 +60,12 @@ def restore(
         )
     restored, found = {}, []
     for name, one in ours.items():
-        part = _read_part(parts[name], tensors, f"{name}." if name else "", one)
+        names = None if migrate is None else _own(migrate, name)
+        part = _read_part(parts[name], tensors, f"{name}." if name else "", one, names or {})
         problems = differences(part, one) if migrate is None else []
         found += [f"{name}: {problem}" if name else problem for problem in problems]
         if not problems:
-            restored[name] = _build(
-                part if migrate is None else migrated(part, one, _own(migrate, name)), one
-            )
+            restored[name] = _build(part if names is None else migrated(part, one, names), one)
     if found:
         more = f"\n  and {len(found) - _LISTED} more" if len(found) > _LISTED else ""
         lines = "\n  ".join(found[:_LISTED])
@@ -90,7 +90,11 @@ def _own(migrate: Mapping[str, str | None], name: str) -> Mapping[str, str | Non
 
 
 def _read_part(
-    values: Any, tensors: Mapping[str, Mapping[str, Tensor]], prefix: str, like: TrainState
+    values: Any,
+    tensors: Mapping[str, Mapping[str, Tensor]],
+    prefix: str,
+    like: TrainState,
+    names_here: Mapping[str, str | None],
 ) -> Migrated:
     """Check the values of one saved state and return them."""
     plain = [name for name in plain_names(type(like)) if name != "hyper"]
@@ -98,7 +102,7 @@ def _read_part(
     types = get_type_hints(type(like))
     optional = [name for name in field_names(type(like.tensors)) if name not in OWN_FIELDS]
     known = {*plain, *fields}
-    if not isinstance(values, dict) or not known <= values.keys() <= known | {*optional, "grown"}:
+    if not isinstance(values, dict) or not known <= values.keys() <= known | {*optional, "grown", "left_out"}:
         raise CheckpointDamagedError("A state in the manifest has other fields than steploop writes.")
     held = {
         n.removeprefix(prefix): t for n, t in tensors.get(OPTIMIZER_FILE, {}).items() if n.startswith(prefix)
@@ -136,7 +140,10 @@ def _read_part(
         raise CheckpointDamagedError(
             "The manifest names another number of parameter groups than it has hyperparameters for."
         )
-    values_of = model | transient
+    frozen = taken_from(like, values.get("left_out", {}), names_here)
+    values_of = model | transient | frozen
+    if ema is not None:
+        ema |= {name: tensor.clone() for name, tensor in frozen.items() if name not in ema}
     if missing := [name for name in (*part["params"], *part["buffers"]) if name not in values_of]:
         raise CheckpointDamagedError(f"The manifest names {missing[0]!r}, but no file holds it.")
     return Migrated(

@@ -11,7 +11,12 @@ from torch import Tensor
 
 from steploop.checkpoint.loading import Checkpoint
 from steploop.checkpoint.weight_files import weights_of
-from steploop.errors import CheckpointUnsupportedError, CheckpointWriteError, ConfigError
+from steploop.errors import (
+    CheckpointIncompatibleError,
+    CheckpointUnsupportedError,
+    CheckpointWriteError,
+    ConfigError,
+)
 
 __all__ = ["export_weights"]
 
@@ -22,6 +27,7 @@ def export_weights(
     *,
     average: bool = False,
     state: str | None = None,
+    partial: bool = False,
     overwrite: bool = False,
 ) -> int:
     """Write the weights of a checkpoint for ``model.load_state_dict(safetensors.torch.load_file(file))``.
@@ -33,6 +39,7 @@ def export_weights(
         file: what to write; its directory exists.
         average: the averaged parameters instead of the raw ones; buffers are the same.
         state: of several states the one to write, without its name before its tensors; None: all, each with its name.
+        partial: of a checkpoint that was saved without its frozen parameters, write the others.
         overwrite: take the place of a file that has the name.
 
     Returns:
@@ -40,7 +47,7 @@ def export_weights(
 
     Raises:
         ConfigError: the file exists, or there is no such state.
-        CheckpointIncompatibleError: ``average``, and the state carries none.
+        CheckpointIncompatibleError: ``average``, and the state carries none; or parameters are left out.
         CheckpointUnsupportedError: a tensor is of a dtype that safetensors lacks.
         CheckpointWriteError: the file cannot be written.
     """
@@ -48,6 +55,11 @@ def export_weights(
     if os.path.lexists(target) and not overwrite:
         raise ConfigError(f"{target} exists already. Choose another name, or say --overwrite.")
     weights = weights_of(checkpoint, average=average)
+    if weights.left_out and not partial:
+        raise CheckpointIncompatibleError(
+            f"{checkpoint.directory} was saved without its {len(weights.left_out)} frozen parameters ({weights.left_out[0]}, ...), so "
+            "that a plain module would miss them. Write the others with --partial, for load_state_dict(..., strict=False)."
+        )
     tensors = {name: tensor.contiguous() for name, tensor in weights.tensors.items()}
     tensors |= {alias: tensors[first].clone() for alias, first in weights.aliases.items()}
     if state is not None:

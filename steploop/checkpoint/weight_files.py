@@ -33,11 +33,13 @@ class WeightFile:
         path: where.
         tensors: name -> tensor, in memory of their own.
         aliases: further name -> name, of tensors that stand in several places of the model.
+        left_out: names of frozen parameters that the checkpoint was saved without.
     """
 
     path: Path
     tensors: Mapping[str, Tensor]
     aliases: Mapping[str, str] = attrs.field(factory=dict)
+    left_out: tuple[str, ...] = ()
 
 
 def read_weights(path: Path | str, *, average: bool = False) -> WeightFile:
@@ -79,10 +81,16 @@ def weights_of(checkpoint: Checkpoint, *, average: bool) -> WeightFile:
         CheckpointDamagedError: the manifest says nothing that steploop writes.
     """
     tensors = dict(checkpoint.tensors[MODEL_FILE])
+    states = _parameters(checkpoint)
+    left_out = [prefix + name for prefix, names in states for name in names if prefix + name not in tensors]
     if average:
-        for prefix, names in _parameters(checkpoint):
+        for prefix, names in states:
             held = checkpoint.tensors[OPTIMIZER_FILE]
-            averages = {name: held.get(f"{prefix}{_AVERAGES}{name}") for name in names}
+            averages = {
+                name: held.get(f"{prefix}{_AVERAGES}{name}")
+                for name in names
+                if prefix + name not in left_out
+            }
             if missing := [name for name, tensor in averages.items() if tensor is None]:
                 raise CheckpointIncompatibleError(
                     f"{checkpoint.directory} holds no average of {prefix}{missing[0]}: its run was not created with ema=True. "
@@ -91,10 +99,10 @@ def weights_of(checkpoint: Checkpoint, *, average: bool) -> WeightFile:
             tensors |= {prefix + name: tensor for name, tensor in averages.items() if tensor is not None}
     try:
         about = json.loads(checkpoint.manifest.metadata[MODEL_FILE])
-        aliases = {str(name): str(first) for name, first in about["aliases"].items()}
+        aliases = {str(name): str(first) for name, first in about["aliases"].items() if str(first) in tensors}
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise _no_manifest(checkpoint) from error
-    return WeightFile(checkpoint.directory, tensors, aliases)
+    return WeightFile(checkpoint.directory, tensors, aliases, tuple(left_out))
 
 
 def _parameters(checkpoint: Checkpoint) -> list[tuple[str, list[str]]]:

@@ -111,6 +111,8 @@ class Recipe:
         finish: called at the very end with the state and the run directory, to draw or print a sample.
         loggers: what gets the numbers of each log point and evaluation, in addition to metrics.jsonl; see `Logger`.
         compile: True, False or "auto": whether ``run`` compiles ``train_step`` unless told otherwise.
+        save_frozen: False leaves the parameters that are not trained out of checkpoints (a large model under LoRA): a resume
+            takes them from ``state``, and refuses others than the run had.
 
     Example:
         >>> recipe = Recipe(
@@ -139,6 +141,7 @@ class Recipe:
     finish: Callable[[Any, Path], None] | None = None
     loggers: tuple[Logger, ...] = attrs.field(default=(), converter=checked_loggers)
     compile: bool | Literal["auto"] = False
+    save_frozen: bool = True
 
     def __attrs_post_init__(self) -> None:
         states = self.state.values() if isinstance(self.state, Mapping) else (self.state,)

@@ -93,6 +93,7 @@ class Phases:
         keeper = CheckpointKeeper(
             self._request.directory.checkpoints(phase),
             before_save=outlets.flush,
+            frozen=recipe.save_frozen,
             on_saved=lambda path, best: outlets.say(
                 checkpoint=path.name, **({"best_checkpoint": path.name} if best else {})
             ),

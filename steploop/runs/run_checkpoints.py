@@ -17,6 +17,7 @@ class CheckpointKeeper:
     Args:
         directory: of the checkpoints; made if it is missing, and cleared of what crashed runs left in it.
         on_saved: told of each once it is on the disk: the checkpoint's directory, and whether it is the best.
+        frozen: whether parameters that are not trained are kept too.
         before_save: called before each: what was logged up to there is to be written before it.
 
     Raises:
@@ -28,8 +29,10 @@ class CheckpointKeeper:
         directory: Path,
         on_saved: Callable[[Path, bool], None] = lambda *_: None,
         before_save: Callable[[], None] = lambda: None,
+        *,
+        frozen: bool = True,
     ) -> None:
-        self._store = CheckpointStore(directory, background=True)
+        self._store = CheckpointStore(directory, background=True, frozen=frozen)
         self._store.prepare()
         self._on_saved = on_saved
         self._before_save = before_save

@@ -25,6 +25,9 @@ BEST = typer.Option("--best", help="The run's best checkpoint instead of its new
 STATE = typer.Option(
     "--state", metavar="NAME", help="Of several states, write one, without its name.", show_default=False
 )
+PARTIAL = typer.Option(
+    "--partial", help="Write what there is where frozen weights were left out of the checkpoint."
+)
 OVERWRITE = typer.Option("--overwrite", help="Replace FILE if it exists.")
 JSON = typer.Option("--json", help="Print one JSON object.")
 
@@ -37,6 +40,7 @@ def export(
     average: Annotated[bool, AVERAGE] = False,
     best: Annotated[bool, BEST] = False,
     state: Annotated[str | None, STATE] = None,
+    partial: Annotated[bool, PARTIAL] = False,
     overwrite: Annotated[bool, OVERWRITE] = False,
     as_json: Annotated[bool, JSON] = False,
 ) -> None:
@@ -56,7 +60,9 @@ def export(
     if best:
         checkpoint = _best(checkpoint)
     averaged = average or (not raw and _averages_were_evaluated(checkpoint))
-    count = export_weights(checkpoint, file, average=averaged, state=state, overwrite=overwrite)
+    count = export_weights(
+        checkpoint, file, average=averaged, state=state, partial=partial, overwrite=overwrite
+    )
     weights = "average" if averaged else "raw"
     if as_json:
         about = {
