@@ -16,7 +16,7 @@ from steploop.checkpoint.packing import MODEL_FILE, OPTIMIZER_FILE, OWN_FIELDS, 
 from steploop.core.precision import Precision
 from steploop.core.state.copying import leaf_like
 from steploop.core.state.ownership import Lease
-from steploop.core.state.parts import InFlight, field_names, plain_names
+from steploop.core.state.parts import field_names, plain_names
 from steploop.core.state.several import State
 from steploop.core.state.train_state import TrainState
 from steploop.core.trees import map_tensors
@@ -250,7 +250,7 @@ def _build(part: Migrated, like: TrainState) -> TrainState:
     )
     return like.replace(
         tensors=tensors,
-        flight=InFlight(),
+        flight=type(like.flight)(),
         lease=Lease(),
         generation=0,
         hyper=to_device(part.hyper),

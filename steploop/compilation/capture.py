@@ -15,10 +15,9 @@ from steploop.compilation.inductor import capture, fake_mode
 from steploop.compilation.leaves import Place, counted_on_host, places, refuse_overlap, with_tensors
 from steploop.compilation.optimizer_calls import TensorScalars
 from steploop.compilation.plans import COUNTERS, HostValue, StatePlan, StepPlan
-from steploop.compilation.traced_state import Notes, OwnedCount, TracedState
+from steploop.compilation.traced_state import Notes, OwnedCount, TracedState, traced_class
 from steploop.core.schedules import Schedule
 from steploop.core.state.ownership import Lease
-from steploop.core.state.parts import InFlight
 from steploop.core.state.train_state import TrainState, read_host
 from steploop.core.steps.set_rates import values_at
 from steploop.errors import CompileError
@@ -131,11 +130,11 @@ class _StepTrace:
                 else counters["scale"]
             )
             scale = attrs.evolve(scale, scale=factor, growth_tracker=counters["growth_tracker"])
-        traced = object.__new__(TracedState)
+        traced = object.__new__(traced_class(type(state)))
         traced.__dict__.update(state.__dict__)
         traced.__dict__.update(
             tensors=with_tensors(state, tensors),
-            flight=InFlight(),
+            flight=type(state.flight)(),
             lease=Lease(),
             generation=0,
             hyper=self._hyper(owner),

@@ -9,16 +9,14 @@ from torch import Tensor
 from steploop.compilation.flattening import Reference
 from steploop.compilation.leaves import Place, counted_on_host, name_of, places, plain_leaves
 from steploop.compilation.plans import StatePlan
-from steploop.compilation.traced_state import OwnedCount, TracedState
+from steploop.compilation.traced_state import OwnedCount, TracedState, untraced_names
 from steploop.core.schedules import Schedule
+from steploop.core.state.parts import result_names
 from steploop.core.state.train_state import TrainState
 from steploop.core.trees import map_tensors
 from steploop.errors import CompileError, SteploopError
 
 __all__ = ["SlotsGrew", "collect"]
-
-_IN_FLIGHT = ("loss", "outputs", "grad_norm", "clipped_norm", "finite")
-_PLAIN = ("seed", "epoch", "early_stopping", "plateau", "best", "precision")
 
 
 class SlotsGrew(SteploopError):  # noqa: N818  (it says what happened: nothing is wrong)
@@ -78,7 +76,9 @@ def collect(
         raise CompileError(
             f"takes {attempts} optimizer steps on one state; a compiled step takes one at most. Split it into several."
         )
-    fields: dict[str, Any] = {name: getattr(new, name) for name in _IN_FLIGHT}
+    # what the host knows of the counters it keeps itself
+    results = {name: getattr(new.flight, name) for name in result_names(type(new.flight)) if name != "known"}
+    fields: dict[str, Any] = {}
     if not on_host:
         fields |= {"applied_steps": new.applied_steps, "nonfinite_steps": new.nonfinite_steps}
         if new.scale is not None:
@@ -89,10 +89,15 @@ def collect(
         attempts=attempts,
         batches=batches,
         given={name: map_tensors(lambda t: _give(t, given), value) for name, value in fields.items()},
+        flight={name: map_tensors(lambda t: _give(t, given), value) for name, value in results.items()},
         tensors=tensors,
         before=tuple(before),
         after=tuple(after),
-        changed={name: new.__dict__[name] for name in _PLAIN if new.__dict__[name] is not old.__dict__[name]},
+        changed={
+            name: new.__dict__[name]
+            for name in untraced_names(type(real))
+            if new.__dict__[name] is not old.__dict__[name]
+        },
         limit=limit,
     )
 

@@ -11,14 +11,11 @@ from steploop.compilation.leaves import with_tensors
 from steploop.compilation.plans import StatePlan
 from steploop.core.state.copying import leaf_like
 from steploop.core.state.ownership import Lease
-from steploop.core.state.parts import InFlight
 from steploop.core.state.train_state import TrainState
 
 __all__ = ["Advance"]
 
-_FLIGHT = InFlight()
 _SPENDER = "a compiled train step"
-_IN_FLIGHT = frozenset({"loss", "outputs", "grad_norm", "clipped_norm", "finite"})
 
 
 class Advance:
@@ -32,18 +29,17 @@ class Advance:
     def __init__(self, plan: StatePlan, where: Sequence[int]) -> None:
         self._plan = plan
         self._constant = dict(plan.changed)
-        self._given: list[tuple[str, Build]] = [
-            (name, builder(_moved(value, where))) for name, value in plan.given.items()
-        ]
+        self._given = _builders(plan.given, where)
+        self._flight = _builders(plan.flight, where)
         self._tensors = [(place, where[reference.index]) for place, reference in plan.tensors.items()]
 
     def __call__(self, state: TrainState, given: Sequence[Tensor]) -> TrainState:
         """Update counters and loss scale, and pass the tensors on."""
         plan = self._plan
         changes = self._constant.copy()
-        flight: dict[str, Any] = {}
+        flight = {name: build(given) for name, build in self._flight}
         for name, build in self._given:
-            (flight if name in _IN_FLIGHT else changes)[name] = build(given)
+            changes[name] = build(given)
         attempted = state.attempted_steps
         if plan.attempts:
             changes["attempted_steps"] = attempted + plan.attempts
@@ -64,7 +60,7 @@ class Advance:
             changes["generation"] = state.lease.hand_on(_SPENDER)  # the call tore it before the graph ran
         else:
             changes |= self._copies(state, given)
-        return state.replace(flight=_FLIGHT.replace(**flight), **changes)
+        return state.replace(flight=state.flight.ended(**flight), **changes)
 
     def _copies(self, state: TrainState, given: Sequence[Tensor]) -> dict[str, Any]:
         """Copy the fields that hold tensors, for a step that keeps the old state."""
@@ -74,6 +70,10 @@ class Advance:
             for place, index in self._tensors
         }
         return {"tensors": with_tensors(state, tensors), "lease": Lease(), "generation": 0}
+
+
+def _builders(templates: Mapping[str, Any], where: Sequence[int]) -> list[tuple[str, Build]]:
+    return [(name, builder(_moved(value, where))) for name, value in templates.items()]
 
 
 def _count_on_device(state: TrainState, changes: dict[str, Any], flight: dict[str, Any]) -> None:

@@ -39,7 +39,8 @@ class StatePlan:
         on_host: whether the host counts the steps and keeps the loss scale; on a device the graph does.
         attempts: optimizer steps tried in one train step.
         batches: how far the cursor moves.
-        given: field -> template of what the graph gives for it.
+        given: field -> template of what the graph gives for it: counters on a device.
+        flight: field in flight -> template of what the graph gives for it.
         tensors: place -> what the graph gives for it, where the step does not donate.
         before: schedules that set the rates before the graph runs.
         after: schedules that set those of the next step.
@@ -52,6 +53,7 @@ class StatePlan:
     attempts: int
     batches: int
     given: Mapping[str, Any]
+    flight: Mapping[str, Any]
     tensors: Mapping[Place, Reference]
     before: tuple[Schedule, ...]
     after: tuple[Schedule, ...]

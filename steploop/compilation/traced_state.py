@@ -3,10 +3,11 @@
 from collections.abc import Callable
 from typing import Any
 
+from steploop.core.state.parts import plain_names
 from steploop.core.state.trace import Trace, TracedCount
 from steploop.core.state.train_state import TrainState
 
-__all__ = ["Notes", "OwnedCount", "TracedState"]
+__all__ = ["Notes", "OwnedCount", "TracedState", "traced_class", "untraced_names"]
 
 
 class Notes:
@@ -54,7 +55,7 @@ def _noting(field: str) -> property:
     def read(state: TrainState) -> Any:
         value = state.__dict__[field]
         count: OwnedCount = state.__dict__["attempted_steps"]
-        if value is None or isinstance(value, (int, str)):
+        if value is None or isinstance(value, (int, float, str)):
             return count.notes.note(count.owner, field, value)
         return _Watched(value, lambda part, found: count.notes.note(count.owner, f"{field}.{part}", found))
 
@@ -67,8 +68,18 @@ def _noting(field: str) -> property:
 class TracedState(TrainState):
     """A state with fake tensors and unknown counters; every other read is recorded."""
 
-    seed = _noting("seed")  # the base class has a field, which lives on in the dictionary
-    epoch = _noting("epoch")
-    plateau = _noting("plateau")
-    early_stopping = _noting("early_stopping")
-    best = _noting("best")
+
+# Plain values that a graph takes as inputs, or that decide which graph it is.
+_TRACED = {"hyper", "batch", "attempted_steps", "applied_steps", "nonfinite_steps", "scale"}
+_OF_THE_GRAPH = {"precision"}
+
+
+def untraced_names(kind: type[TrainState]) -> list[str]:
+    """The plain values of a class of states that are no inputs of a graph."""
+    return [name for name in plain_names(kind) if name not in _TRACED]
+
+
+def traced_class(kind: type[TrainState]) -> type[TracedState]:
+    """The class of traced states of this class; its properties stand in the places of fields, which live on in the dictionary."""
+    watched = {name: _noting(name) for name in untraced_names(kind) if name not in _OF_THE_GRAPH}
+    return type(f"Traced{kind.__name__}", (TracedState, kind), watched)

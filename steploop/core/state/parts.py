@@ -24,10 +24,13 @@ __all__ = [
     "TensorValues",
     "field_names",
     "plain_names",
+    "result_names",
 ]
 
 # Metadata of a field that follows from the others: never saved, compared or counted.
 DERIVED = {"derived": True}
+# Metadata of a field in flight that ends with the step; the others are results, which stay until the next one.
+WITHIN = {"within": True}
 
 
 class Replaceable:
@@ -52,6 +55,21 @@ _STRUCTURE = {"tensors", "flight", "machine", "lease", "generation"}
 def plain_names(state: type[Any]) -> tuple[str, ...]:
     """The names of the plain values of a class of states."""
     return tuple(name for name in field_names(state) if name not in _STRUCTURE)
+
+
+def result_names(flight: type[Any]) -> tuple[str, ...]:
+    """The names of the fields in flight that a finished step leaves."""
+    return tuple(name for name in field_names(flight) if name not in _ended(flight))
+
+
+def _ended(flight: type[Any]) -> dict[str, Any]:
+    """Name -> default of the fields in flight that end with the step; looked up once for each class."""
+    if (known := _ENDED.get(flight)) is None:
+        known = _ENDED[flight] = {f.name: f.default for f in attrs.fields(flight) if f.metadata.get("within")}
+    return known
+
+
+_ENDED: dict[type[Any], dict[str, Any]] = {}
 
 
 @attrs.frozen(eq=False, kw_only=True, slots=False)
@@ -156,8 +174,12 @@ class InFlight(Replaceable):
     grad_norm: Tensor | None = None
     clipped_norm: float | Tensor | None = None
     finite: bool | Tensor | None = None
-    graph: Tensor | None = None
-    grads: Gradients | None = None
-    began: Began | None = None
-    passes: int = 0
+    graph: Tensor | None = attrs.field(default=None, metadata=WITHIN)
+    grads: Gradients | None = attrs.field(default=None, metadata=WITHIN)
+    began: Began | None = attrs.field(default=None, metadata=WITHIN)
+    passes: int = attrs.field(default=0, metadata=WITHIN)
     known: tuple[int, int] = (0, 0)
+
+    def ended(self, **results: Any) -> Self:
+        """What a finished step leaves: its results, and nothing that the next step could go on from."""
+        return self.replace(**_ended(type(self)), **results)

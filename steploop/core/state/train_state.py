@@ -312,7 +312,7 @@ class TrainState(PlainValues):
         leaves = tuple(params[name] for name in self.machine.trainable)
         return new.replace(
             tensors=tensors.replace(params=params, buffers=buffers, leaves=leaves),
-            flight=InFlight(known=self.flight.known),
+            flight=type(self.flight)(known=self.flight.known),
         )
 
     def with_carry(self, carry: Any) -> Self:

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from steploop.core.state.parts import Gradients, InFlight
+from steploop.core.state.parts import Gradients
 from steploop.core.state.surroundings import shielded
 from steploop.core.state.train_state import TrainState
 from steploop.core.steps.backward_pass import gradients, require_some, seed_of, take_gradients
@@ -87,7 +87,7 @@ def accumulate(state: TrainState, micro_batches: Iterable[Any], objective: Objec
         loss = loss / whole
         torch._foreach_div_([g for g in grads if g is not None], whole)
     require_some(grads)
-    flight = InFlight(
+    flight = type(state.flight)(
         loss=loss, outputs=outputs, grads=Gradients(grads), began=began, passes=state.flight.passes + len(parts),
         known=state.flight.known,
     )  # fmt: skip

@@ -47,7 +47,7 @@ def forward_loss(
     with TrainingPasses(state) as passes:
         loss, outputs, _ = passes.run(batch, objective, keep_graph=keep_graph)
         began = passes.end()
-    flight = InFlight(
+    flight = type(state.flight)(
         loss=loss.detach(), outputs=outputs, graph=loss, began=began, passes=state.flight.passes + 1,
         known=state.flight.known,
     )  # fmt: skip

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from steploop.core.state.optimizer_state import check_slots
-from steploop.core.state.parts import InFlight, TensorValues
+from steploop.core.state.parts import TensorValues, field_names
 from steploop.core.state.surroundings import shielded
 from steploop.core.state.trace import trace_of
 from steploop.core.state.train_state import TrainState
@@ -95,10 +95,7 @@ def optimizer_step(
         scale=None if state.scale is None else state.scale.updated(finite),  # type: ignore[arg-type]
         attempted_steps=state.attempted_steps + 1,
         batch=state.batch + 1,
-        flight=InFlight(
-            loss=flight.loss, outputs=flight.outputs, grad_norm=flight.grad_norm, clipped_norm=flight.clipped_norm,
-            finite=finite, known=known,
-        ),
+        flight=flight.ended(finite=finite, known=known),
         generation=state.lease.hand_on("optimizer_step"),
         **advanced,
     )  # fmt: skip
@@ -175,7 +172,7 @@ def _run_optimizer(state: TrainState, evaluations: Evaluations | None = None) ->
         else:
             machine.step(tensors.leaves, grads, closure)
         if evaluations is not None:
-            tensors = evaluations.last.tensors.replace(params=tensors.params, slots=tensors.slots)
+            tensors = evaluations.last.tensors
         return _read_back(state, tensors, first=first) if machine.third_party else {"tensors": tensors}
     except BaseException as error:
         if trace_of(state) is None:
@@ -274,27 +271,33 @@ def _counts_and_buffers(state: TrainState, finite: Tensor) -> dict[str, Any]:
     )
     old, tensors = began.buffers, state.tensors
     buffers = {name: torch.where(finite, b, old.get(name, b)) for name, b in tensors.buffers.items()}
+    others = {
+        name: _selected_tree(finite, new, before, name)
+        for name in field_names(type(tensors))
+        if name not in {"params", "buffers", "slots"}
+        and (new := getattr(tensors, name)) is not (before := getattr(began, name))
+    }
     return {
         **known,
         "applied_steps": state.applied_steps + ones,
         "nonfinite_steps": (state.nonfinite_steps + 1) * (1 - ones),
-        "tensors": tensors.replace(buffers=buffers, carry=_selected_tree(finite, tensors.carry, began.carry)),
+        "tensors": tensors.replace(buffers=buffers, **others),
     }
 
 
-def _selected_tree(finite: Tensor, new: Any, old: Any) -> Any:
+def _selected_tree(finite: Tensor, new: Any, old: Any, field: str) -> Any:
     """``new`` where the step is finite and ``old`` where it is not, leaf for leaf."""
     if isinstance(new, Tensor) and isinstance(old, Tensor) and new.shape == old.shape:
         return new if new is old else torch.where(finite, new, old)
     if isinstance(new, dict) and isinstance(old, dict) and new.keys() == old.keys():
-        return {key: _selected_tree(finite, new[key], old[key]) for key in new}
+        return {key: _selected_tree(finite, new[key], old[key], field) for key in new}
     if isinstance(new, (list, tuple)) and type(new) is type(old) and len(new) == len(old):
-        return type(new)(_selected_tree(finite, a, b) for a, b in zip(new, old, strict=True))
+        return type(new)(_selected_tree(finite, a, b, field) for a, b in zip(new, old, strict=True))
     if type(new) is type(old) and new == old:
         return new
     raise ConfigError(
-        "optimizer_step: the carry changed its shape in a step that the device decides about, so that a skip could not bring "
-        "the old one back. Keep the carry's shape, set it after optimizer_step, or use an optimizer without fused=True."
+        f"optimizer_step: the {field} of the state changed its shape in a step that the device decides about, so that a skip "
+        "could not bring the old one back. Keep its shape, set it after optimizer_step, or use an optimizer without fused=True."
     )
 
 

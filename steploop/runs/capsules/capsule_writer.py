@@ -15,7 +15,6 @@ import attrs
 from torch import Tensor
 
 from steploop.core.precision import on_host
-from steploop.core.state.parts import InFlight
 from steploop.core.state.several import State, members
 from steploop.core.state.train_state import TrainState, read_host
 from steploop.errors import CheckpointError, ConfigError
@@ -32,13 +31,13 @@ def state_before(before: TrainState, after: TrainState) -> TrainState | None:
         after: what came out of it: with one attempted step more, which was not taken.
     """
     if before.alive:
-        return before.replace(flight=InFlight())
+        return before.replace(flight=type(before.flight)())
     if after.attempted_steps != before.attempted_steps + 1 or read_host(after.applied_steps) != read_host(
         before.applied_steps
     ):
         return None  # several optimizer steps, one of which was taken
     return before.replace(
-        flight=InFlight(), tensors=after.tensors, lease=after.lease, generation=after.generation
+        flight=type(before.flight)(), tensors=after.tensors, lease=after.lease, generation=after.generation
     )
 
 
@@ -166,7 +165,7 @@ def _seen(
     states, seen = {}, {}
     for name, one in after.items():
         rebuilt = state_before(before[name], one) if name in skipped else None
-        states[name] = (rebuilt or one.replace(flight=InFlight())).settle()
+        states[name] = (rebuilt or one.replace(flight=type(one.flight)())).settle()
         seen[name] = {
             "skipped": name in skipped,
             "exact": rebuilt is not None,  # else this is the state after the step: its tensors are gone
