@@ -191,18 +191,19 @@ def test_quick_tries_the_first_and_the_last_case_and_begins_no_law_too_late(caps
         for number in range(5):
             yield f"case {number}", lambda number=number: tried.append(number)
 
-    laws = [Law("a", cases), Law("slow", cases, quick=False), Law("b", cases), Law("c", cases)]
-    clock = itertools.chain([0.0, 0.0, 12.0, 12.5])
+    laws = [Law("c", cases, late=True), Law("a", cases), Law("slow", cases, quick=False), Law("b", cases)]
+    clock = itertools.chain([0.0, 0.0, 12.0, 6.5])
     found = list(examine(subject_of("dense"), laws=laws, seconds=12.0, clock=lambda: next(clock)))
     assert tried == [0, 4, 0, 4]
+    assert [v.law for v in found] == ["a", "slow", "b", "c"]
     assert [(v.passed, v.tried, v.cases) for v in found] == [
         (True, True, 2),
         (None, False, 0),
         (True, True, 2),
         (None, False, 0),
     ]
-    assert [v.message for v in found if not v.tried] == ["it takes too long for --quick", "12 s are over"]
-    monkeypatch.setattr("steploop.tools.check.verdicts.LAWS", laws[:2])
+    assert [v.message for v in found if not v.tried] == ["it takes too long for --quick", "6 s are over"]
+    monkeypatch.setattr("steploop.tools.check.verdicts.LAWS", laws[1:3])
     assert call(["check", str(FILE), "--device", "cpu", "--quick"]) == 0
     assert (
         "not tried       slow: it takes too long for --quick\nodd_batches: 1 passed, 1 not tried"

@@ -24,12 +24,14 @@ class Law:
     Attributes:
         name: the law in words.
         cases: of a subject.
-        quick: whether ``--quick`` tries it: no, where it starts processes or trains for hundreds of steps.
+        quick: whether ``--quick`` tries it: no, where it starts workers or trains for hundreds of steps.
+        late: whether ``--quick`` tries it after the others: it starts a process, which takes seconds on a busy machine.
     """
 
     name: str
     cases: Callable[[Subject], Iterator[Case]]
     quick: bool = True
+    late: bool = False
 
 
 def amount(number: int, noun: str) -> str:

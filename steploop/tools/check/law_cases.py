@@ -20,7 +20,7 @@ LAWS = (
     Law("the step is a pure function of (state, batch)", pure_step),
     Law("no surrounding of the call matters", surroundings),
     Law("a run can be cut anywhere", folds),
-    Law("a resume in a new process is exact", resume),
+    Law("a resume in a new process is exact", resume, late=True),
     Law("a batch of nan changes nothing", nan),
     Law("every parameter gets a gradient", reached),
     Law("one batch can be learned by heart", learned, quick=False),
