@@ -216,8 +216,6 @@ def test_cifar10_is_downloaded_once_and_then_read_from_disk(monkeypatch, tmp_pat
     monkeypatch.setattr(
         cifar10.CIFAR10, "meta", {"filename": names[2], "key": "label_names", "md5": md5[names[2]]}
     )
-    # torchvision's own check of the archive, and ours
-    monkeypatch.setattr(cifar10.CIFAR10, "tgz_md5", hashlib.md5(file.getvalue()).hexdigest())
     monkeypatch.setattr(cifar10, "_SHA256", hashlib.sha256(file.getvalue()).hexdigest())
     asked = []
     monkeypatch.setattr(
