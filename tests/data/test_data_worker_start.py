@@ -4,6 +4,7 @@ import multiprocessing as mp
 import subprocess
 import sys
 import textwrap
+from multiprocessing import forkserver
 from multiprocessing.reduction import ForkingPickler
 
 import pytest
@@ -11,6 +12,7 @@ import torch
 from torch.utils.data import Dataset
 
 from steploop.core.file_modules import file_modules, load_file
+from steploop.data import worker_start
 from steploop.data.loader import Loader
 from steploop.errors import DataError
 from steploop.tools.cli import call
@@ -72,6 +74,22 @@ def test_a_module_that_was_loaded_by_path_is_listed_with_the_text_that_was_run(t
     listed = {name: (path, text) for name, path, text in file_modules()}
     assert listed["other_name_of_plain"] == (str(file), b"x = 2")
     assert not {"torch", "steploop", "pytest", "textwrap", "__main__"} & set(listed)
+
+
+@pytest.mark.parametrize(("chosen", "pid", "expected"), [
+    (["__main__"], None, ["__main__", "steploop.data.batch_requests"]),
+    (["numpy"], None, ["numpy"]),
+    (["__main__"], 123, ["__main__"]),
+])  # fmt: skip
+def test_a_fork_server_imports_torch_once_unless_its_modules_were_chosen(monkeypatch, chosen, pid, expected):
+    server = forkserver._forkserver
+    monkeypatch.setattr(server, "_preload_modules", chosen)
+    monkeypatch.setattr(server, "_forkserver_pid", pid)
+    monkeypatch.setattr(worker_start, "_start_method", lambda: "forkserver")
+    monkeypatch.setattr(worker_start.resource_tracker, "ensure_running", lambda: None)
+    with worker_start.starting():
+        pass
+    assert server._preload_modules == expected
 
 
 RECIPE = '''

@@ -149,7 +149,9 @@ def test_a_resume_within_an_epoch_is_refused_where_the_stream_cannot(tmp_path, c
     recipe, out = changed(tmp_path, streaming("not restorable")), tmp_path / "run"
     train(out, recipe=recipe, stop_at=10)
     assert call(["resume", str(out), "--quiet"]) == 1
-    assert "stands at batch 3 of epoch 2, and its stream cannot begin in the middle" in capsys.readouterr().err
+    assert (
+        "stands at batch 3 of epoch 2, and its stream cannot begin in the middle" in capsys.readouterr().err
+    )
     train(tmp_path / "whole", recipe=recipe)
     train(tmp_path / "other", recipe=recipe, flag=StopAtCheck(1))  # in the evaluation after the first epoch
     train(tmp_path / "other", resume=True)
