@@ -19,7 +19,7 @@ from steploop.runs.data_changes import begins_anew, changed_data, changed_order
 from steploop.runs.environment import versions
 from steploop.runs.initial_weights import with_initial_weights
 from steploop.runs.members import arranged, at_position, attempted_steps, lead
-from steploop.runs.monitoring import prepared, stopped
+from steploop.runs.monitoring import ending_of, prepared
 from steploop.runs.recorded_phases import recorded_phase
 from steploop.runs.requests import Request
 from steploop.runs.trial_evaluation import Weights, try_evaluation
@@ -40,6 +40,9 @@ class Beginning:
         record: the phase's record (see ``contract``).
         changes: what is not as it was.
         weights: which weights are evaluated, where a trial has shown it.
+        before: the phase's record before a resume.
+        unsaved: whether the state is another one than that of its checkpoint, so that it has to be saved first.
+        ended: whether nothing is left to train or to evaluate.
         owed: whether the evaluation after the state's last step did not come to its end.
     """
 
@@ -49,6 +52,9 @@ class Beginning:
     record: Mapping[str, Any]
     changes: tuple[Change, ...] = ()
     weights: Weights | None = None
+    before: Mapping[str, Any] = attrs.field(factory=dict)
+    unsaved: bool = False
+    ended: bool = False
     owed: bool = False
 
 
@@ -160,7 +166,9 @@ class _Resumption:
             return with_folds(recipe, found, self._before, lambda _: None)
 
         started = self._before.get("start", {})
-        if anew := any(change.kind != "compile" for change in changes):
+        # a resume before this one may have been ended before its changes were saved
+        anew = any(change.kind != "compile" for change in changes) or self._before.get("unsaved", False)
+        if anew:
             with_folds(recipe, state, self._before, note)
             del state  # two are enough at a time
             state = with_hyperparameters(recipe, settled, started, self._now["start"], note)
@@ -168,11 +176,10 @@ class _Resumption:
         weights = try_evaluation(recipe, state) if anew else None
         if restart or self._is_whole(lead(state).batch):
             state = at_position(state, 0 if restart else len(recipe.batches))
-        if stopped(state):
-            self._say_stopped(state)
+        ended = not owed and recipe.then is None and self._has_ended(state)
         return Beginning(
             recipe=attrs.evolve(recipe, state=state), phase=self._phase, loaded=True, record=self._now,
-            changes=(*changes,), weights=weights, owed=owed,
+            changes=(*changes,), weights=weights, owed=owed, before=self._before, unsaved=anew, ended=ended,
         )  # fmt: skip
 
     def _recorded_phase(self) -> Mapping[str, Any]:
@@ -232,9 +239,12 @@ class _Resumption:
         return batch >= per_epoch
 
     def _note_counts(self) -> bool:
-        """Whether another sentence about the data means other data: unless another version, or another recipe, wrote it."""
+        """Whether another sentence about the data means other data.
+
+        Another version may word it otherwise; and where their values are the same, what is given anew may have done so.
+        """
         now = versions()["steploop"]
-        reworded = any(change.kind == "recipe" for change in self._request.changes)
+        reworded = any(change.kind in {"recipe", "setting"} for change in self._request.changes)
         content = self._now["data"]["content"]
         same = content is not None and content == self._before.get("data", {}).get("content")
         return self._request.recorded.get("steploop") == now and not (reworded and same)
@@ -284,12 +294,27 @@ class _Resumption:
                 "the checkpoint. Leave it as it was, or begin a new run."
             )
 
-    def _say_stopped(self, state: State) -> None:
+    def _has_ended(self, state: State) -> bool:
+        """Whether nothing is left to train; says why, and refuses what would then be recorded and never happen."""
+        ending = ending_of(self._recipe, state, self._request.plan.limit_steps)
+        if ending is None:
+            return False
+        why = f"nothing is left to do: the run has its {self._recipe.epochs} epochs. Give it more to go on"
+        if ending == "early_stop":
+            why = self._why_stopped(state)
+        elif ending == "limit":
+            why = f"nothing is left to do: the run has reached --limit-steps {self._request.plan.limit_steps}"
+        if given := [c for c in self._anew if c.kind != "module"]:
+            raise ConfigError(f"{sentence(given)} would change nothing: {why}.")
+        self._note(why)
+        return True
+
+    def _why_stopped(self, state: State) -> str:
         fold, rule = lead(state).early_stopping, self._recipe.early_stopping
-        if fold is None or rule is None:
-            return
+        assert fold is not None  # noqa: S101  (it has stopped the run)
+        assert rule is not None  # noqa: S101  (a fold without a rule is dropped)
         setting = next((name for name in self._request.settings if "patience" in name), "NAME")
-        self._note(
+        return (
             f"early stopping has ended this run: {rule.monitor} did not improve in {fold.bad_checks} evaluations (patience "
-            f"{rule.patience}). It stays stopped; to go on, give more patience, as in --set {setting}={2 * rule.patience}"
+            f"{rule.patience}). It stays stopped; to go on, give more patience, as in --set {setting}={2 * fold.bad_checks}"
         )

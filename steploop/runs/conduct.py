@@ -82,7 +82,8 @@ class _Run:
             with self._nothing_to_save():
                 beginning = self._begin()
                 services = open_services(self._request)
-                record(self._request, beginning, tuning)
+                if not beginning.ended:
+                    record(self._request, beginning, tuning)
                 announce(self._request, beginning.recipe, self._screen)
             kept = {key: self._before[key] for key in _KEPT if key in self._before}
             status = Status(self._directory, monitor=beginning.recipe.monitor, **kept)

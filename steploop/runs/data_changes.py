@@ -84,7 +84,7 @@ def begins_anew(
             "Stream(..., restorable=True)."
         )
     if data or order:
-        note(f"goes on with other data: {sentence([*data, *order])}")
+        note(f"goes on with other {'data' if data else 'batches'}: {sentence([*data, *order])}")
     if anew:
         note(f"epoch {epoch + 1} begins anew: its first {batch} batches are repeated")
     return anew

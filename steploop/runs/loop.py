@@ -24,7 +24,7 @@ from steploop.runs.members import (
     next_epoch,
     place_of,
 )
-from steploop.runs.monitoring import stopped
+from steploop.runs.monitoring import ending_of, stopped
 from steploop.runs.pace import Pace
 from steploop.runs.plan import Ending, Journal, Keeper, Plan, Witness, lines_every
 from steploop.runs.signals import StopFlag
@@ -103,19 +103,11 @@ class Loop:
         depth = self._plan.layer_norms
         with nullcontext() if depth is None else LayerNorms(state, depth=depth) as self._norms:
             while self._ending is None:
-                self._ending = self.ending_of(state)
+                self._ending = ending_of(self._recipe, state, self._plan.limit_steps)
                 if self._ending is None:
                     self._taken = True
                     state = self._epoch(state)
         return self._closed(state), self._ending
-
-    def ending_of(self, state: State) -> Ending | None:
-        """Why a run is over whose state is at the end of a step or an epoch; None where there is more to train."""
-        if stopped(state):
-            return "early_stop"
-        if lead(state).epoch >= self._recipe.epochs:
-            return "finished"
-        return "limit" if self._reached_limit(attempted_steps(state)) else None
 
     @property
     def idle(self) -> bool:

@@ -8,9 +8,10 @@ from steploop.core.state.several import State
 from steploop.errors import ConfigError
 from steploop.recipe.config_values import nearest
 from steploop.recipe.recipe import Recipe
-from steploop.runs.members import lead, with_lead
+from steploop.runs.members import attempted_steps, lead, with_lead
+from steploop.runs.plan import Ending
 
-__all__ = ["fold_metrics", "prepared", "refuse_missing", "stopped"]
+__all__ = ["ending_of", "fold_metrics", "prepared", "refuse_missing", "stopped"]
 
 
 def prepared(recipe: Recipe, state: State) -> State:
@@ -27,6 +28,15 @@ def stopped(state: State) -> bool:
     """Whether early stopping has ended this run."""
     fold = lead(state).early_stopping
     return fold is not None and fold.stopped
+
+
+def ending_of(recipe: Recipe, state: State, limit_steps: int | None) -> Ending | None:
+    """Why a run is over whose state is at the end of a step or an epoch; None where there is more to train."""
+    if stopped(state):
+        return "early_stop"
+    if lead(state).epoch >= recipe.epochs:
+        return "finished"
+    return "limit" if limit_steps is not None and attempted_steps(state) >= limit_steps else None
 
 
 def fold_metrics(recipe: Recipe, state: State, metrics: Mapping[str, float | None]) -> tuple[State, bool]:

@@ -5,6 +5,7 @@ from typing import Any, Literal
 
 import attrs
 
+from steploop.checkpoint import digest
 from steploop.core.state.several import State
 from steploop.recipe.recipe import Logger, Recipe
 from steploop.runs.beginning import Beginning, begin
@@ -109,7 +110,9 @@ class Phases:
             on_evaluation=lambda line: outlets.tell(line, recipe.monitor),
         )
         state = recipe.state
-        if beginning.loaded:
+        if beginning.loaded and beginning.unsaved and not beginning.ended:
+            self._save_first(beginning, keeper)
+        elif beginning.loaded:
             keeper.goes_on_from(state)
         elif phase:
             keeper.save(state, best=False)  # so that a resume finds this phase begun
@@ -131,12 +134,20 @@ class Phases:
         finally:
             if (due := loop.evaluations.due) is not None:
                 outlets.say(evaluation_due=due)
-            keeper.close()
+            keeper.settle()
             if (close := getattr(recipe.batches, "close", None)) is not None:
                 close()  # workers that were kept for the next epoch
         return Folded(
             state=state, recipe=recipe, ending=ending, metrics=loop.evaluations.metrics, idle=loop.idle
         )
+
+    def _save_first(self, beginning: Beginning, keeper: CheckpointKeeper) -> None:
+        """Save what a resume has changed before anything else, so that a kill or a signal does not undo it."""
+        keeper.save(beginning.recipe.state, best=False)
+        keeper.settle()
+        record_phase(self._request.directory, beginning)
+        if beginning.owed:
+            self._outlets.say(evaluation_due=digest(beginning.recipe.state))
 
     def _form(self, beginning: Beginning) -> bool | Literal["auto"]:
         """Whether to compile the step; what ``auto`` has chosen before a resume stays, as the bits depend on it."""
@@ -158,8 +169,7 @@ class Phases:
         """Drop the lines of what will be done again, the last evaluation perhaps, and say where the run goes on."""
         state = beginning.recipe.state
         place = place_of(state)
-        if loop.ending_of(state) is not None and not beginning.owed:
-            self._screen.note("nothing is left to do: the run has ended. Give it more epochs to go on")
+        if beginning.ended:
             return
         attempted, phase = place["attempted"], beginning.phase
         again = loop.evaluates_first(state, due=beginning.owed)

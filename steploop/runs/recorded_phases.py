@@ -9,7 +9,7 @@ __all__ = ["recorded_phase"]
 
 _TYPES: Mapping[str, type] = {
     "data": dict, "batches": dict, "restorable": bool, "monitor": list, "early_stopping": list, "plateau": list, "start": dict,
-    "evaluated": str,
+    "evaluated": str, "unsaved": bool,
 }  # fmt: skip
 
 

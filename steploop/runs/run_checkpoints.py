@@ -63,7 +63,7 @@ class CheckpointKeeper:
         """Note that the state is kept already: it was loaded from here."""
         self._saved = _place(state)
 
-    def close(self) -> None:
+    def settle(self) -> None:
         """Return once the last one is on the disk.
 
         Raises:

@@ -27,6 +27,8 @@ def record(request: Request, beginning: Beginning, tuning: Mapping[str, int]) ->
     directory, recipe = request.directory, beginning.recipe
     path = request.recipe.path.resolve()
     phases = _phases(request.recorded, beginning)
+    if beginning.unsaved:  # the record of what the checkpoint holds stays until another one is saved
+        phases[-1] = {**beginning.before, "unsaved": True}
     about = {
         "steploop": __version__,
         "recipe": {

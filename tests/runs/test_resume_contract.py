@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 from pathlib import Path
 
 import attrs
@@ -14,6 +15,7 @@ from steploop.errors import CheckpointIncompatibleError, ConfigError, DataError
 from steploop.runs.conduct import carry_out
 from steploop.runs.logs.screens import QuietScreen
 from steploop.runs.requests import resume_request
+from steploop.runs.signals import StopFlag
 from steploop.tools.cli import call
 
 RECIPE = """
@@ -161,7 +163,7 @@ def by_hand(values, cut, after, steps=18):
     ],
     ids=str,
 )
-@pytest.mark.parametrize("cut", [1, 5, 12])
+@pytest.mark.parametrize("cut", [1, 8])
 def test_hyperparameters_given_anew_count_from_the_next_step_on_through_schedule_and_groups(
     values, after, cut, recipe, tmp_path
 ):
@@ -203,7 +205,7 @@ def test_a_resume_that_is_given_nothing_keeps_every_bit_and_says_nothing_of_chan
         ),
         ({}, {"samples": 28}, DataError, "samples 24 -> 28"),
         ({}, {"data_seed": 2}, DataError, "These are not the data of the run: values of the data"),
-        ({}, {"note": "found"}, DataError, "data made -> found"),
+        ({}, {"note": "found", "data_seed": 2}, DataError, "data made -> found"),
         ({}, {"epochs": 1}, ConfigError, "epochs=1, but the run is in its epoch 2 already. Give at least 2"),
         (
             {},
@@ -259,7 +261,7 @@ def test_another_batch_size_between_two_epochs_repeats_and_skips_nothing(recipe,
     out = tmp_path / "run"
     train(out, {"epochs": 1}, recipe=recipe)
     said = go_on(out, {"epochs": 2, "batch_size": 8})
-    assert "goes on with other data: batches in an epoch 6 -> 3, batch_size 4 -> 8" in said
+    assert "goes on with other batches: batches in an epoch 6 -> 3, batch_size 4 -> 8" in said
     assert max(line["attempted"] for line in lines(out)) == 6 + 3
 
 
@@ -475,3 +477,64 @@ def test_the_form_that_auto_has_chosen_stays_at_a_resume(recipe, tmp_path, monke
         (out / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in kept))
         train(out, resume=True, limit_steps=len(chosen) + 5)
         assert chosen[-1] == expected
+
+
+@pytest.mark.parametrize(
+    ("values", "options", "after", "said"),
+    [
+        ({}, {}, {"rate": 0.2}, "rate 0.1 -> 0.2 would change nothing: .* has its 3 epochs. Give it more"),
+        ({}, {"limit_steps": 4}, {"rate": 0.2}, "rate 0.1 -> 0.2 would change nothing: .* --limit-steps 4"),
+        ({"patience": 1}, {}, {"rate": 0.2}, "would change nothing: early stopping has ended this run"),
+    ],
+)
+def test_what_would_be_recorded_and_never_happen_is_refused(values, options, after, said, recipe, tmp_path):
+    out = tmp_path / "run"
+    train(out, values, recipe=recipe, **options)
+    before = content(out)
+    with pytest.raises(ConfigError, match=said):
+        go_on(out, after, **options)
+    assert content(out) == before
+
+
+class Gone(BaseException):
+    """The process ends here."""
+
+
+@pytest.mark.parametrize("place", ["Phases._save_first", "Phases._go_on", "Loop.run"])
+@pytest.mark.parametrize("values", [{}, {"scheduled": True}], ids=str)
+def test_what_is_given_anew_counts_even_if_that_resume_is_killed_before_its_first_step(
+    place, values, recipe, tmp_path, monkeypatch
+):
+    from steploop.runs.loop import Loop
+    from steploop.runs.phases import Phases
+
+    out, after = tmp_path / "run", {"rate": 0.01, "momentum": 0.5}
+    train(out, values, recipe=recipe, limit_steps=5)
+    kind, name = place.split(".")
+
+    def gone(*_, **__):
+        raise Gone
+
+    with monkeypatch.context() as patch:
+        patch.setattr({"Phases": Phases, "Loop": Loop}[kind], name, gone)
+        with pytest.raises(Gone):
+            go_on(out, after)
+    go_on(out)
+    found, expected = parameters(out), by_hand({"recipe": recipe, **values}, 5, after)
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+    assert {name: config(out)["config"][name] for name in after} == after
+    assert "unsaved" not in config(out)["phases"][0]
+
+
+def test_what_is_given_anew_counts_even_if_that_resume_is_stopped_before_its_first_step(recipe, tmp_path):
+    class Stopping(QuietScreen):
+        def note(self, text):
+            if text.startswith("going on"):
+                flag.handle(signal.SIGTERM)
+
+    out, flag, after = tmp_path / "run", StopFlag(), {"rate": 0.01}
+    train(out, recipe=recipe, limit_steps=5)
+    assert train(out, after, resume=True, screen=Stopping(), flag=flag).steps_attempted == 5
+    go_on(out)
+    found, expected = parameters(out), by_hand({"recipe": recipe}, 5, after)
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
