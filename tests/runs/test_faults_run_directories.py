@@ -18,7 +18,7 @@ from sample_runs import make_run
 
 from steploop.tools import application, cli
 
-LIMIT_S = 20  # of one command; the slowest takes well below a second
+LIMIT_S = 120  # of one command: a hang is meant, on a machine however busy; the slowest takes seconds
 
 
 @pytest.fixture(scope="module")
