@@ -2,17 +2,17 @@
 
 import os
 import signal
-import socket
 import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from types import FrameType
-from typing import Any
-
-import attrs
+from typing import TYPE_CHECKING, Any
 
 from steploop.core.interruption import Interrupted, watched_by
+
+if TYPE_CHECKING:
+    import socket
 
 __all__ = [
     "INTERRUPTED",
@@ -37,7 +37,6 @@ def exit_code_of(signum: int) -> int:
     return INTERRUPTED if signum == signal.SIGINT else PREEMPTED
 
 
-@attrs.define
 class StopFlag:
     """Whether the run was asked to stop.
 
@@ -49,10 +48,12 @@ class StopFlag:
             its values with the process; else it ends the process.
     """
 
-    signum: int | None = None
-    interruptible: bool = False
-    at_once: bool = False
-    second_raises: bool = False
+    # no attrs class: whoever imports this module wants to catch signals soon
+    def __init__(self, *, at_once: bool = False, second_raises: bool = False) -> None:
+        self.signum: int | None = None
+        self.interruptible = False
+        self.at_once = at_once
+        self.second_raises = second_raises
 
     def check(self) -> None:
         """Raise Interrupted if a signal has come and this is a moment for it."""
@@ -80,7 +81,7 @@ class StopFlag:
             self.interruptible = False
 
 
-def _stop_at_second(reader: socket.socket) -> None:
+def _stop_at_second(reader: "socket.socket") -> None:
     """End the process at the second Ctrl-C, even within a step that takes minutes."""
     seen = 0
     while data := reader.recv(64):
@@ -141,6 +142,8 @@ def signals_as(flag: StopFlag) -> Iterator[None]:
 @contextmanager
 def _second_ends() -> Iterator[None]:
     """Inside, a second Ctrl-C ends the process."""
+    import socket
+
     reader, writer = socket.socketpair()
     writer.setblocking(False)  # noqa: FBT003  (its only parameter)
     # the kernel's signal is written here at once, also while the main thread is inside a long call of torch
