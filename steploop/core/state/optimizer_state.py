@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from steploop.core.state.copying import plain_copy
-from steploop.core.trees import unkeepable
+from steploop.core.state.shared_memory import shared_memory
+from steploop.core.trees import named_leaves, unkeepable
 from steploop.errors import ConfigError
 
 __all__ = ["STATIC", "attributes_of", "check_keepable", "check_slots", "restore_attributes"]
@@ -35,8 +36,17 @@ def attributes_of(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
     return {
         name: plain_copy(value)
         for name, value in vars(optimizer).items()
-        if name not in _BASE and not isinstance(value, STATIC) and unkeepable(value) is None
+        if name not in _BASE
+        and not isinstance(value, STATIC)
+        and not _is_of_groups(optimizer, value)
+        and unkeepable(value) is None
     }
+
+
+def _is_of_groups(optimizer: torch.optim.Optimizer, value: Any) -> bool:
+    """Whether a value is the list of the groups itself, or of the parameters of one: both are pointed at other values."""
+    groups = optimizer.param_groups
+    return value is groups or any(value is group or value is group["params"] for group in groups)
 
 
 def restore_attributes(optimizer: torch.optim.Optimizer, values: Mapping[str, Any]) -> None:
@@ -60,7 +70,7 @@ def check_keepable(optimizer: torch.optim.Optimizer, hyper: tuple[Mapping[str, A
                 "optimizer, and write what the wrapper does as a function of the state."
             )
     for name, value in vars(optimizer).items():
-        if name in _BASE or isinstance(value, STATIC):
+        if name in _BASE or isinstance(value, STATIC) or _is_of_groups(optimizer, value):
             continue
         if isinstance(value, torch.optim.Optimizer):
             raise ConfigError(
@@ -70,10 +80,12 @@ def check_keepable(optimizer: torch.optim.Optimizer, hyper: tuple[Mapping[str, A
             )
         if (found := unkeepable(value)) is not None:
             raise _refusal(kind, f"the attribute {name}{found[0]}", found[1])
+        _refuse_parameters(optimizer, f"the attribute {name}", value)
     for index, group in enumerate(hyper):
         for key, value in group.items():
             if (found := unkeepable(value)) is not None:
                 raise _refusal(kind, f"{key!r} of group {index}{found[0]}", found[1])
+            _refuse_parameters(optimizer, f"{key!r} of group {index}", value)
 
 
 def check_slots(
@@ -93,9 +105,25 @@ def check_slots(
         found = unkeepable(tree)
         if found is not None:
             raise _refusal(kind, f"{where}{found[0].lstrip('.')}", found[1])
+        _refuse_parameters(optimizer, where, tree)
     for name, value in vars(optimizer).items():
-        if name not in _BASE and not isinstance(value, (*STATIC, Tensor)) and (found := unkeepable(value)):
+        if name in _BASE or isinstance(value, (*STATIC, Tensor)) or _is_of_groups(optimizer, value):
+            continue
+        if found := unkeepable(value):
             raise _refusal(kind, f"the attribute {name}{found[0]}", found[1])
+
+
+def _refuse_parameters(optimizer: torch.optim.Optimizer, where: str, tree: Any) -> None:
+    """Refuse parameters that an optimizer keeps a second time: of another state's step it would train the wrong ones."""
+    params = {str(id(p)): p for group in optimizer.param_groups for p in group["params"]}
+    dot = "" if where.endswith(" ") else "."
+    leaves = {f"{dot}{name}" if name else "": t for name, t in named_leaves(tree) if isinstance(t, Tensor)}
+    if (shared := shared_memory(params, leaves)) is not None:
+        name = next(one for one in shared if one in leaves)
+        raise ConfigError(
+            f"{type(optimizer).__name__} keeps one of its parameters a second time ({where}{name}). A state lends it the "
+            "parameters in param_groups only. Let it look there, or keep a copy."
+        )
 
 
 def _refusal(kind: str, what: str, value: Any) -> ConfigError:
