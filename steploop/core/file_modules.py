@@ -14,7 +14,7 @@ __all__ = ["HeldSource", "file_modules", "load_file", "offer_modules"]
 
 
 class HeldSource(importlib.machinery.SourceFileLoader):
-    """Runs the text that it holds, whatever is in the file by now, and leaves no ``__pycache__``.
+    """Run the text that it holds, not what is in the file by now, and leave no ``__pycache__``.
 
     Args:
         name: the module's name.

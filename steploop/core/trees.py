@@ -38,7 +38,7 @@ def map_tensors(  # noqa: PLR0911  (one return for each kind of node)
     """Build the same tree with ``function(leaf)`` in the place of every tensor.
 
     Every node keeps its type: a ``UserDict``, a named tuple, an attrs class or a dataclass is a new one of its kind,
-    with whatever else it holds. Of a ``MappingProxyType`` it makes a dict.
+    with all else that it holds. Of a ``MappingProxyType`` it makes a dict.
 
     Args:
         function: what to do with a tensor.

@@ -1,4 +1,4 @@
-"""What a Loader takes as its dataset: arrays and tables become tensors, and what is no dataset is refused."""
+"""Turn what a Loader is given into tensors or a dataset; refuse anything else by name."""
 
 import dataclasses
 from collections import UserList, deque
@@ -42,7 +42,7 @@ def accepted(data: Any, *, collates: bool = False) -> Any:
 
     Args:
         data: see `Loader`.
-        collates: whether the user makes batches of a list of samples; then a list is one, whatever is in it.
+        collates: whether the user makes batches of a list of samples; then any list is a list of samples.
 
     Returns:
         Tensors (a tensor, or a tuple, mapping, attrs class or dataclass of them), or a map-style dataset.
@@ -56,7 +56,7 @@ def accepted(data: Any, *, collates: bool = False) -> Any:
         _check_list(data, collates=collates)
         return data
     if _is_dataset(data):
-        # plain Python lists are collated position by position, which nobody wants of token ids
+        # default_collate turns lists of token ids into one tensor for each position
         bare = _origin(data) == "datasets" and not collates and data.format["type"] is None
         return data.with_format("torch") if bare else data
     converted: dict[int, Any] = {}

@@ -3,7 +3,7 @@
 They work on the batch as one tensor: a crop of 128 images of 32x32 takes about a tenth of a millisecond, where
 a loop over images takes ten times that and a call per image and transform a hundred times.
 
-The generator is one on the CPU whatever the device of the images (a ``Loader`` gives such a one): its few numbers
+The generator is on the CPU for images on any device (a ``Loader`` gives such a one): its few numbers
 are drawn there and sent over, without waiting for the device, and every device sees the same crops and flips.
 """
 
@@ -107,7 +107,7 @@ def normalize(
     Args:
         images: shape ``(B, C, H, W)``, uint8 in 0..255 or floating point in 0..1.
         mean: C numbers, of pixels in 0..1.
-        std: C numbers greater than 0, likewise.
+        std: C numbers greater than 0, of pixels in 0..1.
         channels_last: whether the result is laid out with the channels innermost
             (``torch.channels_last``), in which convolutions are faster on most devices.
 

@@ -1,4 +1,4 @@
-"""Makes one batch out of a request: what runs in a worker process, or in this one, with the same result.
+"""Make one batch from a request, in a worker process or in this one, with the same result.
 
 A request says everything that a batch depends on, so that it does not matter who serves it, or after what.
 Errors travel back as values: an exception that crosses a process loses its type, or cannot be built again.
@@ -143,7 +143,7 @@ def ambient_generators_restored() -> Iterator[None]:
     finally:
         torch.default_generator.set_state(state[0])
         random.setstate(state[1])
-        np.random.set_state(state[2])  # noqa: NPY002  (likewise)
+        np.random.set_state(state[2])  # noqa: NPY002  (the global one is meant)
 
 
 def seed_ambient_generators(seed: int) -> None:
@@ -196,7 +196,7 @@ class Fetcher(Dataset[Any]):
                 return map_tensors(
                     lambda t: t.index_select(0, rows.to(t.device, non_blocking=True)), self._data
                 )
-            # a worker's own generators are nobody else's: there is nothing to put back
+            # only this process uses a worker's generators: there is nothing to restore
             with ambient_generators_restored() if info is None else nullcontext():
                 samples: list[Any] = []
                 if _fetches_many(self._data):

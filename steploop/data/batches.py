@@ -1,4 +1,4 @@
-"""What a Recipe trains on: batches by epoch and position; anything else that makes batches is turned into them."""
+"""Turn a DataLoader, another loader or a list into batches by epoch and position."""
 
 from collections.abc import Callable, Iterable, Iterator, Sized
 from functools import partial

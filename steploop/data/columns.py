@@ -1,4 +1,4 @@
-"""Columns of samples as tensors: NumPy arrays, and tables of pandas and Arrow, which are never imported here."""
+"""Turn arrays and tables of NumPy, pandas and Arrow into tensors, without importing the last two."""
 
 import warnings
 from typing import Any

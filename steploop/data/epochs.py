@@ -1,4 +1,4 @@
-"""The batches of one epoch, from a cursor on: an iterator that knows its position and how long it waited."""
+"""Iterate over the batches of an epoch from any position; move them to a device ahead of use."""
 
 import time
 from collections.abc import Callable, Iterator

@@ -1,4 +1,4 @@
-"""The loader: batches of a dataset, in an order, from any position, the same whoever makes them."""
+"""Cut a dataset into batches: in a set order, from any position, with any number of workers."""
 
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -27,7 +27,7 @@ Augment = Callable[[Any, torch.Generator], Any]
 
 @attrs.frozen(kw_only=True, eq=False)
 class Loader:
-    """Batches of a dataset: a frozen description, and ``epoch(epoch, start)`` gives the batches themselves.
+    """Describe the batches of a dataset; ``epoch(epoch, start)`` makes them.
 
     Which samples a batch holds, and the random numbers of its augmentation, are functions of (seed, epoch,
     position) and nothing else: not of the number of workers, of what was read before, or of torch's global
@@ -147,7 +147,7 @@ class Loader:
             epoch: the epoch's number, from 0.
             start: the first batch, ``0 .. len(self)``; at ``len(self)`` there is none left.
             poll: called about twice a second while workers make us wait; what it raises ends the epoch. By default
-                it asks whether the run was told to stop.
+                it asks whether the run should stop.
 
         Returns:
             An iterator of batches that knows its ``position`` and the seconds it ``waited_s``.

@@ -53,7 +53,7 @@ def epoch_order(n: int, *, seed: int, epoch: int, shuffle: bool = True) -> Tenso
         return torch.randperm(n, generator=torch.Generator().manual_seed(fold_in(seed, ORDER, epoch)))
     except RuntimeError as error:
         raise DataError(
-            f"the order of {n:,} samples takes {8 * n:,} bytes, which cannot be had: a dataset that is infinite, or "
+            f"the order of {n:,} samples takes {8 * n:,} bytes, more than there are: a dataset that is infinite, or "
             "whose __len__ says so, has no permutation; make it a Stream with a length of your choice"
         ) from error
 

@@ -1,4 +1,4 @@
-"""Orders for a Loader that are no plain shuffle: samples drawn by weight, samples of one length together."""
+"""Order the samples of an epoch by weight or by length, as pure functions of (seed, epoch)."""
 
 from collections.abc import Sequence
 from typing import Any, Protocol

@@ -1,4 +1,4 @@
-"""Batches from anywhere: for data that come as a stream, and say themselves what can be resumed."""
+"""Take batches from any function, for data without samples by index."""
 
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
@@ -23,7 +23,7 @@ def _is_function(_: Any, field: "attrs.Attribute[Any]", value: Any) -> None:
 
 @attrs.frozen(kw_only=True, eq=False)
 class Stream:
-    """Batches that a function makes: for iterable datasets, generators and other people's loaders.
+    """Take batches from a function: for iterable datasets, generators and other loaders.
 
     It has the shape of a ``Loader``, but promises less: order, random numbers and what lies at a position are the
     function's affair. Resuming in the middle of an epoch is refused unless ``restorable``.
@@ -31,7 +31,7 @@ class Stream:
     Args:
         batches: ``(epoch, start) -> iterable of batches``, called once for every epoch.
         length: batches in an epoch. What comes after them is not read, so a stream may be infinite; less is an
-            error. None: an epoch is whatever comes, and ``len()`` is not known.
+            error. None: an epoch is all that comes, and ``len()`` is not known.
         restorable: whether the function honours ``start``, so that the batches from there on are the same as
             those of the whole epoch from there on.
         device: where the batches go; None leaves them where they are.

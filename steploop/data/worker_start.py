@@ -1,4 +1,4 @@
-"""What a new worker process needs, under each of Python's start methods: fork, spawn and forkserver."""
+"""Start worker processes by fork, spawn or forkserver, and say what cannot be sent to them."""
 
 import ctypes
 import multiprocessing as mp

@@ -1,11 +1,11 @@
-"""Worker processes: torch's DataLoader, made to end cleanly, to wait interruptibly and to say who died.
+"""Run torch's DataLoader workers so that they end cleanly, can be interrupted, and name the one that died.
 
 What is changed about it, and why:
 
 - Workers ignore the signals that stop a run, which reach the whole process group: the training process decides when to
   stop, and its workers must still serve the batches until then. They die with it (Linux: PR_SET_PDEATHSIG).
-- torch reports a dead worker from a signal handler, as an exception in whatever line the main thread happens to
-  be, in the middle of a commit too. Here it is reported while waiting for a batch, and nowhere else.
+- torch reports a dead worker from a signal handler, as an exception in any line of the main thread, in the
+  middle of a commit too. Here it is reported while waiting for a batch, and nowhere else.
 - Waiting returns to Python every second at the latest, so that a flag set by a signal handler is seen.
 """
 
@@ -54,7 +54,7 @@ class _Plan(Sampler[Request]):
 
 
 class WorkerPool:
-    """Worker processes serving one epoch at a time; kept for the next epoch when they are persistent.
+    """Keep worker processes that make the batches of one epoch at a time.
 
     Args:
         fetcher: what the workers run.
@@ -99,14 +99,14 @@ class WorkerPool:
 
     @property
     def pids(self) -> list[int]:
-        """The process ids of the workers, by worker id."""
+        """List the process ids of the workers, by worker id."""
         return [w.pid for w in self._processes]
 
     @property
     def _processes(self) -> list[Any]:
         return (
             [] if self._iterator is None else self._iterator._workers
-        )  # torch tells nobody who its workers are
+        )  # torch has no public name for its workers
 
     def begin(self, requests: Sequence[Request]) -> None:
         """Start on the batches of an epoch, in new workers or in those that are idle.
@@ -131,7 +131,7 @@ class WorkerPool:
                 f"{self._loader.num_workers} worker processes could not be started: {error}; try fewer workers, or "
                 "num_workers=0, which makes the same batches in this process"
             ) from error
-        except Exception as error:  # whatever in the dataset refuses to be pickled
+        except Exception as error:  # anything in the dataset may refuse to be pickled
             raise unsendable(self._fetcher.parts, error) from error
         # torch's handler for SIGCHLD stays, but from here on knows none of our workers
         _remove_worker_pids(id(self._iterator))
@@ -174,14 +174,14 @@ class WorkerPool:
             iterator._shutdown_workers()  # its only way to end persistent workers before __del__
         finally:
             killer.cancel()
-            killer.join()  # of two threads that wait for one process, one is told that there is none
+            killer.join()  # if two threads wait for one process, one of them gets an error
             _kill(processes)
 
     def __del__(self) -> None:
         self.close()
 
     def kill(self) -> None:
-        """End the workers at once, without a word; for the end of this process."""
+        """End the workers at once, as this process ends."""
         if os.getpid() == self._owner:
             _kill(self._processes)
 

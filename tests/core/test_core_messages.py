@@ -225,7 +225,7 @@ REFUSALS = [
     (lambda: EarlyStopping(monitor=""), ConfigError, "EarlyStopping: monitor must be the name of a metric, got ''. Give for instance \"loss\"."),
     (lambda: Best(value=math.nan, step=0), ConfigError, "Best: value must be a number, not NaN, got nan. A metric that is NaN is never the best; None stands for no value yet."),
     (lambda: is_better(1.0, None, "least"), ConfigError, 'is_better: mode must be "min" or "max", got \'least\'. Give "min" for a loss.'),
-    (lambda: epoch_order(2**60 - 1, seed=0, epoch=0, shuffle=False), DataError, "the order of 1,152,921,504,606,846,975 samples takes 9,223,372,036,854,775,800 bytes, which cannot be had: a dataset that is infinite, or whose __len__ says so, has no permutation; make it a Stream with a length of your choice"),
+    (lambda: epoch_order(2**60 - 1, seed=0, epoch=0, shuffle=False), DataError, "the order of 1,152,921,504,606,846,975 samples takes 9,223,372,036,854,775,800 bytes, more than there are: a dataset that is infinite, or whose __len__ says so, has no permutation; make it a Stream with a length of your choice"),
     (lambda: epoch_order(-1, seed=0, epoch=0), ConfigError, "n must be an integer >= 0, got -1."),
     (lambda: batch_indices(torch.arange(4), -1, batch_size=2), ConfigError, "batch must be an integer in 0..1, got -1."),
     # two real devices are more than a test can ask for: the meta device stands for the second

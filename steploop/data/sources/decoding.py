@@ -1,4 +1,4 @@
-"""Decode one image file into RGB bytes, upright, whatever its depth and colours."""
+"""Decode an image file of any depth and colours into upright RGB bytes."""
 
 import attrs
 import numpy as np

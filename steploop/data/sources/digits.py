@@ -48,7 +48,7 @@ def load_digits(source: DigitSource = "auto", *, root: str | Path = "data", time
 
     Raises:
         ConfigError: there is no such source.
-        DataError: MNIST was asked for, and is neither on disk nor to be had.
+        DataError: MNIST was asked for, but is not on disk and cannot be downloaded.
         MissingExtraError: scikit-learn's digits are needed, and it is not installed.
 
     Example:
