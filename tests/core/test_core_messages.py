@@ -182,7 +182,7 @@ REFUSALS = [
     (lambda: create(five(), Optimizer(torch.optim.SGD, lr=0.1, groups=[("head.*", {})])), ConfigError, "Optimizer: group 0 ('head.*') takes no parameter that is left. The trainable parameters are 0.weight, 0.bias, 1.weight, 1.bias, 2.weight."),
     (lambda: create(optimizer=Optimizer(torch.optim.SGD, lr=0.1, no_decay="head")), ConfigError, "Optimizer: no_decay='head' takes no parameter. The trainable parameters are weight, bias."),
     (lambda: create(frozen()), ConfigError, "Optimizer: the model has no parameter that requires a gradient, so there is nothing to train."),
-    (lambda: create(optimizer=Optimizer(torch.optim.SGD, lr=-1.0)), ConfigError, "Optimizer(SGD, lr=-1.0): SGD refuses this: Invalid learning rate: -1.0"),
+    (lambda: create(optimizer=Optimizer(torch.optim.SGD, lr=-1.0)), ConfigError, "Optimizer(SGD, lr=-1.0): SGD refuses this: Invalid learning rate: -1.0. It is made of parameter groups and these hyperparameters."),
     (lambda: create(optimizer=Optimizer(torch.optim.SGD, lr=0.1, groups=[("weight", {"beta": 1})])), ConfigError, "Optimizer(SGD, lr=0.1, groups=[('weight', {'beta': 1})]): SGD has no hyperparameter 'beta'. It has: dampening, differentiable, foreach, fused, lr, maximize, momentum, nesterov, weight_decay."),
     (lambda: schedule(create(optimizer=Optimizer(torch.optim.Adagrad, lr=0.1)), one_cycle(0.1, total_steps=5, momentum=(0.8, 0.9))), ConfigError, "schedule: this schedule cycles the momentum, but the optimizer has neither momentum nor betas. Pass momentum=None to the schedule, or use an optimizer that has one."),
     (lambda: backward_scaled(create()), StepOrderError, "backward_scaled: this state has no loss to differentiate. Call forward_loss(state, batch, objective) before."),

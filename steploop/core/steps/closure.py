@@ -5,8 +5,11 @@ from typing import Any
 
 import torch
 
+from steploop.core.state.copying import lazy_clone
+from steploop.core.state.parts import TensorValues
 from steploop.core.state.train_state import TrainState
 from steploop.core.steps.clip import unscale_and_clip
+from steploop.core.trees import map_tensors, named_leaves
 from steploop.errors import ObjectiveError
 
 __all__ = ["Evaluations"]
@@ -17,15 +20,19 @@ class Evaluations:
 
     Attributes:
         last: the state after the newest evaluation.
+        finite: whether every evaluation was finite.
     """
 
     def __init__(self, state: TrainState, closure: Callable[[TrainState], TrainState]) -> None:
         self._function = closure
         self._start = state
         self.last = state
+        self.finite = True
         self._unused: list[int] | None = (
             None  # versions of the parameters at an evaluation that was not asked for
         )
+        self._kept: TensorValues | None = None
+        self._kept_hyper: tuple[Any, ...] = ()
 
     def first(self) -> TrainState:
         """The state with unscaled gradients: those it has, or those of a first evaluation."""
@@ -62,4 +69,39 @@ class Evaluations:
                 "optimizer_step: the closure must return the state that it was given, with gradients: "
                 "backward_scaled(forward_loss(state, batch, objective))."
             )
-        return state if state.flight.grad_norm is not None else unscale_and_clip(state, max_norm=float("inf"))
+        if state.flight.grad_norm is None:
+            state = unscale_and_clip(state, max_norm=float("inf"))
+        self.finite = self.finite and bool(
+            state.flight.finite
+        )  # waits for a device: so does who evaluates again
+        return state
+
+    # -- an evaluation in the middle of the step that is not finite --------------------------------------------------
+
+    def keep(self, state: TrainState) -> None:
+        """Keep what the optimizer is about to change; torch copies a tensor when it is written to."""
+        tensors = state.tensors
+        leaves = {
+            name: lazy_clone(leaf) for name, leaf in zip(state.machine.trainable, tensors.leaves, strict=True)
+        }
+        slots, beside = map_tensors(lazy_clone, tensors.slots), map_tensors(lazy_clone, tensors.beside)
+        self._kept = tensors.replace(params=leaves, slots=slots, beside=beside)
+        self._kept_hyper = tuple(map_tensors(lazy_clone, group) for group in state.hyper)
+
+    def spoiled(self, tensors: TensorValues) -> bool:
+        """Whether values that are not finite came into the parameters or slots; a line search may have come back."""
+        if self.finite:
+            return False
+        held = [*tensors.leaves, *(leaf for _, leaf in named_leaves(tensors.slots))]
+        return not all(bool(torch.isfinite(t).all()) for t in held if isinstance(t, torch.Tensor))
+
+    def undo(self, state: TrainState) -> tuple[Any, Any, Any]:
+        """Bring back the parameters; the slots that were kept, what was kept besides, and the hyperparameters."""
+        kept: Any = self._kept
+        with torch.no_grad():
+            for leaf, value in zip(state.tensors.leaves, kept.params.values(), strict=True):
+                leaf.copy_(value)
+        for name, slot in state.tensors.slots.items():  # the optimizer looks into these dictionaries
+            slot.clear()
+            slot.update(kept.slots[name])
+        return state.tensors.slots, kept.beside, self._kept_hyper

@@ -90,9 +90,9 @@ def optimizer_step(
             trace.limit_nonfinite(state, max_nonfinite_steps)
         advanced = _selected(state, finite)  # type: ignore[arg-type]  # a tensor that is being traced
     last = flight if evaluations is None else evaluations.last.flight
-    known = advanced.pop("known", last.known)
+    known, finite = advanced.pop("known", last.known), advanced.pop("finite", finite)
     new = state.replace(
-        scale=None if state.scale is None else state.scale.updated(finite),  # type: ignore[arg-type]
+        scale=None if state.scale is None else state.scale.updated(finite),
         attempted_steps=state.attempted_steps + 1,
         batch=state.batch + 1,
         flight=flight.ended(finite=finite, known=known),
@@ -100,7 +100,9 @@ def optimizer_step(
         **advanced,
     )  # fmt: skip
     if finite is False and new.nonfinite_steps >= max_nonfinite_steps:
-        check_nonfinite(new, max_nonfinite_steps, first_nonfinite(state))
+        check_nonfinite(
+            new, max_nonfinite_steps, first_nonfinite(state if evaluations is None else evaluations.last)
+        )
     return new
 
 
@@ -165,7 +167,10 @@ def _run_optimizer(state: TrainState, evaluations: Evaluations | None = None) ->
     grads = state.flight.grads.values  # type: ignore[union-attr]  # checked by the caller
     try:
         state.lease.tear()
-        closure = None if evaluations is None else evaluations.closure
+        closure = None
+        if evaluations is not None:
+            evaluations.keep(state)
+            closure = evaluations.closure
         if machine.third_party and trace_of(state) is None:
             with seeded_generators(machine, state.seed, state.attempted_steps, state.flight.passes):
                 machine.step(tensors.leaves, grads, closure)  # it may draw: the next place of this step
@@ -239,14 +244,19 @@ def _explain_third_party(state: TrainState, error: BaseException) -> None:
 
 def _decided(state: TrainState, evaluations: Evaluations | None, *, finite: bool) -> dict[str, Any]:
     """What a step changes where the host knows whether it is finite."""
-    if finite:
+    skipped = {"finite": False, "nonfinite_steps": state.nonfinite_steps + 1}
+    if not finite:
+        state.lease.tear()
+        return {"tensors": _as_it_began(state), **skipped}
+    changed = _run_optimizer(state, evaluations)
+    if evaluations is not None and evaluations.spoiled(changed["tensors"]):
+        slots, beside, hyper = evaluations.undo(state)
         return {
-            **_run_optimizer(state, evaluations),
-            "applied_steps": state.applied_steps + 1,
-            "nonfinite_steps": 0,
+            "tensors": _as_it_began(state).replace(slots=slots, beside=beside),
+            "hyper": hyper,
+            **skipped,
         }
-    state.lease.tear()
-    return {"tensors": _as_it_began(state), "nonfinite_steps": state.nonfinite_steps + 1}
+    return {**changed, "applied_steps": state.applied_steps + 1, "nonfinite_steps": 0}
 
 
 def _as_it_began(state: TrainState) -> TensorValues:
