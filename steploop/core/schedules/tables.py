@@ -22,11 +22,13 @@ class Tabulated:
         scheduler: the class of torch that gave the values.
         total_steps: how many values there are, in optimizer steps.
         table: the values, those of step 0 first; of the first parameter group.
+        groups: how many parameter groups' rates it was made with.
     """
 
     scheduler: str
     total_steps: int = attrs.field(converter=to_integer, validator=total_steps)
     table: tuple[float, ...] | tuple[Rates, ...] = attrs.field(repr=False)
+    groups: int = attrs.field(default=1, repr=False)
     _for_groups: Callable[[tuple[float, ...]], "tuple[Tabulated, ...]"] | None = attrs.field(
         default=None, repr=False, eq=False
     )
@@ -143,8 +145,14 @@ def _tabulated(
             ) from error
 
     def for_groups(factors: tuple[float, ...]) -> tuple[Tabulated, ...]:
-        own = request.lr if len(request.lr) == len(factors) > 1 else tuple(request.lr[0] * f for f in factors)
-        return _tabulated(make_scheduler, request, own)
+        if len(request.lr) == 1:
+            return _tabulated(make_scheduler, request, tuple(request.lr[0] * f for f in factors))
+        if len(request.lr) != len(factors):
+            raise ConfigError(
+                f"from_torch: lr has the rates of {len(request.lr)} parameter groups, but the optimizer has {len(factors)}. Give "
+                "one for each of its groups, or a single one, which every group takes in proportion."
+            )
+        return _tabulated(make_scheduler, request, request.lr)
 
     made = []
     for group in zip(*values, strict=True):
@@ -152,7 +160,13 @@ def _tabulated(
         table = group if cycles else tuple(value.learning_rate for value in group)
         name = type(scheduler).__name__
         made.append(
-            Tabulated(scheduler=name, total_steps=request.total_steps, table=table, for_groups=for_groups)
+            Tabulated(
+                scheduler=name,
+                total_steps=request.total_steps,
+                table=table,
+                groups=len(request.lr),
+                for_groups=for_groups,
+            )
         )
     return tuple(made)
 

@@ -71,7 +71,8 @@ _Value = tuple[float | Tensor, float | Tensor | None]
 
 def values_at(machine: Machine, learning_rate: Schedules, step: int) -> list[_Value | None]:
     """Rate and momentum of each parameter group after ``step`` steps; None for a group that keeps what it has."""
-    one = machine.uniform and (len(machine.group_names) == 1 or not isinstance(learning_rate, Tabulated))
+    groups = learning_rate.groups if isinstance(learning_rate, Tabulated) else None
+    one = machine.uniform and (groups is None or groups == len(machine.group_names) == 1)
     if one and not isinstance(learning_rate, Mapping):
         value = _value(learning_rate(step))
         return [value] * len(machine.group_names)
