@@ -4,12 +4,15 @@ import fnmatch
 import inspect
 import math
 from collections.abc import Callable, Mapping, Sequence
+from numbers import Real
 from typing import Any
 
 import attrs
+import numpy as np
 import torch
 from torch import Tensor, nn
 
+from steploop.core.trees import map_tensors
 from steploop.errors import ConfigError
 
 __all__ = ["Optimizer", "OptimizerSet", "Selector", "check_rate"]
@@ -74,9 +77,9 @@ class Optimizer:
             )
         self.__attrs_init__(
             torch_class,
-            dict(hyperparameters),
+            _python_numbers(hyperparameters),
             no_decay,
-            tuple((s, h if isinstance(h, Optimizer) else dict(h)) for s, h in groups),
+            tuple((s, h if isinstance(h, Optimizer) else _python_numbers(h)) for s, h in groups),
         )
         for _, own in self.groups:
             if isinstance(own, Optimizer) and own.groups:
@@ -222,9 +225,23 @@ class OptimizerSet(torch.optim.Optimizer):
 
 
 def check_rate(what: str, rate: Any) -> None:
-    """Raise ConfigError if a learning rate is a number that is negative, nan or infinite."""
-    if isinstance(rate, (int, float)) and not 0.0 <= rate < math.inf:
+    """Raise ConfigError if a learning rate is a number, or a tensor on the host, that is negative, nan or infinite."""
+    if isinstance(rate, Real):
+        good = 0.0 <= float(rate) < math.inf
+    elif type(rate) is Tensor and rate.device.type == "cpu":
+        good = rate.numel() == 1 and 0.0 <= rate.item() < math.inf
+    else:
+        return
+    if not good:
         raise ConfigError(f"{what} must be a finite number >= 0, but is {rate!r}.")
+
+
+def _python_numbers(hyperparameters: Mapping[str, Any]) -> dict[str, Any]:
+    """The same with Python's numbers in the places of NumPy's, which no checkpoint holds."""
+    return {
+        key: map_tensors(lambda t: t, value, other=lambda v: v.item() if isinstance(v, np.generic) else v)
+        for key, value in hyperparameters.items()
+    }
 
 
 def _reads(torch_class: type[torch.optim.Optimizer], key: str) -> bool:

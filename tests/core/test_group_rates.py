@@ -1,8 +1,10 @@
 """Rates: one schedule for each group, ends that are absolute, and no door through which a rate comes that is none."""
 
 import math
+from fractions import Fraction
 
 import attrs
+import numpy as np
 import pytest
 import torch
 from state_helpers import with_flight
@@ -13,6 +15,7 @@ from steploop import (
     Optimizer,
     Rates,
     TrainState,
+    checkpoint,
     constant,
     cosine_annealing,
     from_torch,
@@ -240,9 +243,59 @@ def test_a_rate_that_is_none_is_refused_at_every_door(rate):
     assert rates(made) == [0.1, 0.02, 0.3]
 
 
+@pytest.mark.parametrize("rate", [None, "0.1", True, 1j, [0.1], torch.tensor([0.1, 0.2])], ids=str)
+def test_what_is_no_number_is_refused_as_a_rate(rate):
+    refused(
+        lambda: schedule(grouped(), lambda t: rate),
+        f"schedule: the learning rate must be a finite number >= 0, but is {rate!r}.",
+    )
+
+
+@pytest.mark.parametrize("rate", [-1.0, math.nan, math.inf])
+def test_a_rate_in_a_tensor_or_of_numpy_is_checked_too(rate):
+    for one in (torch.tensor(rate), np.float32(rate), np.float64(rate)):
+        must = f"must be a finite number >= 0, but is {one!r}."
+        refused(lambda one=one: schedule(grouped(), lambda t: one), f"schedule: the learning rate {must}")
+    made = grouped()
+    hyper = tuple({**group, "lr": torch.tensor(rate)} for group in made.hyper)
+    refused(lambda: attrs.evolve(made, hyper=hyper), "TrainState: the lr of parameter group 0 must be")
+    with pytest.raises(ConfigError, match=r"finite number >= 0|Invalid learning rate"):
+        grouped(groups=[("1.*", {"lr": torch.tensor(rate)})])
+
+
+@pytest.mark.parametrize("rate", [np.float32(0.25), np.float64(0.25), torch.tensor(0.25), Fraction(1, 4)])
+def test_a_number_of_another_kind_becomes_pythons(rate, tmp_path):
+    """A checkpoint holds no others, and an hour later is too late to say so."""
+    state = schedule(grouped(), lambda t: rate)
+    assert rates(state) == pytest.approx([0.25, 0.05, 0.75], rel=1e-12)
+    assert {type(r) for r in rates(state)} == {float}
+    checkpoint.save(state, tmp_path / "a")
+    described = Optimizer(
+        torch.optim.Adam,
+        lr=np.float32(0.25),
+        betas=(np.float64(0.5), np.float32(0.75)),
+        groups=[("1.*", {"eps": np.float16(0.5)})],
+    )
+    assert (
+        TrainState.create(network(), described).hyper[1] | {"lr": 0.25, "betas": (0.5, 0.75), "eps": 0.5}
+        == TrainState.create(network(), described).hyper[1]
+    )
+    assert {type(v) for v in (*described.hyperparameters["betas"], described.hyperparameters["lr"])} == {
+        float
+    }
+
+
+def test_a_hyperparameter_that_no_checkpoint_holds_is_refused_when_the_state_is_made():
+    with pytest.raises(
+        ConfigError, match=r"^SGD keeps a ndarray \('momentum' of group 0\), which a state cannot hold"
+    ):
+        TrainState.create(network(), Optimizer(torch.optim.SGD, lr=0.1, momentum=np.array(0.9)))
+
+
 @pytest.mark.parametrize("rate", [0, 0.0, 1, 1e-300, 1e30])
 def test_a_rate_that_is_one_is_taken_as_it_is(rate):
-    assert rates(schedule(grouped(groups=()), lambda t: rate)) == [rate]
+    (taken,) = rates(schedule(grouped(groups=()), lambda t: rate))
+    assert (taken, type(taken)) == (rate, type(rate))
     assert (
         attrs.evolve(grouped(), hyper=tuple({**g, "lr": rate} for g in grouped().hyper)).learning_rate == rate
     )

@@ -16,7 +16,13 @@ from torch import Tensor
 from torch.optim import optimizer as torch_optimizer
 
 from steploop.core.state.module_machine import ModuleMachine
-from steploop.core.state.optimizer_state import STATIC, attributes_of, check_keepable, restore_attributes
+from steploop.core.state.optimizer_state import (
+    STATIC,
+    attributes_of,
+    check_hyper,
+    check_keepable,
+    restore_attributes,
+)
 from steploop.core.state.ownership import Holder, Lease
 from steploop.core.state.parts import TensorValues
 from steploop.errors import ConfigError
@@ -99,6 +105,8 @@ class Machine:
         if self.third_party:
             check_keepable(optimizer, self.initial_hyper)
             self.initial_attributes = attributes_of(optimizer)
+        else:
+            check_hyper(optimizer, self.initial_hyper)
 
     @property
     def fused(self) -> bool:

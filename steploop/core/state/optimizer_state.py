@@ -13,7 +13,7 @@ from steploop.core.state.shared_memory import shared_memory
 from steploop.core.trees import named_leaves, unkeepable
 from steploop.errors import ConfigError
 
-__all__ = ["STATIC", "attributes_of", "check_keepable", "check_slots", "restore_attributes"]
+__all__ = ["STATIC", "attributes_of", "check_hyper", "check_keepable", "check_slots", "restore_attributes"]
 
 # Values that say how an optimizer computes: constants of its description, which do not change while it steps.
 STATIC = (
@@ -81,11 +81,22 @@ def check_keepable(optimizer: torch.optim.Optimizer, hyper: tuple[Mapping[str, A
         if (found := unkeepable(value)) is not None:
             raise _refusal(kind, f"the attribute {name}{found[0]}", found[1])
         _refuse_parameters(optimizer, f"the attribute {name}", value)
+    check_hyper(optimizer, hyper)
+    for index, group in enumerate(hyper):
+        for key, value in group.items():
+            _refuse_parameters(optimizer, f"{key!r} of group {index}", value)
+
+
+def check_hyper(optimizer: torch.optim.Optimizer, hyper: tuple[Mapping[str, Any], ...]) -> None:
+    """Refuse a hyperparameter that no state can hold.
+
+    Raises:
+        ConfigError: names it.
+    """
     for index, group in enumerate(hyper):
         for key, value in group.items():
             if (found := unkeepable(value)) is not None:
-                raise _refusal(kind, f"{key!r} of group {index}{found[0]}", found[1])
-            _refuse_parameters(optimizer, f"{key!r} of group {index}", value)
+                raise _refusal(type(optimizer).__name__, f"{key!r} of group {index}{found[0]}", found[1])
 
 
 def check_slots(

@@ -1,6 +1,7 @@
 """``schedule``: set the learning rate of the next step from the number of steps taken, wherever that number is."""
 
 from collections.abc import Callable, Mapping
+from numbers import Real
 from typing import Any
 
 import attrs
@@ -84,10 +85,20 @@ def values_at(machine: Machine, learning_rate: Schedules, step: int) -> list[_Va
 
 def _value(value: float | Rates) -> _Value:
     if isinstance(value, Rates):
-        check_rate("schedule: the learning rate", value.learning_rate)
-        return value.learning_rate, value.momentum
-    check_rate("schedule: the learning rate", value)
-    return value, None
+        return _rate(value.learning_rate), value.momentum
+    return _rate(value), None
+
+
+def _rate(rate: Any) -> Any:
+    """A learning rate as Python's number, or as a tensor on a device; ConfigError where it is none."""
+    check_rate("schedule: the learning rate", rate)
+    if type(rate) is float or type(rate) is int:
+        return rate
+    if isinstance(rate, Tensor) and rate.numel() == 1:
+        return rate.item() if rate.device.type == "cpu" else rate.reshape(())
+    if type(rate) is bool or not isinstance(rate, Real):
+        raise ConfigError(f"schedule: the learning rate must be a finite number >= 0, but is {rate!r}.")
+    return float(rate)
 
 
 def _of_groups(machine: Machine, learning_rate: Schedules) -> list[Schedule | None]:
@@ -132,11 +143,10 @@ def _scaled(learning_rate: Schedule, factor: float) -> Schedule:
 
     def scaled(step: int) -> float | Rates:
         value = learning_rate(step)
-        return (
-            Rates(value.learning_rate * factor, value.momentum)
-            if isinstance(value, Rates)
-            else value * factor
-        )
+        if isinstance(value, Rates):
+            return Rates(_rate(value.learning_rate) * factor, value.momentum)
+        rate: float = _rate(value) * factor
+        return rate
 
     return scaled
 
