@@ -89,12 +89,24 @@ def _same_hyperparameters(saved: Migrated, like: TrainState) -> bool:
 def _not_grown(saved: Migrated, like: TrainState) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """Saved buffers and ours, without those whose shape depends on data and was, when made, what it is here."""
     made = like.machine.buffer_shapes
-    names = like.machine.module.buffer_names()
-    grown = {name for name, first in saved.grown.items() if name in names and made.get(name) == first}
+
+    def first(name: str) -> tuple[int, ...] | None:
+        return saved.grown[name] if name in saved.grown else _shape(saved.buffers.get(name))
+
+    grown = {
+        name
+        for name in like.machine.module.buffer_names()
+        if first(name) == made.get(name)
+        and _shape(saved.buffers.get(name)) != _shape(like.tensors.buffers.get(name))
+    }
     return (
         {n: b for n, b in saved.buffers.items() if n not in grown},
         {n: b for n, b in like.tensors.buffers.items() if n not in grown},
     )
+
+
+def _shape(tensor: Tensor | None) -> tuple[int, ...] | None:
+    return None if tensor is None else tuple(tensor.shape)
 
 
 def _tensor_differences(

@@ -6,7 +6,7 @@ from functools import reduce
 from steploop import checkpoint
 
 
-def in_every_form(make, step, batches, folder):
+def in_every_form(make, step, batches, folder, *, forward_spends=False):
     """Form -> the state at the end.
 
     Args:
@@ -14,6 +14,7 @@ def in_every_form(make, step, batches, folder):
         step: ``(state, batch, donate=True) -> state``.
         batches: of the run; the forms part in the middle of it.
         folder: for a checkpoint.
+        forward_spends: whether a forward pass changes trained parameters, so that no form leaves its input whole.
     """
 
     def fold(state, part, **options):
@@ -40,6 +41,8 @@ def in_every_form(make, step, batches, folder):
         "with a clone in turns": alternated,
         "a clone in turns": beside,
     }
+    if forward_spends:
+        return found
     again = fold(make(), first)
     fold(again, second, donate=False)  # leaves it whole
     found["a pure run before"] = fold(again, second)

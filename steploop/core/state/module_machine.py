@@ -42,6 +42,8 @@ class ModuleMachine:
         self._placing: Mapping[str, Tensor] = params
         self._dicts = [where for m in modules.values() for where in (m._modules, m._parameters, m._buffers)]
         self._sizes = list(map(len, self._dicts))
+        self._names = _names(model)
+        self._kind = _kind_of(next(iter(params.values()), None))
         self._children = [(m._modules, dict(m._modules)) for m in modules.values() if m._modules]
         plain = nn.Module.get_extra_state
         self.extras = [(name, m) for name, m in modules.items() if type(m).get_extra_state is not plain]
@@ -126,16 +128,23 @@ class ModuleMachine:
             if found is not placed[name] and found is not placing[name]:
                 raise _changed(f"its parameter {name} was replaced by another tensor")
         if list(map(len, self._dicts)) != self._sizes:
-            raise _changed(f"it has layers, parameters or buffers that it had not: {self._difference()}")
+            raise _changed(self._difference())
+        if self.param_places and self._kind != _kind_of(first := placed[self.param_places[0][2]]):
+            raise _changed(
+                f"its parameters were moved: {self.param_places[0][2]} is {first.dtype} on {first.device} now, and was "
+                f"{self._kind[0]} on {self._kind[1]} when the state was made"
+            )
         for children, known in self._children:
             if children != known:
                 name = next(n for n in known if children.get(n) is not known[n])
                 raise _changed(f"its layer {name!r} was replaced by another one")
 
     def _difference(self) -> str:
-        known = {name for _, _, name in (*self.param_places, *self.buffer_places)}
-        now = [*dict(self.model.named_parameters()), *dict(self.model.named_buffers())]
-        return ", ".join([name for name in now if name not in known][:5]) or "some were removed"
+        now = _names(self.model)
+        if added := [name for name in now if name not in self._names]:
+            return f"it has new layers, parameters or buffers: {', '.join(added[:5])}"
+        removed = [name for name in self._names if name not in now]
+        return f"layers, parameters or buffers were removed: {', '.join(removed[:5])}"
 
     def layout(self) -> list[tuple[int, Any]]:
         """Where values stand, and what stays in eval mode: another layout means a new head, say, or a thawed part."""
@@ -145,6 +154,7 @@ class ModuleMachine:
     def adopt(self) -> None:
         """Take the parameters that stand in the module as those that were placed: a new state begins with them."""
         now = {name: where[key] for where, key, name in self.param_places}
+        self._kind = _kind_of(next(iter(now.values()), None))  # model.to() changes parameters in place
         if any(now[name] is not tensor for name, tensor in self.placed.items()):
             self.placed = self._placing = now
             self.holder.release()  # what the module holds is no living state's any more
@@ -206,6 +216,20 @@ def _lists_of(modules: Mapping[str, nn.Module], names: Mapping[int, str]) -> lis
                 items = enumerate(value) if type(value) is list else value.items()
                 found += [(value, key, names[id(item)]) for key, item in items if id(item) in names]
     return found
+
+
+def _names(model: nn.Module) -> list[str]:
+    """The names of parameters and buffers (those that are None too), and of layers that have none."""
+    found: dict[str, None] = {}
+    for path, module in model.named_modules():
+        own = [*module._parameters, *module._buffers]
+        found |= dict.fromkeys([f"{path}.{name}".removeprefix(".") for name in own] or [path])
+    return list(found)
+
+
+def _kind_of(param: Tensor | None) -> tuple[Any, Any]:
+    """What ``model.to()``, ``half()`` or ``cuda()`` would change, of all parameters at once."""
+    return (None, None) if param is None else (param.dtype, param.device)
 
 
 def _changed(what: str) -> ConfigError:

@@ -195,7 +195,8 @@ class TrainingPasses:
             module.check()  # a layer that the first pass has made
             machine.moved = self._moved()
         names = zip(machine.trainable, tensors.leaves, self._versions, strict=True)
-        overwritten = [name for name, leaf, version in names if leaf._version != version]
+        known = machine.moved or ()  # through .data, which leaves the version as it was, too
+        overwritten = [name for name, leaf, version in names if leaf._version != version or name in known]
         self.updated_in_place = bool(overwritten)
         if overwritten and not {*overwritten} <= {*(machine.moved or ())}:
             machine.moved = tuple(dict.fromkeys([*(machine.moved or ()), *overwritten]))
@@ -217,7 +218,10 @@ class TrainingPasses:
         before, now = self._copies, self._own_params
         frozen = [n for n in self._machine.not_trained if not _unchanged(now[n], before[n])]
         pairs = zip(self._machine.trainable, self._state.tensors.leaves, self._versions, strict=True)
-        return (*frozen, *(name for name, leaf, version in pairs if leaf._version != version))
+        trained = [
+            n for n, leaf, version in pairs if leaf._version != version or not _unchanged(leaf, before[n])
+        ]
+        return (*frozen, *trained)
 
 
 def _unchanged(now: Tensor, before: Tensor) -> bool:
