@@ -13,7 +13,7 @@ def imported_modules(source: bytes, folder: Path) -> dict[str, str]:
     """Dotted name -> SHA-256 of each module below ``folder`` that a source imports, by itself or through another one.
 
     They are found by reading: imports inside of functions count, those by ``importlib`` do not. A name that Python
-    takes from elsewhere (of an installed package, say) is left out.
+    takes from elsewhere (of an installed package, say) is left out, and so is steploop, whose version is recorded.
     """
     found: dict[str, str] = {}
     waiting = [(source, "")]
@@ -21,7 +21,12 @@ def imported_modules(source: bytes, folder: Path) -> dict[str, str]:
         text, package = waiting.pop()
         for name in _imports(text, package):
             path = _file_of(name, folder)
-            if path is None or name in found or _taken_from_elsewhere(name, path):
+            if (
+                path is None
+                or name in found
+                or name.partition(".")[0] == "steploop"
+                or _taken_from_elsewhere(name, path)
+            ):
                 continue
             try:
                 inner = path.read_bytes()
@@ -42,7 +47,7 @@ def _imports(source: bytes, package: str) -> Iterator[str]:
         if isinstance(node, ast.Import):
             names = [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
-            above = package.split(".") if node.level else []
+            above = package.split(".") if node.level and package else []
             base = ".".join([*above[: len(above) - node.level + 1], *([node.module] if node.module else [])])
             names = [base, *(f"{base}.{alias.name}".lstrip(".") for alias in node.names)]
         else:

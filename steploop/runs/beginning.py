@@ -15,7 +15,7 @@ from steploop.recipe.config_values import configure
 from steploop.recipe.recipe import Recipe
 from steploop.runs.anew import with_folds, with_hyperparameters, with_loss_scales
 from steploop.runs.contract import Change, phase_record, refuse_inexact, sentence
-from steploop.runs.data_changes import begins_anew, changed_data, changed_order
+from steploop.runs.data_changes import VALUES, begins_anew, changed_data, changed_order
 from steploop.runs.environment import versions
 from steploop.runs.initial_weights import with_initial_weights
 from steploop.runs.members import arranged, at_position, attempted_steps, lead
@@ -219,8 +219,8 @@ class _Resumption:
         """Whether the epoch begins anew, and all that is not as it was."""
         before, now, request = self._before, self._now, self._request
         data = changed_data(before.get("data", {}), now["data"], note_counts=self._note_counts())
-        if any(c.name == "values of the data" for c in data) and not self._data_are_reproducible():
-            data = [c for c in data if c.name != "values of the data"]
+        if any(c.name == VALUES for c in data) and not self._data_are_reproducible():
+            data = [c for c in data if c.name != VALUES]
             self._note(
                 "warning: the recipe's data are not the same each time it is built: no resume of it is exact"
             )

@@ -119,6 +119,7 @@ def phase_record(recipe: Recipe) -> dict[str, Any]:
         "data": {
             "note": recipe.data,
             "samples": _samples(recipe.batches),
+            "kind": type(getattr(recipe.batches, "dataset", None)).__qualname__,
             "content": _content(recipe.batches),
         },
         "batches": {"per_epoch": len(recipe.batches), **_order(recipe.batches)},

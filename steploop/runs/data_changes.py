@@ -1,12 +1,15 @@
 """Compare the data of a resume with those of the run: other ones are refused, or begun anew with on request."""
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, Final
 
 from steploop.errors import DataError
 from steploop.runs.contract import Change, sentence
 
-__all__ = ["begins_anew", "changed_data", "changed_order"]
+__all__ = ["VALUES", "begins_anew", "changed_data", "changed_order"]
+
+
+VALUES: Final = "values of the data"  # the name of their change
 
 
 def changed_data(before: Mapping[str, Any], now: Mapping[str, Any], *, note_counts: bool) -> list[Change]:
@@ -17,25 +20,20 @@ def changed_data(before: Mapping[str, Any], now: Mapping[str, Any], *, note_coun
         now: the same of what was built.
         note_counts: whether another note means other data; one from another version may be worded otherwise.
     """
-    names = ["samples", "content", *(["note"] if note_counts else [])]
+    names = {"samples": "samples", "kind": "kind of data set", "content": VALUES}
+    names |= {"note": "data"} if note_counts else {}
     return [
-        Change(
-            {"note": "data", "content": "values of the data"}.get(name, name), before[name], now[name], "data"
-        )
-        for name in names
+        Change(said, before[name], now[name], "data")
+        for name, said in names.items()
         if before.get(name) is not None and now.get(name) is not None and before[name] != now[name]
     ]
 
 
 def changed_order(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[Change]:
     """Which facts about the batches are not as recorded."""
+    names = {"per_epoch": "batches in an epoch", "seed": "seed of the order"}
     return [
-        Change(
-            {"per_epoch": "batches in an epoch", "seed": "seed of the order"}.get(name, name),
-            value,
-            now[name],
-            "data",
-        )
+        Change(names.get(name, name), value, now[name], "data")
         for name, value in before.items()
         if name in now and now[name] != value
     ]

@@ -6,7 +6,7 @@ import attrs
 import numpy as np
 import pytest
 import torch
-from running import changed, digest, lines, steps, train
+from running import changed, digest, lines, steps, train, wait_until
 from torch import nn
 
 from steploop import Optimizer, TrainState, evaluate
@@ -170,3 +170,20 @@ def test_an_evaluation_that_fails_costs_no_training_and_is_made_up_for(eval_ever
         for out in ("run", "whole")
     )
     assert found == expected
+
+
+def test_an_epoch_is_saved_before_its_evaluation_begins(tmp_path):
+    """A kill in the evaluation costs no training either."""
+    seen, out = [], tmp_path / "run"
+
+    def looking(evaluation):
+        def measure(state):
+            if state.attempted_steps:
+                wait_until(lambda: state.step in steps(out))
+                seen.append(state.step)
+            return evaluation(state)
+
+        return measure
+
+    train(out, {"precision": "fp32"}, recipe=changed(tmp_path, evaluating(looking)))
+    assert seen == [7, 14]
