@@ -46,7 +46,8 @@ class _NumPy:
         if now is not None and now == self._seen:
             return callers, None
         state: Any = np.random.get_state(legacy=False)  # noqa: NPY002  (likewise)
-        self._seen = now
+        # while a second Gaussian waits, it waits at the next pass too
+        self._seen = None if state["has_gauss"] else now
         return callers, state if now is None or state["has_gauss"] else None
 
     def seed(self, seed: int) -> None:
