@@ -1,7 +1,6 @@
 """Run a train step as one compiled graph per shape of batch, and eagerly where necessary."""
 
 import time
-import warnings
 from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
@@ -9,23 +8,28 @@ import attrs
 from torch import Tensor
 
 from steploop.compilation.auto_choice import measure
+from steploop.compilation.baked import Baked
 from steploop.compilation.capture import trace_step
 from steploop.compilation.diagnosis import diagnosed
-from steploop.compilation.flattening import describe, flatten
+from steploop.compilation.flattening import Flat, describe, flatten
 from steploop.compilation.graph_calls import Bound, CompiledGraph
 from steploop.compilation.graph_outputs import SlotsGrew
-from steploop.compilation.inductor import Run, check_torch, compile_graph
+from steploop.compilation.graph_store import GraphStore
+from steploop.compilation.host_numbers import Now
+from steploop.compilation.inductor import check_torch, compile_graph, reads_a_value
+from steploop.compilation.leaves import places
 from steploop.compilation.plans import StepPlan
 from steploop.core.state.train_state import TrainState
-from steploop.errors import CompileError, NonFiniteError
+from steploop.errors import (
+    CompileError,
+    ConfigError,
+    NonFiniteError,
+    ObjectiveError,
+    SteploopError,
+    StepOrderError,
+)
 
 __all__ = ["CompiledStep", "Figures"]
-
-_COMPILED_WHEN_SEEN = (
-    3  # a shape other than the first is compiled when it comes for this time: a last batch costs no graph
-)
-_USUAL_SHAPES = 2  # more shapes than this are compiled with a warning,
-_MOST_SHAPES = 8  # and more than this run in eager
 
 
 @attrs.frozen(kw_only=True)
@@ -67,11 +71,10 @@ class CompiledStep:
         self.figures = Figures()
         self._report: Callable[[str], object] = report or (lambda _: None)
         self._bound = Bound()
-        self._current: dict[Any, CompiledGraph] = {}  # key of a batch -> the graph that ran last for it
-        self._graphs: dict[Any, list[CompiledGraph]] = {}
-        self._seen: dict[Any, int] = {}
+        self._store = GraphStore()
+        self._refused: set[Any] = set()  # forms of batches that cannot be compiled, under mode="auto"
+        self._finite = [True] * 64
         self._eager = False
-        self._gave_up = False  # more shapes than are worth a graph have come
 
     def __call__(self, state: Any, batch: Any) -> Any:
         """Take one step, like ``train_step(state, batch)``.
@@ -83,111 +86,100 @@ class CompiledStep:
         """
         if self._eager:
             return self.train_step(state, batch)
-        tensors, key = flatten(batch)
+        try:
+            tensors, key, numbers = flat = flatten(batch)
+        except Exception as error:  # noqa: BLE001  (raised again unless mode is "auto")
+            self._give_up(type(batch), error)
+            return self.train_step(state, batch)
         single = isinstance(state, TrainState)
         states = [state] if single else list(state.values())
         for one in states:
             if one.generation != one.lease.generation:
                 one.check_alive("train_step")
-        graph = self._current.get(key)
-        if graph is None or not self._bound.holds(states) or not graph.reads_as_traced(states):
-            graph = self._find(state, states, batch, tensors, key)
+        now = Now(states, numbers, self._finite[: len(states)])
+        graph = self._store.current.get(key)
+        if graph is None or not self._bound.holds(states) or not graph.holds(now):
+            graph = self._find(state, now, batch, flat)
             if graph is None:
                 return self.train_step(state, batch)
-        new = graph(self._bound, states, tensors)
+        new = graph(self._bound, now, tensors)
+        if new is None:
+            return self.train_step(state, batch)
         if graph.over_limit(new):
             self._raise_nonfinite(state, states, new, batch)
         return new[0] if single else dict(zip(state, new, strict=True))
 
     # -- finding or making a graph ---------------------------------------------------------------------------
 
-    def _find(
-        self, state: Any, states: list[TrainState], batch: Any, tensors: list[Tensor], key: Any
-    ) -> CompiledGraph | None:
+    def _find(self, state: Any, now: Now, batch: Any, flat: Flat) -> CompiledGraph | None:
         """Find or make the graph for these states and this batch; None if the step runs eagerly."""
-        for graph in self._graphs.get(key, ()):
-            if graph.fits(states):
-                self._use(graph, states, key)
-                return graph
-        if not self._worth_compiling(states, key):
-            return None
-        try:
-            graph = self._make(state, states, batch, tensors, key)
-        except SlotsGrew:
-            return None
-        except CompileError as error:
-            if self.mode is True:
-                raise
-            self._go_on_in_eager(f"the step cannot be compiled: {error}")
-            return None
-        if self.mode == "auto" and self.figures.form == "undecided":
-            self._choose(graph, state, batch)
-            if self._eager:
-                return None
-        elif self.figures.form == "undecided":
-            self.figures = attrs.evolve(self.figures, form="compiled", reason="compiling was asked for")
-        self._use(graph, states, key)
-        return graph
-
-    def _use(self, graph: CompiledGraph, states: Sequence[TrainState], key: Any) -> None:
-        self._current[key] = graph
+        states, key = now.states, flat[1]
         if not self._bound.holds(states):
             self._bound.take(states, same_tensors=False)
+        graph = self._store.find(key, now, self._bound)
+        if graph is not None or key in self._refused or not self._store.worth_compiling(states, key):
+            return graph
+        try:
+            graph = self._make(state, now, batch, flat)
+            if self.mode == "auto" and self.figures.form == "undecided":
+                self._choose(graph, state, batch)
+        except SlotsGrew:
+            return None
+        except Exception as error:  # noqa: BLE001  (raised again unless mode is "auto")
+            self._give_up(key, error)
+            return None
+        if self._eager:
+            return None
+        if self.figures.form != "compiled":
+            self.figures = attrs.evolve(self.figures, form="compiled", reason="compiling was asked for")
+        self._store.current[key] = graph
+        if not self._bound.holds(states):
+            self._bound.take(states, same_tensors=False)
+        return graph
 
-    def _worth_compiling(self, states: list[TrainState], key: Any) -> bool:
-        """Whether to make a graph now; a run's first step, which makes the slots, runs eagerly."""
-        if any(s.attempted_steps == 0 and not any(s.tensors.slots.values()) for s in states):
-            return False
-        if key in self._graphs or not self._graphs:
-            return True
-        self._seen[key] = self._seen.get(key, 0) + 1
-        if self._seen[key] < _COMPILED_WHEN_SEEN:
-            return False
-        if (
-            len(self._graphs) >= _USUAL_SHAPES
-            and self._seen[key] == _COMPILED_WHEN_SEEN
-            and not self._gave_up
-        ):
-            self._gave_up = len(self._graphs) >= _MOST_SHAPES
-            shapes = "; ".join(describe(known) for known in (*self._graphs, key))
-            then = "one more is run in eager" if self._gave_up else "each costs a graph"
-            warnings.warn(
-                f"steploop.compile: batches of {len(self._graphs) + 1} shapes have come ({shapes}); {then}. Pad them to one "
-                "or two shapes, or drop the short last batch.",
-                stacklevel=4,
-            )
-        return len(self._graphs) < _MOST_SHAPES
+    def _give_up(self, key: Any, error: Exception) -> None:
+        """Under mode="auto", run batches of this form in eager and say so once; else raise."""
+        if self.mode is True:
+            raise error if isinstance(error, SteploopError) else diagnosed(error) from error
+        if key in self._refused:
+            return
+        self._refused.add(key)
+        reason = f"the step cannot be compiled: {error}"
+        if not self._store:
+            self.figures = attrs.evolve(self.figures, form="eager", reason=reason)
+        self._report(f"goes on in eager{' for batches of this form' if self._store else ''}; {reason}")
 
-    def _make(
-        self, state: Any, states: list[TrainState], batch: Any, tensors: list[Tensor], key: Any
-    ) -> CompiledGraph:
+    def _make(self, state: Any, now: Now, batch: Any, flat: Flat) -> CompiledGraph:
         """Trace and compile; reuse an equal graph that is already compiled."""
         check_torch()
+        states, key = now.states, flat[1]
         names = [""] if isinstance(state, TrainState) else list(state)
         self._report(f"compiling the train step for a batch of {describe(key)}")
         begin = time.perf_counter()
         try:
-            plan = trace_step(
-                self.train_step, dict(zip(names, states, strict=True)), batch, tensors, cycled=False
-            )
-        except SlotsGrew:
+            plan, baked = self._trace(dict(zip(names, states, strict=True)), batch, flat)
+            _refuse_shared(plan, states, flat[0])
+        except (SlotsGrew, ConfigError, ObjectiveError, StepOrderError):
             raise
         except Exception as error:
             raise diagnosed(error) from error
-        run = self._compiled_before(plan) or compile_graph(plan.graph, plan.mode)
+        run = self._store.compiled_before(plan) or compile_graph(plan.graph, plan.mode)
         seconds = time.perf_counter() - begin
-        graph = CompiledGraph(plan, run, names, states)
-        self._graphs.setdefault(key, []).append(graph)
+        graph = CompiledGraph(plan, run, names, states, baked)
+        self._store.add(key, graph)
         self.figures = attrs.evolve(self.figures, compile_s=(*self.figures.compile_s, seconds))
         self._report(f"compiling: {seconds:.0f} s")
         return graph
 
-    def _compiled_before(self, plan: StepPlan) -> Run | None:
-        for graphs in self._graphs.values():
-            for graph in graphs:
-                if graph.plan.graph.text == plan.graph.text:
-                    return graph.run
-        return None
+    def _trace(self, states: dict[str, TrainState], batch: Any, flat: Flat) -> tuple[StepPlan, Baked]:
+        baked = Baked(self.train_step, [s.model for s in states.values()])
+        try:
+            return trace_step(self.train_step, states, batch, flat, baked), baked
+        except Exception as error:
+            # torch may have been given one of our numbers where it takes Python's only
+            if not isinstance(error, TypeError) and not reads_a_value(error):
+                raise
+            return trace_step(self.train_step, states, batch, flat, baked, fixed=True), baked
 
     # -- mode="auto" ---------------------------------------------------------------------------------------------
 
@@ -199,7 +191,10 @@ class CompiledStep:
             states = [one] if isinstance(one, TrainState) else list(one.values())
             if not bound.holds(states):
                 bound.take(states, same_tensors=False)
-            new = graph(bound, states, flatten(batch)[0])
+            tensors, _, numbers = flatten(batch)
+            new = graph(bound, Now(states, numbers, self._finite[: len(states)]), tensors)
+            if new is None:
+                return self.train_step(one, batch)
             return new[0] if isinstance(one, TrainState) else dict(zip(one, new, strict=True))
 
         took = measure({"eager": self.train_step, "compiled": compiled}, state, batch)
@@ -239,3 +234,13 @@ class CompiledStep:
             f"{max(int(n.nonfinite_steps) for n in new)} steps in a row had gradients that were not finite when compiled; in eager "
             "the last one is finite. Lower the learning rate, clip, or train without compiling."
         )
+
+
+def _refuse_shared(plan: StepPlan, states: Sequence[TrainState], batch: Sequence[Tensor]) -> None:
+    """Refuse batches whose tensors share memory with the states', or with each other where the step writes into one."""
+    own = [t for state in states for _, t in places(state)]
+    inputs = {t.untyped_storage().data_ptr() for t in batch if t.numel()}
+    if inputs & {t.untyped_storage().data_ptr() for t in own if t.numel()}:
+        raise CompileError("is given a batch that shares memory with the state. Pass a clone.")
+    if any(index < len(batch) for index in plan.graph.written):
+        raise CompileError("changes a tensor of the batch in place. Work on a copy: x = x.clone().")

@@ -1,70 +1,127 @@
 """Flatten batches and outputs to lists of tensors, and rebuild them: a graph has no structure."""
 
+import dataclasses
+import enum
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import attrs
-from torch import Tensor
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence
 
-from steploop.core.trees import map_tensors, named_leaves
+from steploop.core.trees import map_tensors
 from steploop.errors import CompileError
 
-__all__ = ["Build", "Reference", "builder", "describe", "flatten", "replace_tensors"]
+__all__ = ["Build", "Flat", "Reference", "builder", "describe", "flatten", "rebuild", "renumbered"]
 
 Build = Callable[[Sequence[Tensor]], Any]
 
+# Its tensors, a key of all else that a graph depends on, and its numbers, which a graph takes as they come.
+Flat = tuple[list[Tensor], Any, list[Any]]
 
-@attrs.frozen
+_NO_NUMBERS: list[Any] = []
+_PLAIN = (bool, str, bytes, int, float, complex, enum.Enum, torch.dtype, torch.device, type(None))
+
+
 class Reference:
     """A placeholder for the graph's output at ``index``."""
 
-    index: int
+    __slots__ = ("index",)
+
+    def __init__(self, index: int) -> None:
+        self.index = index
 
 
-def flatten(batch: Any) -> tuple[list[Tensor], Any]:
-    """Split a batch into its tensors and a key of all else that a graph depends on.
+def flatten(batch: Any) -> Flat:
+    """Split a batch into its tensors, a key of its structure, and its numbers.
 
     The usual batch, a tuple or list of tensors, is taken by a path of its own: this is done at every step.
     """
     kind = type(batch)
-    if kind is tuple or kind is list:
-        key: list[Any] = [kind]
-        for t in batch:
-            if type(t) is not Tensor:
-                return _flatten_any(batch)
-            key += (t.shape, t.stride(), t.dtype, t.device)
-        return list(batch), tuple(key)
-    if kind is Tensor:
-        return [batch], (batch.shape, batch.stride(), batch.dtype, batch.device)
+    try:
+        if kind is tuple or kind is list:
+            key: list[Any] = [kind]
+            for t in batch:
+                # a complex tensor may be a conjugate, whose memory holds other numbers
+                if type(t) is not Tensor or t.requires_grad or t.dtype.is_complex or t.is_neg():
+                    return _flatten_any(batch)
+                key += (t.shape, t.stride(), t.dtype, t.device)
+            return list(batch), tuple(key), _NO_NUMBERS
+        if kind is Tensor and not (batch.requires_grad or batch.dtype.is_complex or batch.is_neg()):
+            return [batch], (batch.shape, batch.stride(), batch.dtype, batch.device), _NO_NUMBERS
+    except RuntimeError:  # a sparse tensor has no strides
+        pass
     return _flatten_any(batch)
 
 
-def _flatten_any(batch: Any) -> tuple[list[Tensor], Any]:
-    tensors: list[Tensor] = []
-    key: list[Any] = [_skeleton(batch)]
-    for name, leaf in named_leaves(batch):
-        if isinstance(leaf, Tensor):
-            tensors.append(leaf)
-            key += (name, leaf.shape, leaf.stride(), leaf.dtype, leaf.device)
-        else:
-            key += (name, type(leaf), leaf)
-    try:
-        hash(tuple(key))
-    except TypeError as error:
+def _flatten_any(batch: Any) -> Flat:
+    flat: Flat = ([], [], [])
+    _walk(batch, "", *flat)
+    return flat[0], tuple(flat[1]), flat[2]
+
+
+def _walk(tree: Any, name: str, tensors: list[Tensor], key: list[Any], numbers: list[Any]) -> None:  # noqa: C901  (one branch for each kind)
+    """Append what a tree holds, in the order of ``map_tensors``."""
+    kind = type(tree)
+    if isinstance(tree, Tensor):
+        _check_tensor(tree, name)
+        plain = tree.resolve_conj().resolve_neg() if tree.is_complex() or tree.is_neg() else tree
+        tensors.append(plain)
+        key += (plain.shape, plain.stride(), plain.dtype, plain.device)
+    elif kind is int or kind is float:
+        key.append(kind)
+        numbers.append(tree)
+    elif isinstance(tree, Mapping):
+        key += (kind, len(tree))
+        for part, value in tree.items():
+            _check_plain(part, f"{name}[{type(part).__name__}]")
+            key.append(_exact(part))
+            _walk(value, f"{name}.{part}", tensors, key, numbers)
+    elif isinstance(tree, (list, tuple)):
+        key += (kind, len(tree))
+        for index, value in enumerate(tree):
+            _walk(value, f"{name}.{index}", tensors, key, numbers)
+    elif attrs.has(kind):
+        key.append(kind)
+        for f in attrs.fields(kind):
+            if f.init:
+                _walk(getattr(tree, f.name), f"{name}.{f.name}", tensors, key, numbers)
+    elif dataclasses.is_dataclass(tree) and not isinstance(tree, type):
+        key.append(kind)
+        for part in dataclasses.fields(tree):
+            _walk(getattr(tree, part.name), f"{name}.{part.name}", tensors, key, numbers)
+    else:
+        _check_plain(tree, name)
+        key += (kind, _exact(tree))
+
+
+def _exact(value: Any) -> Any:
+    """A value whose equality is that of its bits: 0.0 is not -0.0, True is not 1, and nan is nan."""
+    if isinstance(value, (bool, float, complex)):
+        return (type(value), repr(value))
+    return value
+
+
+def _check_plain(value: Any, name: str) -> None:
+    if not isinstance(value, _PLAIN):
+        kind = f"{type(value).__module__}.{type(value).__qualname__}".removeprefix("builtins.")
         raise CompileError(
-            f"A compiled train step takes batches of tensors, numbers and strings, but this one holds something else: {error}. "
-            "Leave it out of the batch, or train without compiling."
-        ) from error
-    return tensors, tuple(key)
+            f"takes batches of tensors, numbers, texts, bools, enums and None, in lists, tuples, mappings, attrs classes and "
+            f"dataclasses, but {('batch' + name)!r} is a {kind}. Make it a tensor (torch.as_tensor), or leave it out of the batch."
+        )
 
 
-def _skeleton(tree: Any) -> Any:
-    """Return the types of a tree's containers, which distinguish a list from a tuple."""
-    if isinstance(tree, Mapping):
-        return (type(tree), tuple((key, _skeleton(value)) for key, value in tree.items()))
-    if isinstance(tree, (list, tuple)):
-        return (type(tree), tuple(_skeleton(value) for value in tree))
-    return type(tree)
+def _check_tensor(tensor: Tensor, name: str) -> None:
+    what = None
+    if tensor.layout is not torch.strided:
+        what = f"is {str(tensor.layout).removeprefix('torch.')}, and a graph takes dense tensors only. Pass x.to_dense()."
+    elif type(tensor) not in {Tensor, nn.Parameter} and not isinstance(tensor, torch._subclasses.FakeTensor):
+        what = f"is a {type(tensor).__name__}, a class of its own. Pass x.as_subclass(torch.Tensor)."
+    elif tensor.requires_grad:
+        what = "requires a gradient, which would be lost. Pass x.detach(), and call requires_grad_() in the objective."
+    if what is not None:
+        raise CompileError(f"takes a batch whose tensor {('batch' + name)!r} {what}")
 
 
 def describe(key: Any) -> str:
@@ -72,10 +129,16 @@ def describe(key: Any) -> str:
     return ", ".join(str(tuple(part)) for part in key if type(part).__name__ == "Size") or repr(key)
 
 
-def replace_tensors(tree: Any, tensors: Sequence[Tensor]) -> Any:
-    """Replace a tree's tensors by these, in the order of ``flatten``."""
-    following = iter(tensors)
-    return map_tensors(lambda _: next(following), tree)
+def rebuild(tree: Any, tensors: Sequence[Any], numbers: Sequence[Any]) -> Any:
+    """Replace a tree's tensors and numbers by these, in the order of ``flatten``."""
+    following, counting = iter(tensors), iter(numbers)
+
+    def other(leaf: Any) -> Any:
+        if isinstance(leaf, PackedSequence):
+            return map_tensors(lambda _: next(following), leaf)
+        return next(counting) if type(leaf) in {int, float} else leaf
+
+    return map_tensors(lambda _: next(following), tree, other=other)
 
 
 def builder(template: Any) -> Build:
@@ -83,16 +146,16 @@ def builder(template: Any) -> Build:
     if isinstance(template, Reference):
         index = template.index
         return lambda values: values[index]
-    if isinstance(template, Mapping):
+    if type(template) is dict:
         parts = [(key, builder(value)) for key, value in template.items()]
         return lambda values: {key: part(values) for key, part in parts}
-    if isinstance(template, (list, tuple)):
+    if type(template) in {list, tuple}:
         items = [builder(value) for value in template]
         kind = type(template)
-        if hasattr(kind, "_fields"):
-            return lambda values: kind(*(item(values) for item in items))
         return lambda values: kind(item(values) for item in items)
-    if attrs.has(type(template)):
-        fields = {f.alias: builder(getattr(template, f.name)) for f in attrs.fields(type(template)) if f.init}
-        return lambda values: type(template)(**{name: part(values) for name, part in fields.items()})
-    return lambda _: template
+    return lambda values: renumbered(template, lambda index: values[index])
+
+
+def renumbered(template: Any, replace: Callable[[int], Any]) -> Any:
+    """A template with ``replace(index)`` in the place of every Reference."""
+    return map_tensors(lambda t: t, template, other=lambda x: replace(x.index) if type(x) is Reference else x)

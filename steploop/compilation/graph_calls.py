@@ -1,24 +1,29 @@
 """Call a compiled graph on states; this runs at every step and is kept short."""
 
 import itertools
-from collections.abc import Sequence
-from operator import attrgetter
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from torch import Tensor
 
+from steploop.compilation.baked import Baked
+from steploop.compilation.flattening import Reference, builder, renumbered
 from steploop.compilation.graph_inputs import Feed
+from steploop.compilation.host_numbers import Guard, Now
 from steploop.compilation.inductor import Run
 from steploop.compilation.leaves import constants_of, counted_on_host, signature
 from steploop.compilation.next_state import Advance
 from steploop.compilation.plans import StepPlan
+from steploop.core.seeds import fold_in
+from steploop.core.state.seeding import generators_of
+from steploop.core.state.surroundings import is_usual, shield
 from steploop.core.state.train_state import TrainState
-from steploop.core.steps.forward_pass import seeded_generators
 from steploop.core.steps.set_rates import schedule
 
 __all__ = ["Bound", "CompiledGraph"]
 
 _GENERATIONS = itertools.count()
+_NOTHING: list[Tensor] = []
 
 
 class Bound:
@@ -51,71 +56,204 @@ class Bound:
 
 
 class CompiledGraph:
-    """A compiled graph and its plan, for batches of one shape and states of one kind."""
+    """A compiled graph and its plan, for batches of one form and states of one kind."""
 
-    def __init__(self, plan: StepPlan, run: Run, names: Sequence[str], states: Sequence[TrainState]) -> None:
+    def __init__(
+        self, plan: StepPlan, run: Run, names: Sequence[str], states: Sequence[TrainState], baked: Baked
+    ) -> None:
         self.plan = plan
         self.run = run
+        self.baked = baked
+        self._names = names
         self._like = [signature(state) for state in states]
         self._constants = [constants_of(state.hyper, cycled=plan.cycled) for state in states]
-        self._reads = [
-            (names.index(name), attrgetter(path), value) for (name, path), value in plan.reads.items()
-        ]
-        given = plan.graph.wiring.given
-        outputs = 1 + max((where for where in given if where >= 0), default=-1)
-        passed = iter(range(outputs, outputs + len(given)))
-        where = [index if index >= 0 else next(passed) for index in given]
+        self._flags = _flags(states)
+        self._guards = [(guard.read, guard.value) for guard in plan.guards]
+        self._doubtful = [guard for guard in plan.guards if guard.after]
+        where, self._computed = _positions(plan)
         plans = [plan.states[name] for name in names]
         self._advances = [Advance(p, where) for p in plans]
-        self._passes = any(index < 0 for index in given)
+        self._left = [
+            (place, key, builder(renumbered(value, lambda i: Reference(where[i]))))
+            for place, key, value in plan.left
+        ]
+        self._passes = any(index < 0 for index in plan.graph.wiring.given)
         self._donated = all(p.donated for p in plans)
         self._before = [(i, fn) for i, p in enumerate(plans) for fn in p.before]
         self._after = [(i, fn) for i, p in enumerate(plans) for fn in p.after]
         self._limits = [(i, p.limit) for i, p in enumerate(plans) if p.limit and p.on_host]
         self._feed = Feed(plan, names, states[0].device, on_host=all(map(counted_on_host, states)))
-        self._generation = -1
+        self._written = [i for i, taken in enumerate(plan.graph.wiring.inputs) if taken in plan.graph.written]
+        self._finite = [
+            where[p.flight["finite"].index] for p in plans if isinstance(p.flight["finite"], Reference)
+        ]
+        self._generation = self._fitted = -1
 
-    def reads_as_traced(self, states: Sequence[TrainState]) -> bool:
-        """Whether the plain values that the trace read are unchanged."""
-        return not self._reads or all(read(states[i]) == value for i, read, value in self._reads)
+    # -- whether it may run ------------------------------------------------------------------------------------------
 
-    def fits(self, states: Sequence[TrainState]) -> bool:
-        """Whether the graph fits these states; a full check, made when new states come."""
-        return (
-            [signature(state) for state in states] == self._like
-            and [constants_of(state.hyper, cycled=self.plan.cycled) for state in states] == self._constants
-            and self.reads_as_traced(states)
-        )
+    def holds(self, now: Now) -> bool:
+        """Whether all that Python read and decided while tracing is as it was."""
+        if not self.baked.unchanged() or _flags(now.states) != self._flags:
+            return False
+        try:
+            for (
+                read,
+                value,
+            ) in self._guards:  # in their order: a later one may not be asked where an earlier one differs
+                if read(now) != value:
+                    return False
+        except Exception:  # noqa: BLE001  (a division by 0, a table that ends: then Python decides something else)
+            return False
+        return True
 
-    def __call__(self, bound: Bound, states: Sequence[TrainState], batch: list[Tensor]) -> list[TrainState]:
-        """Take one step: write the numbers, run the graph, make the states, apply the schedules."""
-        feed = self._feed
-        if self._generation != bound.generation:
-            feed.bind(states)
-            self._generation = bound.generation
-        if self._before:
-            states = list(states)
-            for i, learning_rate in self._before:
-                states[i] = schedule(states[i], learning_rate)
-        inputs = feed.arguments(states, batch)
-        if self._donated:
-            # whatever ends the call before its time may leave the tensors half updated: then nobody may use them
-            for state in states:
-                state.lease.tear()
-        if self.plan.graph.random:
-            first = states[0]
-            with seeded_generators(first.machine, first.seed, first.attempted_steps, 0):
-                given = self.run(inputs)
-        else:
-            given = self.run(inputs)
-        if self._passes:
-            given = [*given, *feed.passed(states, batch)]
-        new = [advance(state, given) for advance, state in zip(self._advances, states, strict=True)]
-        for i, learning_rate in self._after:
-            new[i] = schedule(new[i], learning_rate)
-        bound.take(new, same_tensors=self._donated)
-        return new
+    def fits(self, states: Sequence[TrainState], bound: Bound) -> bool:
+        """Whether the states are of the kind that the graph was made for; a full check, made when new states come."""
+        if self._fitted == bound.generation:
+            return True
+        fits = [signature(state) for state in states] == self._like and [
+            constants_of(state.hyper, cycled=self.plan.cycled) for state in states
+        ] == self._constants
+        if fits:
+            self._fitted = bound.generation
+        return fits
+
+    def in_doubt(self, now: Now) -> bool:
+        """Whether Python would decide otherwise if this step turns out not to be finite."""
+        return any(_differs(guard, now) for guard in self._doubtful)
 
     def over_limit(self, new: Sequence[TrainState]) -> bool:
         """Whether too many steps in a row were not finite."""
         return any(new[i].nonfinite_steps >= limit for i, limit in self._limits)
+
+    # -- running it --------------------------------------------------------------------------------------------------
+
+    def __call__(  # noqa: C901, PLR0912  (in one piece: this is every step's way)
+        self, bound: Bound, now: Now, batch: list[Tensor]
+    ) -> list[TrainState] | None:
+        """Take one step: write the numbers, run the graph, make the states, apply the schedules.
+
+        Returns:
+            The new states; None where the step has to be taken in eager: it is not finite, and Python decides by that.
+            Then the old states are whole.
+        """
+        states = now.states
+        for state in states:
+            state.machine.module.check()
+        if self._before:
+            now = self._scheduled(now)
+            states = now.states
+        feed, draws = self._feed, self.plan.graph.draws
+        if self._generation != bound.generation:
+            feed.bind(states)
+            self._generation = bound.generation
+        drawn = draws.run(dict(zip(self._names, states, strict=True))) if draws.program else _NOTHING
+        inputs = feed.arguments(now, batch, drawn)
+        kept = None
+        if self._doubtful and self.in_doubt(now):
+            kept = [(inputs[i], inputs[i].clone()) for i in self._written]
+        if self._donated:
+            # whatever ends the call before its time may leave the tensors half updated: then nobody may use them
+            for state in states:
+                state.lease.tear()
+        machine = states[0].machine
+        if is_usual(machine):
+            given = self._run(states, inputs)
+        else:
+            with shield(machine):
+                given = self._run(states, inputs)
+        if kept is not None and not all(bool(given[i]) for i in self._finite):
+            self._take_back(states, kept)
+            return None
+        if self._passes:
+            given = [*given, *feed.passed(now, batch, drawn)]
+        if self._computed:
+            given = self._with_numbers(now, given)
+        new = [advance(state, given) for advance, state in zip(self._advances, states, strict=True)]
+        for i, learning_rate in self._after:
+            new[i] = schedule(new[i], learning_rate)
+        for place, key, build in self._left:
+            place[key] = build(given)
+        bound.take(new, same_tensors=self._donated)
+        return new
+
+    def _scheduled(self, now: Now) -> Now:
+        states = list(now.states)
+        for i, learning_rate in self._before:
+            states[i] = schedule(states[i], learning_rate)
+        return Now(states, now.numbers, now.finite)
+
+    def _with_numbers(self, now: Now, given: Sequence[Any]) -> list[Any]:
+        """What the graph gave, and the numbers of the host that stand among the outputs."""
+        if self._finite:
+            now = Now(now.states, now.numbers, [bool(given[i]) for i in self._finite])
+        return [*given, *(read(now) for read in self._computed)]
+
+    def _take_back(self, states: Sequence[TrainState], kept: Sequence[tuple[Tensor, Tensor]]) -> None:
+        """Undo what the graph wrote."""
+        for tensor, value in kept:
+            tensor.copy_(value)
+        if self._donated:
+            for state in states:
+                state.lease.mend()
+
+    def _run(self, states: Sequence[TrainState], inputs: list[Tensor]) -> Any:
+        graph = self.plan.graph
+        if not graph.random or graph.draws.seed is None:
+            return self.run(inputs)
+        name, number = graph.draws.seed
+        state = states[self._names.index(name)]
+        machine = state.machine
+        if machine.generators is None:
+            machine.generators = generators_of(machine.device)
+        kept = [generator.get_state() for generator in machine.generators]
+        try:
+            seed = fold_in(state.seed, state.attempted_steps, number)
+            for generator in machine.generators:
+                generator.manual_seed(seed)
+            return self.run(inputs)
+        finally:
+            for generator, before in zip(machine.generators, kept, strict=True):
+                generator.set_state(before)
+
+
+def _flags(states: Sequence[TrainState]) -> list[Any]:
+    """What hangs on the parameters: whether they are trained, and their hooks."""
+    flags: list[Any] = []
+    for state in states:
+        for p in state.tensors.params.values():
+            hooks, post = p._backward_hooks, p._post_accumulate_grad_hooks
+            flags.append(
+                p.requires_grad
+                if not hooks and not post
+                else (p.requires_grad, *_hooks(hooks), *_hooks(post))
+            )
+    return flags
+
+
+def _hooks(found: Any) -> list[Any]:
+    return list((found or {}).values())
+
+
+def _differs(guard: Guard, now: Now) -> bool:
+    chances = [(True, False) if i in guard.after else (True,) for i in range(len(now.finite))]
+    return any(
+        guard.read(Now(now.states, now.numbers, c)) != guard.value for c in itertools.product(*chances)
+    )
+
+
+def _positions(plan: StepPlan) -> tuple[list[int], list[Callable[[Now], Any]]]:
+    """For each reference of a plan, where its value stands: outputs, inputs passed through, numbers of the host."""
+    given = plan.graph.wiring.given
+    outputs = 1 + max((index for index in given if index >= 0), default=-1)
+    passed = itertools.count(outputs)
+    places = [index if index >= 0 else next(passed) for index in given]
+    tensors, last = iter(places), next(passed)
+    where: list[int] = []
+    computed: list[Callable[[Now], Any]] = []
+    for index in range(len(given) + len(plan.computed)):
+        if index in plan.computed:
+            where.append(last + len(computed))
+            computed.append(plan.computed[index])
+        else:
+            where.append(next(tensors))
+    return where, computed

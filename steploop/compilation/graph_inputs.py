@@ -6,6 +6,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from steploop.compilation.flattening import flatten
+from steploop.compilation.graph_outputs import FRESH
+from steploop.compilation.host_numbers import Now
 from steploop.compilation.leaves import Place, tensor_at
 from steploop.compilation.plans import StepPlan
 from steploop.core.state.train_state import TrainState
@@ -32,22 +35,25 @@ class Feed:
             numbers: Any = self._numbers.numpy()
             self._view = memoryview(numbers)  # writing through it costs a twentieth of fill_()
         self._written: dict[int, float] = {}
-        self._values = [(i, index[value.owner], value.read) for i, value in enumerate(plan.values)]
+        self._values = list(enumerate(plan.values))
         own = plan.batch_tensors
-        # what stands at each position of all inputs: ("batch", i), ("numbers",), a place, a counter or a constant
+        # what stands at each position of all inputs, by its kind
         self._all: list[tuple[Any, ...]] = [("batch", i) for i in range(own)]
         self._all.append(("numbers",))
         self._all += [("place", index[owner], place) for owner, place in plan.order]
         self._all += [("counter", index[owner], name) for owner, name in plan.counters]
+        self._all += [("result", index[owner], field, which) for owner, field, which in plan.results]
         self._all += [("constant", tensor) for tensor in plan.graph.constants]
+        self._all += [("draw", i) for i in range(plan.graph.drawn)]
         taken = [self._all[i] for i in plan.graph.wiring.inputs]
         self._batch = [part[1] for part in taken if part[0] == "batch"]
         self._whole_batch = len(self._batch) == own
         self._takes_numbers = ("numbers",) in taken
-        self._places: list[tuple[int, Place]] = [(part[1], part[2]) for part in taken if part[0] == "place"]
-        self._changing = [part for part in taken if part[0] == "counter"]
-        self._last = [part[1] for part in taken if part[0] == "constant"]
-        self._extends = bool(self._changing or self._last)
+        places: list[tuple[int, Place]] = [(part[1], part[2]) for part in taken if part[0] == "place"]
+        # a graph's inputs stand in the order of all: those that change come after, or among the places
+        self._kept = not any(place[0] in FRESH for _, place in places)
+        self._places = places
+        self._changing = [part for part in taken if part[0] not in {"batch", "numbers", "place"}]
         self._passed = [self._all[~where] for where in plan.graph.wiring.given if where < 0]
         self._fixed: list[Tensor] = []
 
@@ -57,23 +63,29 @@ class Feed:
         # detached: kernels write into parameters that autograd would guard, and no call needs torch.no_grad around it
         self._fixed += [tensor_at(states[i], place).detach() for i, place in self._places]
 
-    def arguments(self, states: Sequence[TrainState], batch: list[Tensor]) -> list[Tensor]:
+    def arguments(self, now: Now, batch: list[Tensor], drawn: list[Tensor]) -> list[Tensor]:
         """Return the inputs for one call, in the order of the pruned graph."""
         view = self._view
         if view is None:
-            self._write_on_device(states)
+            self._write_on_device(now)
         else:
-            for position, i, read in self._values:
-                view[position] = read(states[i])
+            for position, read in self._values:
+                view[position] = read(now)
+        if not self._kept:
+            self.bind(now.states)
         chosen = batch if self._whole_batch else [batch[i] for i in self._batch]
-        if not self._extends:
+        if not self._changing:
             return chosen + self._fixed
-        return [*chosen, *self._fixed, *(self._counter(states, part) for part in self._changing), *self._last]
+        return [*chosen, *self._fixed, *(self._lookup(now, batch, drawn, part) for part in self._changing)]
 
-    def _write_on_device(self, states: Sequence[TrainState]) -> None:
+    def written(self) -> list[Tensor]:
+        """The tensors of the states among the inputs: those that the graph may write into."""
+        return self._fixed[1:] if self._takes_numbers else self._fixed
+
+    def _write_on_device(self, now: Now) -> None:
         """Write the numbers without waiting for the device; copy those that are on it."""
-        for position, i, read in self._values:
-            value = read(states[i])
+        for position, read in self._values:
+            value = read(now)
             if isinstance(value, Tensor):
                 self._numbers[position].copy_(value)
                 self._written.pop(position, None)
@@ -81,20 +93,25 @@ class Feed:
                 self._numbers[position].fill_(value)
                 self._written[position] = value
 
-    def passed(self, states: Sequence[TrainState], batch: list[Tensor]) -> list[Tensor]:
+    def passed(self, now: Now, batch: list[Tensor], drawn: list[Tensor]) -> list[Tensor]:
         """Return the inputs that the graph returns unchanged, in the order of the outputs."""
-        return [self._lookup(states, batch, part) for part in self._passed]
+        return [self._lookup(now, batch, drawn, part) for part in self._passed]
 
-    def _lookup(self, states: Sequence[TrainState], batch: list[Tensor], part: tuple[Any, ...]) -> Tensor:
-        if part[0] == "batch":
-            index: int = part[1]
-            return batch[index]
-        if part[0] == "place":
-            return tensor_at(states[part[1]], part[2]).detach()
-        if part[0] == "counter":
-            return self._counter(states, part)
-        constant: Tensor = part[1]
-        return constant
+    def _lookup(self, now: Now, batch: list[Tensor], drawn: list[Tensor], part: tuple[Any, ...]) -> Tensor:
+        kind = part[0]
+        if kind == "batch":
+            return batch[int(part[1])]
+        if kind == "place":
+            return tensor_at(now.states[part[1]], part[2]).detach()
+        if kind == "counter":
+            return self._counter(now.states, part)
+        if kind == "result":
+            tensors: list[Tensor] = flatten(getattr(now.states[part[1]].flight, part[2]))[0]
+            return tensors[int(part[3])]
+        if kind == "numbers":
+            return self._numbers.clone()
+        found: Tensor = drawn[part[1]] if kind == "draw" else part[1]
+        return found
 
     def _counter(self, states: Sequence[TrainState], part: tuple[Any, ...]) -> Tensor:
         """Return a counter as a tensor, which it already is while on a device."""

@@ -7,16 +7,19 @@ import torch
 from torch import Tensor
 
 from steploop.compilation.flattening import Reference
+from steploop.compilation.host_numbers import Counter, HostNumber, plain_number
 from steploop.compilation.leaves import Place, counted_on_host, name_of, places, plain_leaves
 from steploop.compilation.plans import StatePlan
-from steploop.compilation.traced_state import OwnedCount, TracedState, untraced_names
-from steploop.core.schedules import Schedule
-from steploop.core.state.parts import result_names
+from steploop.compilation.traced_state import TracedState, results_of, untraced_names, unwatched
 from steploop.core.state.train_state import TrainState
+from steploop.core.steps.set_rates import Schedules
 from steploop.core.trees import map_tensors
 from steploop.errors import CompileError, SteploopError
 
-__all__ = ["SlotsGrew", "collect"]
+__all__ = ["FRESH", "SlotsGrew", "collect", "give", "template"]
+
+# Not updated in place: a tensor of the user's own stands there, which may be one of a batch.
+FRESH = {"carry"}
 
 
 class SlotsGrew(SteploopError):  # noqa: N818  (it says what happened: nothing is wrong)
@@ -28,10 +31,10 @@ def collect(
     old: TracedState,
     came: Mapping[Place, Tensor],
     new: TracedState,
-    given: list[Tensor],
+    given: list[Any],
     *,
-    before: Sequence[Schedule],
-    after: Sequence[Schedule],
+    before: Sequence[Schedules],
+    after: Sequence[Schedules],
     limit: int,
 ) -> StatePlan:
     """Append one state's outputs to ``given``, and plan how the host rebuilds the state.
@@ -66,8 +69,8 @@ def collect(
                 raise CompileError(
                     f"changed the shape or dtype of {name_of(place)}, from {tuple(tensor.shape)} {tensor.dtype} to {tuple(result.shape)} {result.dtype}."
                 )
-            if not donated:
-                tensors[place] = _give(result, given)
+            if not donated or place[0] in FRESH:
+                tensors[place] = give(result, given)
             elif result is not tensor:
                 tensor.copy_(result)
     attempts, batches = _offset(new, "attempted_steps"), _offset(new, "batch")
@@ -76,8 +79,7 @@ def collect(
         raise CompileError(
             f"takes {attempts} optimizer steps on one state; a compiled step takes one at most. Split it into several."
         )
-    # what the host knows of the counters it keeps itself
-    results = {name: getattr(new.flight, name) for name in result_names(type(new.flight)) if name != "known"}
+    results = {name: getattr(new.flight, name) for name in results_of(new.flight)}
     fields: dict[str, Any] = {}
     if not on_host:
         fields |= {"applied_steps": new.applied_steps, "nonfinite_steps": new.nonfinite_steps}
@@ -88,23 +90,33 @@ def collect(
         on_host=on_host,
         attempts=attempts,
         batches=batches,
-        given={name: map_tensors(lambda t: _give(t, given), value) for name, value in fields.items()},
-        flight={name: map_tensors(lambda t: _give(t, given), value) for name, value in results.items()},
+        given={name: template(value, given) for name, value in fields.items()},
+        flight={name: template(value, given) for name, value in results.items()},
         tensors=tensors,
         before=tuple(before),
         after=tuple(after),
         changed={
-            name: new.__dict__[name]
+            name: plain_number(unwatched(new.__dict__[name]))
             for name in untraced_names(type(real))
-            if new.__dict__[name] is not old.__dict__[name]
+            if unwatched(new.__dict__[name]) is not old.__dict__[name]
         },
         limit=limit,
     )
 
 
-def _give(tensor: Tensor, given: list[Tensor]) -> Reference:
-    given.append(tensor.detach())
+def give(value: Any, given: list[Any]) -> Reference:
+    """Append a tensor, or a number of the host's, to what a step gives."""
+    given.append(value.detach() if isinstance(value, Tensor) else value)
     return Reference(len(given) - 1)
+
+
+def template(tree: Any, given: list[Any]) -> Any:
+    """A tree with references in the places of its tensors and of the numbers that the host computes."""
+    return map_tensors(
+        lambda t: give(t, given),
+        tree,
+        other=lambda x: give(x, given) if issubclass(type(x), HostNumber) else x,
+    )
 
 
 def _check_finished(new: TracedState) -> None:
@@ -153,7 +165,7 @@ def _check_plain(real: TrainState, old: TracedState, new: TracedState) -> None:
 
 def _offset(new: TracedState, name: str) -> int:
     count = new.__dict__[name]
-    if not isinstance(count, OwnedCount):
+    if not isinstance(count, Counter):
         raise CompileError(
             f"set {name} to {count!r}. Leave counting to optimizer_step, and set it outside of the step."
         )

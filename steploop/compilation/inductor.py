@@ -5,13 +5,15 @@ torch promises nothing about what is imported here, so it is imported inside of 
 """
 
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, ExitStack
 from typing import Any
 
 import attrs
 import torch
 from torch import Tensor, fx
 
+from steploop.compilation.draws import Draws, drawing, is_random
+from steploop.compilation.generator_events import Event
 from steploop.compilation.low_precision import in_float32
 from steploop.compilation.pruning import Wiring, constants_to_inputs, prune
 from steploop.errors import CompileError
@@ -45,7 +47,10 @@ class CapturedGraph:
         inputs: fake tensors like those that it takes.
         constants: tensors that the function found in its surroundings; they come after the inputs that were given.
         wiring: which inputs and constants are left, and where its outputs are.
-        random: whether it draws random numbers.
+        draws: how it draws random numbers.
+        drawn: how many tensors are drawn for it: its last inputs.
+        random: whether the graph itself draws.
+        written: which inputs it writes into.
         text: the same for graphs that compile to the same.
     """
 
@@ -53,7 +58,10 @@ class CapturedGraph:
     inputs: list[Tensor]
     constants: list[Tensor]
     wiring: Wiring
+    draws: Draws
+    drawn: int
     random: bool
+    written: frozenset[int]
     text: str
 
 
@@ -104,7 +112,8 @@ def capture(
     function: Callable[..., Sequence[Tensor]],
     inputs: Sequence[Tensor],
     mode: Any,
-    surroundings: AbstractContextManager[Any],
+    surroundings: Sequence[AbstractContextManager[Any]],
+    events: Sequence[Event],
 ) -> CapturedGraph:
     """Trace ``function`` twice: with autograd, and then without mutation and decomposed.
 
@@ -116,28 +125,51 @@ def capture(
         inputs: fake tensors of ``mode``.
         mode: of ``fake_mode``.
         surroundings: entered for the first pass.
+        events: what the function does to random generators, when it has run.
     """
+    # torch registers some of its decompositions and lowerings late
+    import torch._inductor.lowering
     from torch._dispatch.python import enable_python_dispatcher
     from torch._inductor import config
     from torch.compiler import _compile_session_context
     from torch.fx.experimental.proxy_tensor import make_fx
 
     # the python dispatcher replaces native_batch_norm, whose schema hides that it writes, by one that tells
-    with mode, _compile_session_context(), enable_python_dispatcher(), surroundings:
+    with mode, _compile_session_context(), enable_python_dispatcher(), ExitStack() as stack:
+        for one in surroundings:
+            stack.enter_context(one)
+        # a part that the user compiled is traced like the rest
+        stack.enter_context(torch.compiler.set_stance("force_eager"))
         first = make_fx(function)(*inputs)
     constants = constants_to_inputs(first)
+    with mode:
+        draws, drawn = drawing(first, events)
     with mode, torch.no_grad(), enable_python_dispatcher(), config.patch(_options(cpp_wrapper=False)):
         table = _decompositions_on_cpu() if _on_cpu(inputs) else _decompositions()
         plain = [t.detach() for t in inputs]
         plain += [torch.empty_strided(c.shape, c.stride(), dtype=c.dtype, device=c.device) for c in constants]
+        plain += drawn
         functional = make_fx(torch.func.functionalize(first, remove="mutations"), decomposition_table=table)(
             *plain
         )
+    written = _written(functional)
     wiring = prune(functional)
     taken = [plain[i] for i in wiring.inputs]
     shapes = [(tuple(t.shape), t.stride(), t.dtype, t.device) for t in taken]
     return CapturedGraph(
-        functional, taken, constants, wiring, _draws(functional), f"{functional.code}{shapes}"
+        functional, taken, constants, wiring, draws, len(drawn),
+        any(is_random(node) for node in functional.graph.nodes if node.op == "call_function"),
+        written, f"{functional.code}{shapes}",
+    )  # fmt: skip
+
+
+def _written(graph: fx.GraphModule) -> frozenset[int]:
+    """Which inputs a functional graph writes into, at its end."""
+    places = {node: i for i, node in enumerate(n for n in graph.graph.nodes if n.op == "placeholder")}
+    return frozenset(
+        places[node.args[0]]
+        for node in graph.graph.nodes
+        if node.target is torch.ops.aten.copy_.default and node.args[0] in places
     )
 
 
@@ -167,14 +199,6 @@ def _kept_ops() -> list[Any]:
         op, overload = name.split(".")
         found.append(getattr(getattr(torch.ops.aten, op), overload))
     return found
-
-
-def _draws(graph: fx.GraphModule) -> bool:
-    return any(
-        isinstance(node.target, torch._ops.OpOverload)
-        and torch.Tag.nondeterministic_seeded in node.target.tags
-        for node in graph.graph.nodes
-    )
 
 
 def _on_cpu(inputs: Sequence[Tensor]) -> bool:

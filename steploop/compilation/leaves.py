@@ -76,13 +76,22 @@ def tensor_at(state: TrainState, place: Place) -> Tensor:
     return held  # type: ignore[no-any-return]  # places hold tensors
 
 
-def with_tensors(state: TrainState, tensors: Mapping[Place, Tensor]) -> TensorValues:
+def with_tensors(
+    state: TrainState, tensors: Mapping[Place, Tensor], *, same_params: bool = False
+) -> TensorValues:
     """The state's values with other tensors at their places."""
     fields: dict[str, dict[tuple[Any, ...], Tensor]] = {}
     for (field, path), tensor in tensors.items():
         fields.setdefault(field, {})[path] = tensor
     values = state.tensors
-    changes = {field: with_leaves(getattr(values, field), leaves) for field, leaves in fields.items()}
+    if same_params:
+        return values.replace(**{f: with_leaves(getattr(values, f), leaves) for f, leaves in fields.items()})
+    # every container is a new one: an optimizer counts in plain numbers there, too
+    changes = {
+        field: with_leaves(held, fields.get(field, {}))
+        for field in field_names(type(values))
+        if (held := getattr(values, field)) is not None
+    }
     params = changes.get("params", values.params)
     return values.replace(**changes, leaves=tuple(params[name] for name in state.machine.trainable))
 

@@ -6,7 +6,7 @@ from typing import Any
 import attrs
 from torch import Tensor
 
-from steploop.compilation.flattening import Build, Reference, builder
+from steploop.compilation.flattening import Build, Reference, builder, renumbered
 from steploop.compilation.leaves import with_tensors
 from steploop.compilation.plans import StatePlan
 from steploop.core.state.copying import leaf_like
@@ -57,6 +57,10 @@ class Advance:
         if not plan.on_host:
             _count_on_device(state, changes, flight)
         if plan.donated:
+            if self._tensors:
+                changes["tensors"] = with_tensors(
+                    state, {p: given[i] for p, i in self._tensors}, same_params=True
+                )
             changes["generation"] = state.lease.hand_on(_SPENDER)  # the call tore it before the graph ran
         else:
             changes |= self._copies(state, given)
@@ -73,7 +77,10 @@ class Advance:
 
 
 def _builders(templates: Mapping[str, Any], where: Sequence[int]) -> list[tuple[str, Build]]:
-    return [(name, builder(_moved(value, where))) for name, value in templates.items()]
+    return [
+        (name, builder(renumbered(value, lambda index: Reference(where[index]))))
+        for name, value in templates.items()
+    ]
 
 
 def _count_on_device(state: TrainState, changes: dict[str, Any], flight: dict[str, Any]) -> None:
@@ -85,25 +92,3 @@ def _count_on_device(state: TrainState, changes: dict[str, Any], flight: dict[st
     if state.scale is not None:
         scale, tracker = changes["scale"]
         changes["scale"] = attrs.evolve(state.scale, scale=scale, growth_tracker=tracker)
-
-
-def _moved(template: Any, where: Sequence[int]) -> Any:
-    """Renumber a template's references for the outputs of the pruned graph."""
-    if isinstance(template, Reference):
-        return Reference(where[template.index])
-    if isinstance(template, Mapping):
-        return {key: _moved(value, where) for key, value in template.items()}
-    if isinstance(template, tuple) and hasattr(template, "_fields"):
-        return type(template)(*(_moved(value, where) for value in template))
-    if isinstance(template, (list, tuple)):
-        return type(template)(_moved(value, where) for value in template)
-    if attrs.has(type(template)):
-        return attrs.evolve(
-            template,
-            **{
-                f.alias: _moved(getattr(template, f.name), where)
-                for f in attrs.fields(type(template))
-                if f.init
-            },
-        )
-    return template

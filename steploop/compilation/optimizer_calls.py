@@ -8,6 +8,9 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+from steploop.compilation.host_numbers import HostNumber, fed
+from steploop.errors import CompileError
+
 __all__ = ["TensorScalars"]
 
 _SUMS: dict[Any, Any] = {
@@ -22,6 +25,9 @@ _FOREACH_SUMS: dict[Any, Any] = {
     torch._foreach_add_: torch._foreach_add_,
     torch._foreach_add: torch._foreach_add,
 }
+# what a traced tensor cannot answer, and calls that make a tensor of a number
+_SHOWN = {Tensor.__repr__, Tensor.__format__, Tensor.__str__}
+_MADE = {torch.tensor, torch.as_tensor, torch.scalar_tensor}
 # by name: a comparison comes as the method or as its operator, which are different objects
 _COMPARISONS: dict[str, Callable[[Any, Any], bool]] = {
     "eq": operator.eq, "ne": operator.ne, "lt": operator.lt, "le": operator.le, "gt": operator.gt, "ge": operator.ge,
@@ -41,18 +47,31 @@ class TensorScalars(TorchFunctionMode):
 
     def __init__(self) -> None:
         super().__init__()
-        self.values: dict[int, float] = {}
+        self.values: dict[int, Any] = {}
+        self._answers: dict[Any, bool] = {}
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         """Answer or rewrite the calls above; pass every other call on."""
         named = dict(kwargs or {})
+        if func in _SHOWN:
+            raise CompileError(
+                "shows a tensor (print, str(), a format), which has no value while a graph is captured and would be shown once. "
+                "Show it after the step, from state.outputs."
+            )
+        if any(issubclass(type(a), HostNumber) for a in (*args, *named.values())):
+            if func in _MADE:
+                return args[0].tensor().to(**named)
+            args, named = fed(args), fed(named)
         compare = _COMPARISONS.get(getattr(func, "__name__", "").strip("_"))
         if compare is not None and len(args) == 2:
             left, right = (self.values.get(id(a), a) for a in args)
             if not isinstance(left, Tensor) and not isinstance(right, Tensor):
-                return compare(left, right)
+                key = (*map(id, args), compare)  # an optimizer asks again for every parameter
+                if key not in self._answers:
+                    self._answers[key] = compare(left, right)
+                return self._answers[key]
         if func in _SUMS and isinstance(alpha := named.get("alpha"), Tensor):
             del named["alpha"]
             # promoted before it multiplies, as the sum itself would

@@ -1,33 +1,20 @@
 """The result of a trace: the graph, the order of its inputs, how to make the next states."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import attrs
 
 from steploop.compilation.flattening import Reference
+from steploop.compilation.host_numbers import Expression, Guard
 from steploop.compilation.inductor import CapturedGraph
 from steploop.compilation.leaves import Place
-from steploop.core.schedules import Schedule
-from steploop.core.state.train_state import TrainState
+from steploop.core.steps.set_rates import Schedules
 
-__all__ = ["COUNTERS", "HostValue", "StatePlan", "StepPlan"]
+__all__ = ["COUNTERS", "StatePlan", "StepPlan"]
 
 # the counters of a state, as tensors: for a state on a device, and for a step that computes with them
 COUNTERS = ("applied_steps", "nonfinite_steps", "scale", "growth_tracker")
-
-
-@attrs.frozen
-class HostValue:
-    """A number that the host writes into an input of the graph before each call.
-
-    Attributes:
-        owner: the state it comes from.
-        read: gives it from that state.
-    """
-
-    owner: str
-    read: Callable[[TrainState], Any]
 
 
 @attrs.frozen(kw_only=True)
@@ -55,8 +42,8 @@ class StatePlan:
     given: Mapping[str, Any]
     flight: Mapping[str, Any]
     tensors: Mapping[Place, Reference]
-    before: tuple[Schedule, ...]
-    after: tuple[Schedule, ...]
+    before: tuple[Schedules, ...]
+    after: tuple[Schedules, ...]
     changed: Mapping[str, Any]
     limit: int
 
@@ -67,15 +54,18 @@ class StepPlan:
 
     Attributes:
         graph: takes the tensors of the batch, the input of numbers, the tensors at ``order``, the counters at
-            ``counters``, and its own constants.
+            ``counters``, those of ``results``, its own constants, and what is drawn for it.
         mode: the fake mode that it was traced in.
         batch_tensors: how many tensors the batch has.
         order: (state, place) of each tensor input.
         counters: (state, counter) of each counter input.
+        results: (state, field, which tensor) of each input that the step before has left.
         values: the numbers, in their order.
         size: length of the input of numbers.
         states: state name -> plan.
-        reads: (state, path) -> the value that was read of it: the graph holds for these only.
+        computed: index among what references point at -> the number of the host's that stands there.
+        left: what the step leaves in attributes: (dictionary, key, template).
+        guards: what Python decided: the graph holds while it decides the same.
         cycled: whether a schedule sets the momentum.
     """
 
@@ -84,8 +74,11 @@ class StepPlan:
     batch_tensors: int
     order: tuple[tuple[str, Place], ...]
     counters: tuple[tuple[str, str], ...]
-    values: tuple[HostValue, ...]
+    results: tuple[tuple[str, str, int], ...]
+    values: tuple[Expression, ...]
     size: int
     states: Mapping[str, StatePlan]
-    reads: Mapping[tuple[str, str], Any]
+    computed: Mapping[int, Expression]
+    left: tuple[tuple[Any, Any, Any], ...]
+    guards: tuple[Guard, ...]
     cycled: bool

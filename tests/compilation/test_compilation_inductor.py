@@ -121,7 +121,7 @@ def test_a_convolutional_net_keeps_its_layout_and_the_masks_of_eager(precision):
         assert_alike(a, b, 1e-4)
     assert furthest(exact, b) <= 2 * furthest(exact, a) + 1e-4
     assert b.params["0.weight"].is_contiguous(memory_format=torch.channels_last)
-    (graph,) = fast._graphs[next(iter(fast._graphs))]
+    (graph,) = fast._store.all()
     called = {str(node.target) for node in graph.plan.graph.module.graph.nodes}
     assert "aten.native_batch_norm_backward.default" in called
     assert "aten.max_pool2d_with_indices_backward.default" in called

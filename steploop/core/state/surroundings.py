@@ -11,7 +11,7 @@ from typing import Any, Concatenate, ParamSpec, Protocol, TypeVar
 
 import torch
 
-__all__ = ["DefaultDtype", "shielded"]
+__all__ = ["DefaultDtype", "is_usual", "shield", "shielded"]
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -44,7 +44,17 @@ class DefaultDtype:
         torch.set_default_dtype(self._before)
 
 
-def _shield(machine: _Machine) -> ExitStack:
+def is_usual(machine: _Machine) -> bool:
+    """Whether nothing around the call would get into a step of ``machine``."""
+    return (
+        torch.get_default_dtype() is machine.default_dtype
+        and not torch.is_inference_mode_enabled()
+        and not torch.is_autocast_enabled(machine.device_type)
+    )
+
+
+def shield(machine: _Machine) -> ExitStack:
+    """Keep autocast, inference mode and default dtype of the caller out of a ``with`` block."""
     stack = ExitStack()
     if torch.is_inference_mode_enabled():
         stack.enter_context(torch.inference_mode(mode=False))
@@ -73,7 +83,7 @@ def shielded(function: Callable[Concatenate[S, P], R]) -> Callable[Concatenate[S
             and not torch.is_autocast_enabled(machine.device_type)
         ):
             return function(state, *args, **kwargs)
-        with _shield(machine):
+        with shield(machine):
             return function(state, *args, **kwargs)
 
     return call

@@ -76,15 +76,16 @@ class TrainingPasses:
     """
 
     __slots__ = (
-        "_before", "_buffers_before", "_copies", "_generators", "_machine", "_own_params", "_state", "_versions", "tensors",
-        "updated_in_place",
+        "_before", "_buffers_before", "_copies", "_generators", "_machine", "_own_params", "_state", "_untouched",
+        "_versions", "tensors", "updated_in_place",
     )  # fmt: skip
 
     def __init__(self, state: TrainState) -> None:
         self._state = state
         self._machine = machine = state.machine
-        # while a step is traced nothing is drawn: whoever runs the graph seeds before
-        self._generators = seeded_generators(machine) if trace_of(state) is None else None
+        # while a step is traced nothing is drawn: the trace notes where generators are seeded
+        trace = trace_of(state)
+        self._generators = seeded_generators(machine) if trace is None else trace.generators(state)
         self._copies: dict[str, Tensor] = {}
         self._before: Mapping[str, Tensor] | None = None
         self.tensors: TensorValues = state.tensors
@@ -111,8 +112,7 @@ class TrainingPasses:
             module.set_extra_state(tensors.extra)
         module.set_training(training=True)
         self._versions = [leaf._version for leaf in tensors.leaves]
-        if self._generators is not None:
-            self._generators.__enter__()
+        self._generators.__enter__()
         return self
 
     def _params(self) -> dict[str, Tensor]:
@@ -121,8 +121,10 @@ class TrainingPasses:
         Which ones it moves is found out in the first pass, on lazy copies of all.
         """
         machine, params = self._machine, self._state.tensors.params
+        self._untouched: list[tuple[str, Tensor, int]] = []
         if machine.moved is None:
             if trace_of(self._state) is not None:
+                self._untouched = [(name, p, p._version) for name, p in params.items()]
                 return params
             self._copies = {name: lazy_clone(p) for name, p in params.items()}
             copied = machine.not_trained
@@ -130,10 +132,7 @@ class TrainingPasses:
             return params
         else:
             if trace_of(self._state) is not None:
-                raise CompileError(
-                    f"moves the parameter {machine.moved[0]} in its forward pass, which a graph cannot undo where the step is "
-                    "skipped. Run this step in eager."
-                )
+                raise _moves(machine.moved[0])
             self._copies = {name: params[name].detach().clone() for name in machine.moved}
             copied = tuple(name for name in machine.moved if name in machine.not_trained)
         if not copied:
@@ -141,8 +140,7 @@ class TrainingPasses:
         return {**params, **{name: leaf_like(params[name], lazy_clone(params[name])) for name in copied}}
 
     def __exit__(self, failure: object, *_: object) -> None:
-        if self._generators is not None:
-            self._generators.__exit__()
+        self._generators.__exit__()
         module = self._machine.module
         if self._before is not None:
             module.place_params(self._before)
@@ -159,8 +157,7 @@ class TrainingPasses:
     ) -> tuple[Tensor, Any, Any]:
         """The loss with its graph, the outputs (detached unless ``keep_graph``), and the objective's weight or None."""
         state, machine = self._state, self._machine
-        if self._generators is not None:
-            self._generators.seed(state.seed, state.attempted_steps, state.flight.passes + draw)
+        self._generators.seed(state.seed, state.attempted_steps, state.flight.passes + draw)
         leaves = state.tensors.leaves
         grads = [(leaf.grad, leaf.grad._version) for leaf in leaves if leaf.grad is not None] if draw else []
         try:
@@ -194,6 +191,9 @@ class TrainingPasses:
         if machine.moved is None and trace_of(state) is None:
             module.check()  # a layer that the first pass has made
             machine.moved = self._moved()
+        for name, param, version in self._untouched:
+            if param._version != version:
+                raise _moves(name)
         names = zip(machine.trainable, tensors.leaves, self._versions, strict=True)
         known = machine.moved or ()  # through .data, which leaves the version as it was, too
         overwritten = [name for name, leaf, version in names if leaf._version != version or name in known]
@@ -222,6 +222,13 @@ class TrainingPasses:
             n for n, leaf, version in pairs if leaf._version != version or not _unchanged(leaf, before[n])
         ]
         return (*frozen, *trained)
+
+
+def _moves(name: str) -> CompileError:
+    return CompileError(
+        f"moves the parameter {name} in its forward pass, which a graph cannot undo where the step is skipped. Run this step in "
+        "eager."
+    )
 
 
 def _unchanged(now: Tensor, before: Tensor) -> bool:

@@ -51,10 +51,12 @@ def schedule(state: TrainState, learning_rate: Schedules) -> TrainState:
     """
     state.check_alive("schedule")
     taken = state.applied_steps
+    if type(taken) is int:
+        return _with_values(state, values_at(state.machine, learning_rate, taken))
+    if (trace := trace_of(state)) is not None:
+        scheduled: TrainState = trace.schedule(state, learning_rate)
+        return scheduled
     if isinstance(taken, Tensor):
-        if (trace := trace_of(state)) is not None:
-            scheduled: TrainState = trace.schedule(state, learning_rate)
-            return scheduled
         return _scheduled_on_device(state, learning_rate, taken)
     return _with_values(state, values_at(state.machine, learning_rate, taken))
 

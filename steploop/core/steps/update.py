@@ -13,8 +13,8 @@ from steploop.core.state.trace import trace_of
 from steploop.core.state.train_state import TrainState
 from steploop.core.steps.closure import Evaluations
 from steploop.core.steps.forward_pass import did_not_fit, seeded_generators
-from steploop.core.trees import map_tensors
-from steploop.errors import ConfigError, NonFiniteError, OutOfMemoryError, StepOrderError
+from steploop.core.trees import map_tensors, paths, with_leaves
+from steploop.errors import CompileError, ConfigError, NonFiniteError, OutOfMemoryError, StepOrderError
 
 __all__ = ["check_nonfinite", "first_nonfinite", "optimizer_step"]
 
@@ -71,6 +71,11 @@ def optimizer_step(
         flight = state.flight
     evaluations = None
     if closure is not None:
+        if trace_of(state) is not None:
+            raise CompileError(
+                f"lets {machine.optimizer_name} evaluate the loss again (optimizer_step(closure=...)), which no graph does: how often "
+                "is decided by values. Run this step in eager."
+            )
         evaluations = Evaluations(state, closure)
         state = evaluations.first()
         flight = state.flight
@@ -171,9 +176,12 @@ def _run_optimizer(state: TrainState, evaluations: Evaluations | None = None) ->
         if evaluations is not None:
             evaluations.keep(state)
             closure = evaluations.closure
-        if machine.third_party and trace_of(state) is None:
-            with seeded_generators(machine, state.seed, state.attempted_steps, state.flight.passes):
-                machine.step(tensors.leaves, grads, closure)  # it may draw: the next place of this step
+        if machine.third_party:
+            trace = trace_of(state)
+            with seeded_generators(machine) if trace is None else trace.generators(state) as generators:
+                # it may draw: the next place of this step
+                generators.seed(state.seed, state.attempted_steps, state.flight.passes)
+                machine.step(tensors.leaves, grads, closure)
         else:
             machine.step(tensors.leaves, grads, closure)
         if evaluations is not None:
@@ -273,12 +281,6 @@ def _as_it_began(state: TrainState) -> TensorValues:
 def _counts_and_buffers(state: TrainState, finite: Tensor) -> dict[str, Any]:
     """The same without a decision on the host: counters move by a tensor, buffers and the carry are selected."""
     began = state.tensors if state.flight.began is None else state.flight.began.tensors
-    ones = finite.long()
-    known = (
-        {}
-        if isinstance(state.applied_steps, Tensor)
-        else {"known": (state.applied_steps, state.attempted_steps)}
-    )
     old, tensors = began.buffers, state.tensors
     buffers = {name: torch.where(finite, b, old.get(name, b)) for name, b in tensors.buffers.items()}
     others = {
@@ -287,12 +289,22 @@ def _counts_and_buffers(state: TrainState, finite: Tensor) -> dict[str, Any]:
         if name not in {"params", "buffers", "slots"}
         and (new := getattr(tensors, name)) is not (before := getattr(began, name))
     }
+    trace = trace_of(state)
     return {
-        **known,
-        "applied_steps": state.applied_steps + ones,
-        "nonfinite_steps": (state.nonfinite_steps + 1) * (1 - ones),
+        **(_counts(state, finite) if trace is None else trace.counts(state, finite)),
         "tensors": tensors.replace(buffers=buffers, **others),
     }
+
+
+def _counts(state: TrainState, finite: Tensor) -> dict[str, Any]:
+    ones = finite.long()
+    counts = {
+        "applied_steps": state.applied_steps + ones,
+        "nonfinite_steps": (state.nonfinite_steps + 1) * (1 - ones),
+    }
+    if isinstance(state.applied_steps, Tensor):
+        return counts
+    return {**counts, "known": (state.applied_steps, state.attempted_steps)}
 
 
 def _selected_tree(finite: Tensor, new: Any, old: Any, field: str) -> Any:
@@ -335,12 +347,19 @@ def _selected(state: TrainState, finite: Tensor) -> dict[str, Any]:
     changed = _counts_and_buffers(state, finite)
     old_params = {name: p.detach().clone() for name, p in tensors.params.items()}
     old_slots = {name: map_tensors(Tensor.clone, slot) for name, slot in tensors.slots.items()}
-    slots = _run_optimizer(state)["tensors"].slots
+    old_beside = {p: t.clone() for p, t in paths(tensors.beside) if isinstance(t, Tensor)}
+    ran = _run_optimizer(state)
+    slots = ran["tensors"].slots
     with torch.no_grad():
         for name in state.machine.trainable:
             leaf = tensors.params[name]
             leaf.copy_(torch.where(finite, leaf, old_params[name]))
             for key, value in slots[name].items():
-                if isinstance(value, Tensor):
+                if isinstance(value, Tensor) and key in old_slots[name]:  # a new one ends the trace
                     value.copy_(torch.where(finite, value, old_slots[name][key]))
-    return {**changed, "tensors": changed["tensors"].replace(slots=slots)}
+    beside = ran["tensors"].beside
+    if beside:
+        leaves = {p: t for p, t in paths(beside) if isinstance(t, Tensor) and p in old_beside}
+        beside = with_leaves(beside, {p: torch.where(finite, t, old_beside[p]) for p, t in leaves.items()})
+    ran |= {**changed, "tensors": changed["tensors"].replace(slots=slots, beside=beside)}
+    return ran
