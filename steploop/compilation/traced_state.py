@@ -189,7 +189,7 @@ def untraced_names(kind: type[TrainState]) -> list[str]:
 
 
 @functools.cache
-def traced_class(kind: type[TrainState]) -> type[TracedState]:
+def traced_class(kind: Any) -> type[TracedState]:
     """The class of traced states of this class; its properties stand in the places of fields, which live on in the dictionary."""
     watched = {name: _plain(name) for name in untraced_names(kind) if name not in _OF_THE_GRAPH}
     return type(f"Traced{kind.__name__}", (TracedState, kind), watched)
@@ -201,7 +201,7 @@ def results_of(flight: InFlight) -> list[str]:
 
 
 @functools.cache
-def earlier_class(kind: type[InFlight]) -> type[InFlight]:
+def earlier_class(kind: Any) -> type[InFlight]:
     """The class of what the step before left: reading it notes its form, and its tensors are inputs of the graph."""
     names = [name for name in result_names(kind) if name != "known"]
     return type(f"Earlier{kind.__name__}", (kind,), {name: _result(name) for name in names})
