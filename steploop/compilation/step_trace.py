@@ -238,7 +238,8 @@ class StepTrace:
                 self._number(owner.expression(_scale), torch.float32) if self.on_host else counters["scale"]
             )
             scale = attrs.evolve(scale, scale=factor, growth_tracker=counters["growth_tracker"])
-        traced = object.__new__(traced_class(type(state)))
+        kind: Any = type(state)
+        traced = object.__new__(traced_class(kind))
         traced.__dict__.update(state.__dict__)
         counts: dict[str, Any] = {key: counters[key] for key in ("applied_steps", "nonfinite_steps")}
         if self.on_host:
@@ -265,7 +266,8 @@ class StepTrace:
     def _earlier(self, owner: Owner, results: Mapping[str, Sequence[Tensor]]) -> InFlight:
         """The results of the step before: tensors and numbers are inputs, the rest is noted when it is read."""
         real = owner.real.flight
-        flight: Any = object.__new__(earlier_class(type(real)))
+        kind: Any = type(real)
+        flight: Any = object.__new__(earlier_class(kind))
         values = {}
         for field in results_of(real):
             value = getattr(real, field)
