@@ -1,6 +1,5 @@
-"""Find recipe files by path or name, load them, and check what a recipe must have."""
+"""Load recipe files, and check what a recipe must have."""
 
-import ast
 import hashlib
 import sys
 from collections.abc import Callable
@@ -13,10 +12,9 @@ import torch
 
 from steploop.core.file_modules import load_file
 from steploop.errors import ConfigError, SteploopError
-from steploop.recipe.config_values import nearest
 from steploop.recipe.recipe import Recipe
 
-__all__ = ["RecipeFile", "find_recipe", "load_recipe_file", "shipped_recipes", "summary_of"]
+__all__ = ["RecipeFile", "load_recipe_file"]
 
 
 @attrs.frozen
@@ -48,53 +46,6 @@ class RecipeFile:
         """The recipe's ``build(config, device) -> Recipe``."""
         found: Callable[[Any, torch.device], Recipe] = self.module.build
         return found
-
-
-def _folder() -> Path:
-    """Find the folder of the shipped recipes: in the wheel, or next to the package in a checkout."""
-    here = Path(__file__).parents[1]
-    return here / "_recipes" if (here / "_recipes").is_dir() else here.parent / "recipes"
-
-
-def shipped_recipes() -> dict[str, Path]:
-    """Map the name of each shipped recipe to its file, sorted.
-
-    Example:
-        >>> "mnist" in shipped_recipes()
-        True
-    """
-    return {path.stem: path for path in sorted(_folder().glob("*.py")) if not path.name.startswith("_")}
-
-
-def summary_of(path: Path) -> str:
-    """Read the first line of a recipe's docstring without running it."""
-    document = ast.get_docstring(ast.parse(path.read_bytes())) or ""
-    return document.partition("\n")[0]
-
-
-def find_recipe(name: str) -> Path:
-    """Find the file of a recipe by its path, or by the name of a shipped one.
-
-    Raises:
-        ConfigError: there is neither; the nearest name is said.
-
-    Example:
-        >>> find_recipe("mnist").name
-        'mnist.py'
-    """
-    path = Path(name)
-    if path.is_file():
-        return path
-    shipped = shipped_recipes()
-    if name in shipped:
-        return shipped[name]
-    if path.is_dir():
-        raise ConfigError(
-            f"{name} is a directory. Give the recipe's file, or --resume {name} to go on with a run."
-        )
-    raise ConfigError(
-        f"There is no recipe {name!r}: neither a file nor a shipped recipe. {nearest(path.stem, list(shipped))}"
-    )
 
 
 def load_recipe_file(path: Path, *, beside: Path | None = None) -> RecipeFile:

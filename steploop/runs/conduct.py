@@ -9,7 +9,7 @@ from steploop.errors import CheckpointWriteError, SteploopError
 from steploop.recipe.recipe import Logger
 from steploop.runs.allocator import tune_allocator
 from steploop.runs.beginning import Beginning, begin_again, begin_anew
-from steploop.runs.directory import Status, clear_unfinished, forget, read_status, refuse_taken
+from steploop.runs.directory import Status, clear_unfinished, forget, forget_failed, read_status, refuse_taken
 from steploop.runs.directory_lock import run_lock
 from steploop.runs.logs.screens import Screen
 from steploop.runs.outlets import open_outlets, open_services
@@ -102,9 +102,11 @@ class _Run:
                 folded.recipe.finish(folded.state, self._directory.path)
         except BaseException as error:
             self._failed(status, error)
-            raise
-        finally:
             outlets.close()
+            if not self._request.resume:
+                forget_failed(self._directory)
+            raise
+        outlets.close()
         idle = folded.idle and is_duration(self._before.get("seconds"))
         summary = summarize(
             self._request,

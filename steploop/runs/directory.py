@@ -32,6 +32,7 @@ __all__ = [
     "Status",
     "clear_unfinished",
     "forget",
+    "forget_failed",
     "json_bytes",
     "make_directory",
     "not_written",
@@ -64,11 +65,13 @@ class RunDirectory:
     Attributes:
         given: the directory as the user named it, for messages.
         made: the directories that were made for this run, outermost first; they go if it never begins.
+        numbered: whether the run got the next number in ``runs/``, rather than a name.
         path: the directory, absolute: a recipe may go to another one.
     """
 
     given: Path
     made: tuple[Path, ...] = attrs.field(default=(), converter=_absolute)
+    numbered: bool = False
     path: Path = attrs.field(init=False)
 
     @path.default
@@ -195,7 +198,7 @@ def make_directory(out: Path | None, name: str) -> RunDirectory:
         while True:
             with suppress(FileExistsError):  # another run took it in between
                 (own := runs / f"{name}-{number}").mkdir()
-                return RunDirectory(own, (*made, own))
+                return RunDirectory(own, (*made, own), numbered=True)
             number += 1
     except RunExistsError:
         raise
@@ -233,6 +236,17 @@ def forget(directory: RunDirectory, *, keep_if_begun: bool = False) -> None:
     for path in (*(directory.path / name for name in _OF_A_START), directory.config):
         with suppress(OSError):
             path.unlink(missing_ok=True)
+
+
+def forget_failed(directory: RunDirectory) -> None:
+    """Remove a run that failed before it had anything to keep, so that the next one gets its number; never raises.
+
+    A directory that was named (``--out``) stays: whoever named it may ask for its status.
+    """
+    kept = (*directory.path.glob("checkpoints*/*"), *directory.path.glob("capsules/*"))
+    logged = directory.metrics.stat().st_size if directory.metrics.exists() else 0
+    if directory.numbered and not kept and not logged:
+        forget(directory)
 
 
 def refuse_taken(directory: RunDirectory) -> None:

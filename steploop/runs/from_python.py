@@ -13,7 +13,8 @@ from steploop.errors import ConfigError, RunExistsError
 from steploop.recipe.config_values import fields_of
 from steploop.recipe.python_recipes import python_recipe
 from steploop.recipe.recipe import Logger, Recipe, checked_loggers
-from steploop.recipe.recipe_files import RecipeFile, find_recipe, load_recipe_file
+from steploop.recipe.recipe_files import RecipeFile, load_recipe_file
+from steploop.recipe.recipe_paths import find_recipe
 from steploop.runs.conduct import carry_out
 from steploop.runs.initial_weights import InitialWeights
 from steploop.runs.logs.notebook_screen import NotebookScreen, in_notebook

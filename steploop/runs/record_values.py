@@ -6,6 +6,7 @@ from typing import Any, Final
 
 import attrs
 
+from steploop.runs.logger_options import LOGGER_OPTIONS
 from steploop.runs.safe_text import safe_lines, safe_text
 
 __all__ = [
@@ -154,7 +155,7 @@ def _best_line(best: Mapping[str, Any]) -> Line | None:
 
 _WATCHING: Final = {
     **dict.fromkeys(("log_every", "checkpoint_every", "layer_norms"), int),
-    **dict.fromkeys(("tensorboard", "csv", "mlflow", "wandb"), bool),
+    **dict.fromkeys(LOGGER_OPTIONS, bool),
 }
 
 

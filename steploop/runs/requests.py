@@ -10,7 +10,8 @@ import torch
 from steploop.recipe.config_values import configure, fields_of, refuse_unrecordable, settled_paths, to_json
 from steploop.recipe.imported_modules import imported_modules
 from steploop.recipe.recipe import Recipe
-from steploop.recipe.recipe_files import RecipeFile, find_recipe, load_recipe_file
+from steploop.recipe.recipe_files import RecipeFile, load_recipe_file
+from steploop.recipe.recipe_paths import find_recipe
 from steploop.runs.contract import Change, changed_code, changed_settings
 from steploop.runs.directory import RunDirectory, make_directory, open_directory, read_json
 from steploop.runs.environment import find_device

@@ -10,6 +10,7 @@ from steploop.recipe.recipe import Recipe
 from steploop.runs.beginning import Beginning
 from steploop.runs.directory import RunDirectory, json_bytes, read_json, write_durably
 from steploop.runs.environment import git_commit, versions
+from steploop.runs.logger_options import LOGGER_OPTIONS
 from steploop.runs.logs.screens import Screen
 from steploop.runs.members import lead
 from steploop.runs.recorded_phases import recorded_phase
@@ -85,7 +86,7 @@ def watching(request: Request) -> dict[str, Any]:
     """How the run is logged and kept, which a resume goes on with unless told otherwise."""
     plan = request.plan
     of_plan = {name: getattr(plan, name) for name in ("log_every", "checkpoint_every", "layer_norms")}
-    return of_plan | {name: getattr(request, name) for name in ("tensorboard", "csv", "mlflow", "wandb")}
+    return of_plan | {name: getattr(request, name) for name in LOGGER_OPTIONS}
 
 
 def announce(request: Request, recipe: Recipe, screen: Screen) -> None:

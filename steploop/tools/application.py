@@ -7,6 +7,7 @@ import typer
 
 from steploop.tools.commands.bench import bench
 from steploop.tools.commands.check import check
+from steploop.tools.commands.command_class import Command
 from steploop.tools.commands.diff import diff
 from steploop.tools.commands.docs import docs
 from steploop.tools.commands.export import export
@@ -25,7 +26,7 @@ from steploop.tools.commands.status import status
 __all__ = ["app"]
 
 app = typer.Typer(
-    add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode=None,
+    no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},
 )  # fmt: skip
 app.command(cls=RunCommand)(run)
@@ -47,7 +48,7 @@ for command in (
     check,
     docs,
 ):
-    app.command()(command)
+    app.command(cls=Command)(command)
 
 
 def _version(value: bool) -> None:
@@ -60,8 +61,12 @@ def _version(value: bool) -> None:
 
 @app.callback()
 def _options(
+    *,
     version: Annotated[
         bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version.")
+    ] = False,
+    debug: Annotated[
+        bool, typer.Option("--debug", help="Show the traceback of an error; may stand anywhere.")
     ] = False,
 ) -> None:
     """Train PyTorch models: an epoch is functools.reduce(train_step, batches, state)."""

@@ -21,25 +21,25 @@ def main() -> None:
         for stream in (sys.stdout, sys.stderr):  # a locale that cannot show a character must not end a run
             if hasattr(stream, "reconfigure"):
                 stream.reconfigure(errors="backslashreplace")
-        debug = "--debug" in sys.argv[1:]
         with watched_streams():
-            code = call([word for word in sys.argv[1:] if word != "--debug"], debug=debug)
+            code = call(sys.argv[1:])
             exit_soon_with(code)
     finally:
         settle_streams()
     raise SystemExit(code)
 
 
-def call(arguments: list[str], *, debug: bool = False) -> int:
+def call(arguments: list[str]) -> int:
     """Run a command.
 
     Args:
-        arguments: the words after ``steploop``.
-        debug: show tracebacks of our own errors too.
+        arguments: the words after ``steploop``. ``--debug`` among them shows tracebacks of our own errors too.
 
     Returns:
         The exit code. What went wrong is one sentence on stderr.
     """
+    debug = "--debug" in arguments
+    arguments = [word for word in arguments if word != "--debug"]
     try:
         from steploop.tools.application import app
 

@@ -12,10 +12,12 @@ import steploop
 from steploop import testing
 from steploop.core import schedules
 from steploop.core.steps.clip import unscale_and_clip
+from steploop.runs.logger_options import LOGGER_OPTIONS
 from steploop.runs.requests import Request
 from steploop.testing import clipping_laws
 from steploop.testing.strategies import curves
 from steploop.tools.application import app
+from steploop.tools.commands import run as command_run
 from steploop.tools.report.schedule_previews import preview_schedules
 
 PACKAGE = Path(steploop.__file__).parent
@@ -44,16 +46,14 @@ def test_a_logger_can_be_opened_by_a_run():
                     assert re.search(rf"\b{node.name}\(", outlets), f"{path.name}: {node.name}"
 
 
-@pytest.mark.parametrize(
-    "file",
-    ["runs/start_record.py", "runs/record_values.py", "tools/commands/run.py", "runs/from_python.py"],
-)
-def test_each_place_knows_each_option_of_a_logger(file):
-    names = re.findall(r"if request\.(\w+):", (PACKAGE / "runs" / "outlets.py").read_text(encoding="utf-8"))
-    assert names
-    for name in names:
-        assert name in inspect.signature(Request).parameters
-        assert f'"{name}"' in (PACKAGE / file).read_text(encoding="utf-8"), f"{file} does not know {name}"
+def test_each_place_knows_each_option_of_a_logger():
+    opened = re.findall(r"if request\.(\w+):", (PACKAGE / "runs" / "outlets.py").read_text(encoding="utf-8"))
+    assert {*opened} == {*LOGGER_OPTIONS}
+    for function in (Request, steploop.run, command_run.run):
+        assert {*LOGGER_OPTIONS} <= {*inspect.signature(function).parameters}
+    for file in ("tools/commands/run.py", "runs/from_python.py"):
+        text = (PACKAGE / file).read_text(encoding="utf-8")
+        assert [name for name in LOGGER_OPTIONS if f'"{name}": {name}' not in text] == [], file
 
 
 def test_an_extra_that_a_message_names_exists():

@@ -5,7 +5,8 @@ import ast
 import pytest
 
 from steploop import __version__
-from steploop.recipe.recipe_files import find_recipe, load_recipe_file, shipped_recipes
+from steploop.recipe.recipe_files import load_recipe_file
+from steploop.recipe.recipe_paths import find_recipe, shipped_recipes
 from steploop.tools.cli import call
 from steploop.tools.commands.new import adapted
 

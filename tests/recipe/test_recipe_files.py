@@ -23,7 +23,8 @@ from steploop.recipe.config_values import (
     split_assignments,
     to_json,
 )
-from steploop.recipe.recipe_files import find_recipe, load_recipe_file, shipped_recipes, summary_of
+from steploop.recipe.recipe_files import load_recipe_file
+from steploop.recipe.recipe_paths import find_recipe, shipped_recipes, summary_of
 
 GOOD = '"""What it shows.\n\nMore."""\nimport attrs\n@attrs.frozen\nclass Config:\n    epochs: int = 1\ndef build(config, device): ...\n'
 

@@ -16,7 +16,8 @@ from steploop import accumulate, forward_loss
 from steploop.core.state.several import members
 from steploop.errors import ConfigError, DataError, EmptyDataError
 from steploop.recipe.config_values import to_json
-from steploop.recipe.recipe_files import find_recipe, load_recipe_file, shipped_recipes
+from steploop.recipe.recipe_files import load_recipe_file
+from steploop.recipe.recipe_paths import find_recipe, shipped_recipes
 from steploop.testing.resume_laws import check_resume_is_exact
 from steploop.testing.state_comparison import clone, fold, require_same
 

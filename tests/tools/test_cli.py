@@ -158,7 +158,7 @@ def test_a_run_that_is_not_finite_ends_with_code_5_and_keeps_finite_parameters(t
 
 
 def test_debug_shows_the_traceback_of_our_errors(monkeypatch, capsys):
-    assert call(["run", POINTS, "--set", "x=1"], debug=True) == 2
+    assert call(["run", POINTS, "--debug", "--set", "x=1"]) == 2
     assert "Traceback" in capsys.readouterr().err
 
 

@@ -7,6 +7,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from steploop.tools.commands.completion import complete_recipe
+from steploop.tools.commands.run_options import DEVICE, SET
+
 if TYPE_CHECKING:
     from steploop.tools.bench.jobs import Job
     from steploop.tools.bench.rounds import Results
@@ -15,12 +18,8 @@ __all__ = ["bench"]
 
 RECIPE = typer.Argument(
     help="A recipe file, the name of a shipped recipe, or overhead or smallcnn. Default: cifar_amp on synthetic images.",
-    show_default=False,
-)
-SET = typer.Option(
-    "--set", metavar="NAME=VALUE", help="A field of the recipe's Config; may be given several times."
-)
-DEVICE = typer.Option(help="auto, cpu, cuda (cuda:1) or mps.")
+    show_default=False, autocompletion=complete_recipe,
+)  # fmt: skip
 ROUNDS = typer.Option(min=1, help="Rounds in which the contenders take turns.")
 PEERS = typer.Option(
     "--no-peers", help="Leave out Lightning Fabric and Accelerate, even where they are installed."
@@ -40,7 +39,7 @@ def bench(
     as_json: Annotated[bool, JSON] = False,
 ) -> None:
     """Time RECIPE's step against a hand-written loop."""
-    from steploop.recipe.recipe_files import find_recipe
+    from steploop.recipe.recipe_paths import find_recipe
     from steploop.tools.bench.handwritten import installed_peers
     from steploop.tools.bench.jobs import CASES, CONTENDERS, Job
     from steploop.tools.bench.rounds import measure

@@ -9,16 +9,13 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from steploop.tools.commands.run_options import DEVICE, RECIPE, SET
+
 if TYPE_CHECKING:
     from steploop.tools.check.verdicts import Verdict
 
 __all__ = ["check"]
 
-RECIPE = typer.Argument(help="A recipe file, or the name of a shipped recipe.", show_default=False)
-SET = typer.Option(
-    "--set", metavar="NAME=VALUE", help="A field of the recipe's Config; may be given several times."
-)
-DEVICE = typer.Option(help="auto, cpu, cuda (cuda:1) or mps.")
 SAMPLES = typer.Option(min=3, help="Samples of a batch to use.")
 QUICK = typer.Option(
     "--quick", help="Under 20 s: fewer cases, no law that starts workers or trains for long."
@@ -43,7 +40,7 @@ def check(
     # cuBLAS is deterministic only if this is set before it starts
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     from steploop.recipe.config_values import split_assignments
-    from steploop.recipe.recipe_files import find_recipe
+    from steploop.recipe.recipe_paths import find_recipe
     from steploop.runs.environment import find_device
     from steploop.tools.check.subjects import Subject
     from steploop.tools.check.verdicts import BUILT, examine

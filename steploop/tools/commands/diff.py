@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from steploop.tools.commands.completion import complete_run
 from steploop.tools.commands.inspect import newest_checkpoint
 
 if TYPE_CHECKING:
@@ -17,13 +18,23 @@ __all__ = ["diff"]
 
 _SHOWN = 10
 _LONGEST = 200  # characters of a value
-A = typer.Argument(help="A checkpoint, or a run: its newest one.", show_default=False, metavar="A")
-B = typer.Argument(help="The one to compare it with.", show_default=False, metavar="B")
+A = typer.Argument(
+    help="A checkpoint, or a run: its newest one.",
+    show_default=False,
+    metavar="A",
+    autocompletion=complete_run,
+)
+B = typer.Argument(
+    help="The one to compare it with.", show_default=False, metavar="B", autocompletion=complete_run
+)
 JSON = typer.Option("--json", help="Print one JSON object.")
 
 
 def diff(a: Annotated[Path, A], b: Annotated[Path, B], *, as_json: Annotated[bool, JSON] = False) -> None:
-    """Compare checkpoints A and B bit for bit. Exit code 1 if they differ, with what differs first."""
+    """Compare checkpoints A and B bit for bit.
+
+    Exit code 1 if they differ, with what differs first.
+    """
     from steploop.checkpoint import open_checkpoint
     from steploop.runs.safe_text import safe_text
 

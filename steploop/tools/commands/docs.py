@@ -11,6 +11,7 @@ import attrs
 import typer
 
 from steploop.errors import ConfigError
+from steploop.tools.commands.terminals import definitions, window_width
 
 __all__ = ["Section", "docs", "find_sections", "read_pages"]
 
@@ -65,9 +66,8 @@ def docs(word: Annotated[str | None, WORD] = None, *, open_page: Annotated[bool,
         )
         _print("\n".join(section.text for section in found) + whole)
     else:
-        width = max(len(section.page) for section in found)
-        lines = (f"{section.page:<{width}}  {section.heading}\n" for section in found)
-        sys.stdout.write("".join(lines) + "\nPrint a page with: steploop docs PAGE\n")
+        lines = definitions([(section.page, section.heading) for section in found])
+        sys.stdout.write("".join(f"{line}\n" for line in lines) + "\nPrint a page with: steploop docs PAGE\n")
 
 
 def read_pages() -> dict[str, str]:
@@ -103,10 +103,9 @@ def _sections(page: str, text: str) -> list[Section]:
 
 
 def _list_pages(pages: dict[str, str]) -> None:
-    width = max(map(len, pages))
-    for name, text in pages.items():
-        subject = " ".join(text.split("\n\n", 2)[1].split())  # the first paragraph after the title
-        sys.stdout.write(f"{name:<{width}}  {subject}\n")
+    # the first paragraph after the title
+    subjects = [(name, " ".join(text.split("\n\n", 2)[1].split())) for name, text in pages.items()]
+    sys.stdout.write("".join(f"{line}\n" for line in definitions(subjects)))
     sys.stdout.write("\nPrint one with: steploop docs PAGE\nLook for a word with: steploop docs WORD\n")
 
 
@@ -117,8 +116,6 @@ def _print(text: str) -> None:
         return
     from rich.console import Console
     from rich.markdown import Markdown
-
-    from steploop.tools.commands.terminals import window_width
 
     Console(file=sys.stdout, width=min(window_width(), 110)).print(Markdown(text))
 

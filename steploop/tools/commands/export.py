@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from steploop.errors import CheckpointDamagedError, ConfigError, DataError
+from steploop.tools.commands.completion import complete_run
 from steploop.tools.commands.inspect import newest_checkpoint
 
 if TYPE_CHECKING:
@@ -17,7 +18,12 @@ if TYPE_CHECKING:
 
 __all__ = ["export"]
 
-RUN = typer.Argument(help="A run: its newest checkpoint; or a checkpoint.", show_default=False, metavar="RUN")
+RUN = typer.Argument(
+    help="A run: its newest checkpoint; or a checkpoint.",
+    show_default=False,
+    metavar="RUN",
+    autocompletion=complete_run,
+)
 FILE = typer.Argument(help="The safetensors file to write.", show_default=False, metavar="FILE")
 RAW = typer.Option("--raw", help="The weights that are trained.")
 AVERAGE = typer.Option("--average", help="The averaged weights.")
@@ -44,9 +50,9 @@ def export(
     overwrite: Annotated[bool, OVERWRITE] = False,
     as_json: Annotated[bool, JSON] = False,
 ) -> None:
-    """Write the weights that RUN evaluated to FILE, for model.load_state_dict(safetensors.torch.load_file(FILE)).
+    """Write the weights that RUN evaluated to FILE.
 
-    Where an average was evaluated, the average is written. A tied parameter stands under each of its names.
+    model.load_state_dict(safetensors.torch.load_file(FILE)) takes them. Where an average was evaluated, the average is written. A tied parameter stands under each of its names.
     """
     from steploop.checkpoint import open_checkpoint
     from steploop.checkpoint.weight_export import export_weights

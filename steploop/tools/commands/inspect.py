@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from steploop.errors import CheckpointDamagedError, ConfigError
+from steploop.tools.commands.completion import complete_run
 
 if TYPE_CHECKING:
     from steploop.checkpoint import Checkpoint
@@ -21,12 +22,18 @@ _FOLDS = {"scale": "loss scale", "early_stopping": "early stopping", "plateau": 
 
 def inspect(
     checkpoint: Annotated[
-        Path, typer.Argument(help="A checkpoint, or a run: its newest one.", show_default=False)
+        Path,
+        typer.Argument(
+            help="A checkpoint, or a run: its newest one.", show_default=False, autocompletion=complete_run
+        ),
     ],
     *,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
-    """Verify CHECKPOINT and show what is in it. Shows counters, optimizer, metrics and every tensor of the model."""
+    """Verify CHECKPOINT and show what is in it.
+
+    Shows counters, optimizer, metrics and every tensor of the model.
+    """
     from steploop.checkpoint import open_checkpoint
 
     opened = open_checkpoint(newest_checkpoint(checkpoint))

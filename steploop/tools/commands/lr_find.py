@@ -7,19 +7,16 @@ from typing import Annotated
 
 import typer
 
+from steploop.tools.commands.run_options import DEVICE, RECIPE, SET
+
 __all__ = ["lr_find"]
 
-RECIPE = typer.Argument(help="A recipe file, or the name of a shipped recipe.", show_default=False)
-SET = typer.Option(
-    "--set", metavar="NAME=VALUE", help="A field of the recipe's Config; may be given several times."
-)
 LOW = typer.Option(help="The first learning rate.")
 HIGH = typer.Option(help="The last learning rate.")
 STEPS = typer.Option(help="Steps to take at most.")
 STATE = typer.Option(
     "--state", help="Whose rate to vary, where a recipe trains several states.", show_default=False
 )
-DEVICE = typer.Option(help="auto, cpu, cuda (cuda:1) or mps.")
 OUT = typer.Option(
     help="Where to draw the curve, without the ending. Default: lr-find-<recipe>.", show_default=False
 )
@@ -42,7 +39,8 @@ def lr_find(
     """
     from steploop.errors import MissingExtraError
     from steploop.recipe.config_values import configure, split_assignments
-    from steploop.recipe.recipe_files import find_recipe, load_recipe_file
+    from steploop.recipe.recipe_files import load_recipe_file
+    from steploop.recipe.recipe_paths import find_recipe
     from steploop.runs.environment import find_device
     from steploop.tools.lr_finder import RangeTest, range_test
     from steploop.tools.report.terminal_plots import draw_curve, falling_window

@@ -25,7 +25,7 @@ def new(
     ] = "mnist",
 ) -> None:
     """Begin your own recipe as a copy of another. Never overwrites a file."""
-    from steploop.recipe.recipe_files import find_recipe
+    from steploop.recipe.recipe_paths import find_recipe
 
     original = find_recipe(source)
     target = Path(name if name.endswith(".py") else f"{name}.py")

@@ -6,9 +6,15 @@ from typing import Annotated
 
 import typer
 
+from steploop.tools.commands.completion import complete_run
+
 __all__ = ["plot"]
 
-RUNS = typer.Argument(help="Run directories; several are drawn over each other.", show_default=False)
+RUNS = typer.Argument(
+    help="Run directories; several are drawn over each other.",
+    show_default=False,
+    autocompletion=complete_run,
+)
 METRIC = typer.Option(
     "--metric",
     metavar="NAME",

@@ -2,14 +2,18 @@
 
 import sys
 
-__all__ = ["recipes"]
+from steploop.tools.commands.terminals import definitions
+
+__all__ = ["listed_recipes", "recipes"]
 
 
 def recipes() -> None:
     """List the shipped recipes, one line each."""
-    from steploop.recipe.recipe_files import shipped_recipes, summary_of
+    sys.stdout.write("".join(f"{line}\n" for line in listed_recipes()))
 
-    found = {name: summary_of(path) for name, path in shipped_recipes().items()}
-    width = max((len(name) for name in found), default=0)
-    for name, summary in found.items():
-        sys.stdout.write(f"{name:<{width}}  {summary}\n")
+
+def listed_recipes(*, indent: int = 0) -> list[str]:
+    """The shipped recipes and what each is about, as lines that fit the terminal."""
+    from steploop.recipe.recipe_paths import shipped_recipes, summary_of
+
+    return definitions([(name, summary_of(path)) for name, path in shipped_recipes().items()], indent=indent)

@@ -6,9 +6,13 @@ from typing import Annotated
 
 import typer
 
+from steploop.tools.commands.completion import complete_run
+
 __all__ = ["report"]
 
-RUNS = typer.Argument(help="Run directories; several are compared.", show_default=False)
+RUNS = typer.Argument(
+    help="Run directories; several are compared.", show_default=False, autocompletion=complete_run
+)
 OUT = typer.Option(
     help="The file. Default: report.html in the run directory, or here for several runs.", show_default=False
 )

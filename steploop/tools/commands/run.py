@@ -5,12 +5,10 @@ import sys
 from pathlib import Path
 from typing import Annotated, Any
 
-import typer
-from typer.core import TyperCommand
-
 from steploop.errors import ConfigError
 from steploop.runs.safe_text import safe_text
 from steploop.runs.standard_streams import lasting_streams
+from steploop.tools.commands.command_class import Command
 from steploop.tools.commands.endings import finish
 from steploop.tools.commands.run_options import (
     CHECKPOINT,
@@ -18,6 +16,7 @@ from steploop.tools.commands.run_options import (
     COMPILE_MODES,
     CSV,
     DEVICE,
+    DIRECTORY,
     EPOCHS,
     EXACT,
     INIT,
@@ -27,6 +26,7 @@ from steploop.tools.commands.run_options import (
     LIMIT,
     LOG,
     MLFLOW,
+    OTHER_RECIPE,
     OUT,
     QUIET,
     RECIPE,
@@ -44,12 +44,12 @@ from steploop.tools.commands.run_options import (
 __all__ = ["RunCommand", "resume", "run"]
 
 
-class RunCommand(TyperCommand):
+class RunCommand(Command):
     """A command whose ``--compile`` may stand alone, without taking the next word for its value."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         """Spell a bare ``--compile`` out, then parse."""
-        following = [*args[1:], ""]
+        following = [*args, ""][1:]
         spelled = [
             "--compile=on" if word == "--compile" and after not in COMPILE_MODES else word
             for word, after in zip(args, following, strict=True)
@@ -84,7 +84,12 @@ def run(
     restart_epoch: Annotated[bool, RESTART] = False,
     trust: Annotated[bool, TRUST] = False,
 ) -> None:
-    """Train RECIPE; what it did goes to a run directory, its last metrics to stdout as one JSON line."""
+    """Train RECIPE; write a run directory.
+
+    The last line of stdout is one JSON object with the last metrics; in a terminal, a sentence.
+    """
+    if recipe is None and resume_from is None:
+        raise ConfigError(_which_recipe())
     from steploop.recipe.config_values import split_assignments
     from steploop.runs.text_names import readable
 
@@ -123,6 +128,18 @@ def run(
         raise SystemExit(code)
 
 
+def _which_recipe() -> str:
+    """What to say to a bare ``steploop run``."""
+    from steploop.tools.commands.recipes import listed_recipes
+
+    return (
+        "Which recipe? Give a file, or the name of a shipped one:\n\n"
+        + "\n".join(f"  {line}" for line in listed_recipes(indent=2))
+        + "\n\nsteploop run --help lists the options, steploop run mnist --help the settings of a recipe too.\n"
+        "steploop new my_recipe begins your own; steploop resume DIR goes on with a run."
+    )
+
+
 def _say_what_takes_long(what: str | Path | None) -> None:
     """Tell the user at once that the command was understood: torch takes seconds to load."""
     if what is not None and "torch" not in sys.modules:
@@ -131,10 +148,13 @@ def _say_what_takes_long(what: str | Path | None) -> None:
 
 
 def resume(
-    directory: Annotated[Path, typer.Argument(help="The directory of the run.", show_default=False)],
+    directory: Annotated[Path, DIRECTORY],
     **options: Any,
 ) -> None:
-    """Go on with the run in DIRECTORY, at the very batch where it stopped. This runs the recipe in DIRECTORY."""
+    """Go on with a run at the very batch where it stopped.
+
+    This runs the recipe in DIRECTORY.
+    """
     run(resume_from=directory, **options)
 
 
@@ -143,11 +163,8 @@ def _options_of_run() -> dict[str, inspect.Parameter]:
     found = dict(inspect.signature(run).parameters)
     for name in ("out", "resume_from", "init", "init_rename", "init_partial"):
         del found[name]
-    other = typer.Option(
-        "--recipe", help="Go on with another recipe than the copy in DIRECTORY.", show_default=False
-    )
     found["recipe"] = found["recipe"].replace(
-        kind=inspect.Parameter.KEYWORD_ONLY, annotation=Annotated[str | None, other]
+        kind=inspect.Parameter.KEYWORD_ONLY, annotation=Annotated[str | None, OTHER_RECIPE]
     )
     return found
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from steploop.errors import DataError
+from steploop.tools.commands.completion import complete_run
 
 if TYPE_CHECKING:
     from steploop.runs.standing import Standing
@@ -16,7 +17,9 @@ __all__ = ["status"]
 
 _STATE_LIMIT = 32 << 20  # bytes, as many as a checkpoint's state.json may have
 
-RUN = typer.Argument(help="The directory of a run.", show_default=False, metavar="RUN")
+RUN = typer.Argument(
+    help="The directory of a run.", show_default=False, metavar="RUN", autocompletion=complete_run
+)
 JSON = typer.Option("--json", help="Print one JSON object.")
 
 
