@@ -88,5 +88,5 @@ __all__ = [
     "open_checkpoint",
     "save",
 ]
-from steploop.checkpoint.weights import WeightTable as WeightTable
+from steploop.checkpoint.weight_table import WeightTable as WeightTable
 from steploop.checkpoint.weights import load_weights as load_weights

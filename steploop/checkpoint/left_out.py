@@ -1,4 +1,4 @@
-"""Leave frozen parameters out of a checkpoint: it keeps a digest of each, and takes the values from the caller's state."""
+"""Leave frozen parameters out of a checkpoint: save a digest of each, load the values from the caller's state."""
 
 import hashlib
 from collections.abc import Mapping

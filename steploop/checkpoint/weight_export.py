@@ -81,16 +81,16 @@ def _of_state(tensors: dict[str, Tensor], state: str) -> dict[str, Tensor]:
 
 def _write(tensors: dict[str, Tensor], target: Path) -> None:
     """Write a temporary file and rename it: a reader never sees half a file, and no link is followed."""
-    beside = target.with_name(f".{target.name}-{os.getpid()}")
+    temporary = target.with_name(f".{target.name}-{os.getpid()}")
     try:
-        beside.touch()
-        mode = beside.stat().st_mode  # safetensors makes files that only their owner can read
-        save_file(tensors, beside, metadata={"format": "pt"})
-        beside.chmod(mode)
-        beside.replace(target)
+        os.close(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666))
+        mode = temporary.stat().st_mode  # safetensors makes files that only their owner can read
+        save_file(tensors, temporary, metadata={"format": "pt"})
+        temporary.chmod(mode)
+        temporary.replace(target)
     except (OSError, SafetensorError) as error:
         with suppress(OSError):
-            beside.unlink(missing_ok=True)
+            temporary.unlink(missing_ok=True)
         raised = CheckpointWriteError(f"{target} cannot be written: {error}. Choose another place.")
         raised.errno = getattr(error, "errno", None)
         raise raised from error

@@ -1,4 +1,4 @@
-"""Read weights by name: from our checkpoints, and from safetensors files that others wrote."""
+"""Read weights from checkpoints of steploop and from safetensors files of others."""
 
 import json
 import os

@@ -1,69 +1,23 @@
-"""Put weights alone into a state: to begin a new training with what another one has learned."""
+"""Load weights alone into a state, to begin a new training with them."""
 
-import fnmatch
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Final, Literal, TypeVar
+from typing import Final, TypeVar
 
-import attrs
 import torch
 from torch import Tensor
 
 from steploop.checkpoint.packing import named_members, non_persistent, tied_names
 from steploop.checkpoint.weight_files import WeightFile, read_weights
+from steploop.checkpoint.weight_table import WeightRow, WeightTable, refuse_gaps
 from steploop.core.state.several import State
 from steploop.errors import CheckpointIncompatibleError, ConfigError
 
-__all__ = ["WeightTable", "load_weights"]
+__all__ = ["load_weights"]
 
 S = TypeVar("S", bound=State)
-Outcome = Literal["loaded", "kept", "not used"]
-_LISTED: Final = 10
-_WRAPPERS: Final = (
-    "module",
-    "_orig_mod",
-)  # what DistributedDataParallel and torch.compile put before every name
-
-
-@attrs.frozen
-class WeightRow:
-    """What became of one tensor.
-
-    Attributes:
-        name: in the state; of one that is not used, in the file.
-        outcome: "loaded", "kept" (the state's own) or "not used" (of the file).
-        about: why, or how.
-    """
-
-    name: str
-    outcome: Outcome
-    about: str = ""
-
-
-@attrs.frozen
-class WeightTable:
-    """What matched.
-
-    Attributes:
-        path: where the weights come from.
-        rows: one for each tensor of the state, and for each of the file that is not used.
-    """
-
-    path: Path
-    rows: tuple[WeightRow, ...]
-
-    def of(self, outcome: Outcome) -> list[WeightRow]:
-        """The rows with an outcome."""
-        return [row for row in self.rows if row.outcome == outcome]
-
-    def __str__(self) -> str:
-        """A line that counts, and a line for each tensor about which there is something to say."""
-        loaded, kept = self.of("loaded"), self.of("kept")
-        lines = [f"{len(loaded)} of {len(loaded) + len(kept)} tensors loaded from {self.path}"]
-        said = [row for row in self.rows if row.about]
-        width = max((len(row.name) for row in said), default=0)
-        lines += [f"  {row.name:<{width}}  {row.outcome:<8}  {row.about}" for row in said]
-        return "\n".join(lines)
+# what DistributedDataParallel and torch.compile put before every name
+_WRAPPERS: Final = ("module", "_orig_mod")
 
 
 def load_weights(
@@ -112,7 +66,7 @@ def load_weights(
     table = WeightTable(file.path, tuple(rows))
     if report is not None:
         report(table)
-    _refuse_gaps(table, found, targets, partial)
+    refuse_gaps(table, found, targets, partial)
     return _filled(into, values)
 
 
@@ -204,47 +158,6 @@ def _matched(
 
 def _dtype(tensor: Tensor) -> str:
     return str(tensor.dtype).removeprefix("torch.")
-
-
-def _refuse_gaps(
-    table: WeightTable,
-    found: Mapping[str, tuple[str, Tensor]],
-    targets: Mapping[str, Tensor],
-    partial: bool | Sequence[str],
-) -> None:
-    patterns = [partial] if isinstance(partial, str) else [] if isinstance(partial, bool) else [*partial]
-
-    def allowed(row: WeightRow) -> bool:
-        return partial is True or any(fnmatch.fnmatchcase(row.name, pattern) for pattern in patterns)
-
-    gaps = [row for row in table.rows if row.outcome != "loaded" and not allowed(row)]
-    if table.of("loaded") and not gaps:
-        return
-    listed = [f"{row.name}: {row.about}" for row in (gaps or table.rows)[:_LISTED]]
-    more = f"\n  and {len(gaps) - _LISTED} more" if len(gaps) > _LISTED else ""
-    hint = _prefix_hint(found, targets) if not table.of("loaded") else ""
-    lines = "\n  ".join(listed)
-    raise CheckpointIncompatibleError(
-        f"{table.path} does not hold the weights of this model:\n  {lines}{more}\n"
-        f"{hint or 'Say with partial=[pattern, ...] what may be missing or left over, or give names with rename={old: new}.'}"
-    )
-
-
-def _prefix_hint(found: Mapping[str, object], targets: Mapping[str, object]) -> str:
-    """Which one prefix, taken away or put before, would make names match; empty where none would."""
-    counts: dict[tuple[str, str], int] = {}
-    for names, others, away in ((found, targets, True), (targets, found, False)):
-        for name in names:
-            parts = name.split(".")
-            for n in range(1, len(parts)):
-                if ".".join(parts[n:]) in others:
-                    prefix = ".".join(parts[:n])
-                    key = (prefix, "") if away else ("", prefix)
-                    counts[key] = counts.get(key, 0) + 1
-    if not counts:
-        return ""
-    old, new = max(counts, key=lambda key: counts[key])
-    return f"{counts[old, new]} names would match with rename={{{old!r}: {new!r}}}."
 
 
 def _filled(into: S, values: Mapping[str, Tensor]) -> S:

@@ -1,4 +1,4 @@
-"""Values for a recipe's Config, given as text or as JSON: checked by name and type, with what to do about the rest."""
+"""Make a recipe's Config from texts or JSON, check it by name and type, and write it as JSON."""
 
 import difflib
 import enum

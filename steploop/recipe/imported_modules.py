@@ -1,4 +1,4 @@
-"""Find the modules that a recipe imports from its own folder: they belong to what a run is, as its text does."""
+"""Find the modules that a recipe imports from its own folder, and digest them."""
 
 import ast
 import hashlib

@@ -110,9 +110,9 @@ class Recipe:
         then: what follows when this recipe has finished: ``state -> Recipe`` of the next phase (a fold of its own).
         finish: called at the very end with the state and the run directory, to draw or print a sample.
         loggers: what gets the numbers of each log point and evaluation, in addition to metrics.jsonl; see `Logger`.
-        compile: True, False or "auto": whether ``run`` compiles ``train_step`` unless told otherwise.
+        compile: True, False or "auto": whether ``run`` compiles ``train_step`` by default.
         save_frozen: False leaves the parameters that are not trained out of checkpoints (a large model under LoRA): a resume
-            takes them from ``state``, and refuses others than the run had.
+            takes them from ``state``, and refuses other values.
 
     Example:
         >>> recipe = Recipe(

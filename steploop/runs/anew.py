@@ -1,4 +1,4 @@
-"""Apply to a loaded state what a resume is given anew; a checkpoint holds the values of before."""
+"""Apply what a resume is given anew to the state that was loaded."""
 
 import warnings
 from collections.abc import Callable, Mapping
@@ -30,7 +30,7 @@ def with_folds(recipe: Recipe, state: State, before: Mapping[str, Any], note: No
         recipe: as it is now.
         state: as it was loaded.
         before: the phase's record; empty for a run of version 0.1.0.
-        note: told what changes.
+        note: gets a sentence for each change.
     """
     first = lead(state)
     changes: dict[str, Any] = {}
@@ -116,7 +116,7 @@ def with_hyperparameters(
         load: gives the loaded state, as often as it is called.
         before: "start" of the phase's record; empty for a run whose first values are not known.
         now: the same of the recipe as it is now.
-        note: told what changes.
+        note: gets a sentence for each change.
 
     Raises:
         ConfigError: a hyperparameter cannot change in the middle of training, or no step can be taken.

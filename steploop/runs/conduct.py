@@ -1,4 +1,4 @@
-"""A run from its beginning to its end: builds the recipe, owns the directory, folds phase after phase, says how it went."""
+"""Carry out a run: build its recipe, lock its directory, train, and say how it ended."""
 
 import time
 from collections.abc import Iterator, Sequence
@@ -8,7 +8,7 @@ from steploop.core.interruption import Interrupted
 from steploop.errors import CheckpointWriteError, SteploopError
 from steploop.recipe.recipe import Logger
 from steploop.runs.allocator import tune_allocator
-from steploop.runs.beginning import Beginning, begin_again, begin_anew
+from steploop.runs.beginning import Beginning, begin_anew
 from steploop.runs.directory import Status, clear_unfinished, forget, forget_failed, read_status, refuse_taken
 from steploop.runs.directory_lock import run_lock
 from steploop.runs.logs.screens import Screen
@@ -17,6 +17,7 @@ from steploop.runs.past import Past, read_past
 from steploop.runs.phases import Phases
 from steploop.runs.record_values import is_duration
 from steploop.runs.requests import Request
+from steploop.runs.resumption import begin_again
 from steploop.runs.signals import StopFlag, signals_as
 from steploop.runs.standard_streams import lasting_streams
 from steploop.runs.start_record import announce, record
@@ -39,7 +40,7 @@ def carry_out(
     Raises:
         RunLockedError: another process trains in this directory.
         RunExistsError: the directory holds something, and this is no resume.
-        SteploopError: whatever went wrong; status.json says it too.
+        SteploopError: the run failed; status.json says it too.
         Interrupted: a signal came before there was anything to save.
     """
     stop = stop or StopFlag()

@@ -1,4 +1,4 @@
-"""Record what a run is, and compare it at every resume: nothing that a resume is given, or finds, is ignored.
+"""Record what a run is, and compare it at every resume: nothing that is given anew is ignored.
 
 config.json holds the record: the recipe's text and the modules from its folder, the Config, how the step runs, and for
 each phase what the data are, in which batches they come, and which values the state began with.

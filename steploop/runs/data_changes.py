@@ -1,4 +1,4 @@
-"""Compare the data of a resume with those of the run: other ones are refused, or begun anew with on request."""
+"""Compare the data of a resume with those of the run, and refuse other data unless asked to take them."""
 
 from collections.abc import Callable, Mapping
 from typing import Any, Final
@@ -58,7 +58,7 @@ def begins_anew(
         batch: where the run stands in it; 0 at its beginning, or where it is whole.
         restorable: whether the batches can begin in the middle.
         requested: whether the user asked for it.
-        note: told what becomes of the difference.
+        note: gets a sentence on what becomes of the difference.
 
     Raises:
         DataError: they differ, and nothing was asked for.

@@ -1,4 +1,4 @@
-"""Evaluate a recipe's state in a run: measure, fold the metrics into the state, write them down."""
+"""Evaluate a state during a run: measure, update best and early stopping, write the metrics down."""
 
 import time
 from collections.abc import Mapping
@@ -23,7 +23,7 @@ class Evaluations:
 
     Args:
         recipe: what is trained.
-        journal: told of each evaluation.
+        journal: gets each evaluation.
         keeper: given the state where an evaluation fails.
         stop: ends an evaluation between two of its batches.
         pace: the watch of training, which stands meanwhile.
@@ -93,7 +93,7 @@ class Evaluations:
         if every is None:
             return True
         # a last step of all between two evaluations counts as one. It is folded before the state is kept, so that a run
-        # that is killed at its very end makes up for it, and one that had ended does not evaluate again
+        # that is killed at its very end makes up for it, and one that has ended does not evaluate again
         attempted = attempted_steps(state)
         seen = self.last == attempted or attempted % every == 0
         return lead(state).epoch + 1 >= self._recipe.epochs and not seen

@@ -1,4 +1,4 @@
-"""Tell one set of tensors from another by a few of their values: cheap, whatever their size."""
+"""Compute a cheap fingerprint of tensors from a few of their values."""
 
 import hashlib
 from collections.abc import Iterable

@@ -1,4 +1,4 @@
-"""Keep the process's generators of random numbers as they are while something is tried."""
+"""Restore the random number generators after something was tried."""
 
 import random
 from collections.abc import Iterator
@@ -12,7 +12,7 @@ __all__ = ["generators_kept"]
 
 @contextmanager
 def generators_kept() -> Iterator[None]:
-    """Leave Python's, NumPy's and torch's generators as they were, whatever is drawn inside."""
+    """Leave Python's, NumPy's and torch's generators as they were, after any draws inside."""
     python, numpy = random.getstate(), np.random.get_state()  # noqa: NPY002  (the one that recipes draw from)
     devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()  # type: ignore[no-untyped-call]
     with torch.random.fork_rng(devices):

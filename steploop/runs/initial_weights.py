@@ -1,4 +1,4 @@
-"""Begin a run with weights that were trained before: those of a run, a checkpoint, or a file of somebody else's."""
+"""Begin a run with the weights of another run, of a checkpoint or of a safetensors file."""
 
 from collections.abc import Callable, Mapping
 from pathlib import Path

@@ -45,7 +45,7 @@ class Loop:
     Args:
         recipe: what to train; its ``state`` is where to begin.
         plan: see `Plan`.
-        journal: told of each log point, evaluation and event.
+        journal: gets each log point, evaluation and event.
         keeper: given the states to keep.
         stop: looked at between two steps.
         begun_s: ``time.perf_counter()`` at the start of the run, for the times in the journal.
@@ -85,7 +85,7 @@ class Loop:
         self.evaluations = Evaluations(recipe, journal, keeper, stop, self._pace)
 
     def run(self, state: State, *, evaluation_due: bool = False) -> tuple[State, Ending]:
-        """Train to the end, or until told to stop.
+        """Train to the end, or until the run is asked to stop.
 
         Args:
             state: where to begin; its cursor says at which batch.
@@ -233,7 +233,7 @@ class Loop:
     def _closed(self, state: State) -> State:
         """The last state, kept; looked at once more where its last step was not evaluated."""
         if self._ending == "limit" and self.evaluations.last != self._attempted and self._taken:
-            # this look leaves no trace in the state: a resume goes on as if it had never stopped
+            # this look leaves no trace in the state: a resume goes on as if it never stopped
             self._evaluated(state, fold=False)
         self._keeper.save(state, best=False)
         return state

@@ -1,4 +1,4 @@
-"""Metrics as an evaluation returns them: every value a plain number or None, or refused by name."""
+"""Read the metrics that an evaluation returns as plain numbers, or refuse them by name."""
 
 import numbers
 from collections.abc import Mapping

@@ -1,4 +1,4 @@
-"""What an evaluation changes in a state: best metric, early stopping and plateau, as one fold."""
+"""Update best, early stopping and plateau of a state with the metrics of an evaluation."""
 
 import math
 from collections.abc import Mapping

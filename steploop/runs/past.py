@@ -1,4 +1,4 @@
-"""Read what a resume needs of the time before it: seconds, the last metrics, the form of the step."""
+"""Read what a resume needs from the log: seconds, last metrics, compiled or not."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -14,7 +14,7 @@ __all__ = ["Past", "read_past"]
 
 @attrs.frozen(kw_only=True)
 class Past:
-    """What a run had come to before it was ended.
+    """How far a run came before it ended.
 
     Attributes:
         seconds: of all its processes.

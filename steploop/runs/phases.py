@@ -1,4 +1,4 @@
-"""Fold the phases of a run, one after the other, with everything that watches and keeps them."""
+"""Train the phases of a run one after the other, with their checkpoints and logs."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal

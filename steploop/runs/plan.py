@@ -1,4 +1,4 @@
-"""What the loop is told beyond the recipe: how a run is watched and cut off, and who is told, shown and given what."""
+"""Options of a run that change no step, and the protocols of what the loop reports to."""
 
 from collections.abc import Mapping
 from typing import Any, Literal, Protocol
@@ -18,7 +18,7 @@ _STEPS = attrs.validators.optional(integer(at_least=1, hint="It counts steps; le
 
 
 class Journal(Protocol):
-    """Who is told what happens."""
+    """Gets what happens, to log it."""
 
     def train(self, line: Mapping[str, Any]) -> None:
         """A log point: the numbers of one step."""

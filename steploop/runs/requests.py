@@ -1,4 +1,4 @@
-"""From what a command line says to a request: everything that can be refused is refused here, before anything runs."""
+"""Turn options into a request, and refuse what does not fit before anything runs."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path

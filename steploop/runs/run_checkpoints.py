@@ -1,4 +1,4 @@
-"""Checkpoints of a run: what the loop gives to be kept goes to a store, and a resume begins with the newest."""
+"""Keep the checkpoints of a run, and say which are on the disk."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -16,7 +16,7 @@ class CheckpointKeeper:
 
     Args:
         directory: of the checkpoints; made if it is missing, and cleared of what crashed runs left in it.
-        on_saved: told of each once it is on the disk: the checkpoint's directory, and whether it is the best.
+        on_saved: called with each checkpoint's directory, and whether it is the best, once it is on the disk.
         frozen: whether parameters that are not trained are kept too.
         before_save: called before each: what was logged up to there is to be written before it.
 
@@ -37,7 +37,7 @@ class CheckpointKeeper:
         self._on_saved = on_saved
         self._before_save = before_save
         self._saved: tuple[object, ...] | None = None
-        self._begun: tuple[Path, bool] | None = None  # what is being written, and nobody was told of
+        self._begun: tuple[Path, bool] | None = None  # what is being written; on_saved comes later
 
     def save(self, state: State, *, best: bool) -> None:
         """Keep the state, unless it was the last one kept; it is copied here and written while training goes on.

@@ -1,4 +1,4 @@
-"""What a run records when it begins: config.json, the copy of its recipe, and a few lines on the screen."""
+"""Write config.json and the copy of the recipe when a run begins, and announce it."""
 
 import sys
 from collections.abc import Mapping
@@ -83,7 +83,7 @@ def _phases(recorded: Mapping[str, Any], beginning: Beginning) -> list[Mapping[s
 
 
 def watching(request: Request) -> dict[str, Any]:
-    """How the run is logged and kept, which a resume goes on with unless told otherwise."""
+    """How the run is logged and kept, which a resume goes on with unless it is given otherwise."""
     plan = request.plan
     of_plan = {name: getattr(plan, name) for name in ("log_every", "checkpoint_every", "layer_norms")}
     return of_plan | {name: getattr(request, name) for name in LOGGER_OPTIONS}

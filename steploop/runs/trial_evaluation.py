@@ -1,4 +1,4 @@
-"""Evaluate one batch before the first step: does it give numbers, and is what the recipe monitors among them?"""
+"""Try the evaluation on one batch before the first step."""
 
 import warnings
 from typing import Literal

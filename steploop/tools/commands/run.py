@@ -1,4 +1,4 @@
-"""``steploop run`` and ``steploop resume``: options to a request, and the run's summary as the last line of stdout."""
+"""``steploop run`` and ``steploop resume``: train, and print how it ended."""
 
 import inspect
 import sys
