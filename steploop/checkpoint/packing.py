@@ -16,7 +16,7 @@ from steploop.checkpoint.format.json_values import check_json, encode
 from steploop.checkpoint.format.layout import TensorSpec, header_bytes, spec_of
 from steploop.checkpoint.left_out import frozen_digests
 from steploop.core.state.machine import Machine
-from steploop.core.state.parts import field_names, plain_names
+from steploop.core.state.parts import TensorValues, field_names, plain_names
 from steploop.core.state.several import State, members
 from steploop.core.state.shared_memory import shared_memory
 from steploop.core.state.train_state import TrainState
@@ -149,9 +149,10 @@ def _collect_one(
         "ema": None if state.tensors.ema is None else encode(_averages(state, left_out), "ema", held),
         "transient_buffers": encode({n: b for n, b in buffers.items() if n in transient}, "buffers", held),
     }
-    # fields that most states leave empty are there only where they are not
-    for name in field_names(type(state.tensors)):
-        if name not in OWN_FIELDS and (value := getattr(state.tensors, name)) is not None and value != {}:
+    # fields that most states leave as they begin are there only where they are something else
+    for name, default in _defaults(type(state.tensors)).items():
+        value = getattr(state.tensors, name)
+        if type(value) is not type(default) or value != default:
             values[name] = encode(value, name, held)
     if left_out:
         values["left_out"] = dict(left_out)
@@ -168,6 +169,15 @@ def _averages(state: TrainState, left_out: Mapping[str, str]) -> dict[str, Tenso
         name: average
         for name, average in (state.tensors.ema or {}).items()
         if name not in left_out or not torch.equal(average, params[name])
+    }
+
+
+def _defaults(part: type[TensorValues]) -> dict[str, Any]:
+    """The fields that are stored under their names, and what they are where nothing was kept."""
+    return {
+        field.name: field.default.factory() if isinstance(field.default, attrs.Factory) else field.default  # type: ignore[arg-type]
+        for field in attrs.fields(part)
+        if field.name in field_names(part) and field.name not in OWN_FIELDS
     }
 
 
