@@ -4,6 +4,7 @@ These are the attributes of the model's modules and of the objects in reach of t
 cells and defaults that its functions use. What lies further away is not seen: the clock, the environment, a file.
 """
 
+import argparse
 import operator
 import sys
 import types
@@ -144,7 +145,8 @@ class Baked:
     def _add(
         self, where: Any, keys: Iterable[Any], name: Callable[[Any], str], depth: int, *, whole: bool = False
     ) -> None:
-        chosen = [key for key in keys if not _is_library(where[key])]
+        # what a library calls by this name is not given another meaning
+        chosen = [k for k in keys if not (_is_library(where[k]) and getattr(where[k], "__name__", None) == k)]
         if chosen or whole:
             self._places.append(_Place(where, chosen, name, whole=whole))
         for key in chosen:
@@ -309,7 +311,9 @@ def _is_library(value: Any) -> bool:
     elif isinstance(value, (type, types.FunctionType)):
         name = getattr(value, "__module__", "") or ""
         file = getattr(sys.modules.get(name), "__file__", "") or ""
-    elif isinstance(value, (partial, types.MethodType)):
+    elif isinstance(value, (partial, types.MethodType)) or isinstance(
+        value, (types.SimpleNamespace, argparse.Namespace)
+    ):
         return False
     else:
         name = type(value).__module__

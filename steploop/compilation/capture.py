@@ -18,7 +18,6 @@ from steploop.compilation.leaves import places, refuse_overlap
 from steploop.compilation.plans import COUNTERS, StatePlan, StepPlan
 from steploop.compilation.step_trace import StepTrace
 from steploop.compilation.traced_state import TracedState, results_of
-from steploop.core.state.surroundings import shield
 from steploop.core.state.train_state import TrainState
 from steploop.errors import CompileError
 
@@ -125,7 +124,6 @@ def trace_step(
             refuse_overlap(state)
             _refuse_extra_state(state)
             stack.enter_context(restored(state.machine))
-        stack.enter_context(shield(next(iter(states.values())).machine))
         stack.callback(trace.close)
         stack.callback(baked.put_back)
         stack.enter_context(trace.events.watching())

@@ -19,6 +19,7 @@ from steploop.compilation.host_numbers import Now
 from steploop.compilation.inductor import check_torch, compile_graph, reads_a_value
 from steploop.compilation.leaves import places
 from steploop.compilation.plans import StepPlan
+from steploop.core.state.surroundings import is_usual, shield
 from steploop.core.state.train_state import TrainState
 from steploop.errors import (
     CompileError,
@@ -86,13 +87,20 @@ class CompiledStep:
         """
         if self._eager:
             return self.train_step(state, batch)
+        single = isinstance(state, TrainState)
+        states = [state] if single else list(state.values())
+        machine = states[0].machine
+        if is_usual(machine):
+            return self._step(state, states, batch, single=single)
+        with shield(machine):
+            return self._step(state, states, batch, single=single)
+
+    def _step(self, state: Any, states: list[TrainState], batch: Any, *, single: bool) -> Any:
         try:
             tensors, key, numbers = flat = flatten(batch)
         except Exception as error:  # noqa: BLE001  (raised again unless mode is "auto")
             self._give_up(type(batch), error)
             return self.train_step(state, batch)
-        single = isinstance(state, TrainState)
-        states = [state] if single else list(state.values())
         for one in states:
             if one.generation != one.lease.generation:
                 one.check_alive("train_step")
@@ -147,7 +155,7 @@ class CompiledStep:
         reason = f"the step cannot be compiled: {error}"
         if not self._store:
             self.figures = attrs.evolve(self.figures, form="eager", reason=reason)
-        self._report(f"goes on in eager{' for batches of this form' if self._store else ''}; {reason}")
+        self._report(f"goes on in eager for batches of this form; {reason}")
 
     def _make(self, state: Any, now: Now, batch: Any, flat: Flat) -> CompiledGraph:
         """Trace and compile; reuse an equal graph that is already compiled."""

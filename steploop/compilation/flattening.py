@@ -21,6 +21,7 @@ Build = Callable[[Sequence[Tensor]], Any]
 Flat = tuple[list[Tensor], Any, list[Any]]
 
 _NO_NUMBERS: list[Any] = []
+_STRIDED = torch.strided
 _PLAIN = (bool, str, bytes, int, float, complex, enum.Enum, torch.dtype, torch.device, type(None))
 
 
@@ -39,19 +40,20 @@ def flatten(batch: Any) -> Flat:
     The usual batch, a tuple or list of tensors, is taken by a path of its own: this is done at every step.
     """
     kind = type(batch)
-    try:
-        if kind is tuple or kind is list:
-            key: list[Any] = [kind]
-            for t in batch:
-                # a complex tensor may be a conjugate, whose memory holds other numbers
-                if type(t) is not Tensor or t.requires_grad or t.dtype.is_complex or t.is_neg():
-                    return _flatten_any(batch)
-                key += (t.shape, t.stride(), t.dtype, t.device)
-            return list(batch), tuple(key), _NO_NUMBERS
-        if kind is Tensor and not (batch.requires_grad or batch.dtype.is_complex or batch.is_neg()):
-            return [batch], (batch.shape, batch.stride(), batch.dtype, batch.device), _NO_NUMBERS
-    except RuntimeError:  # a sparse tensor has no strides
-        pass
+    if kind is tuple or kind is list:
+        key: list[Any] = [kind]
+        for t in batch:
+            # a complex tensor may be a conjugate, whose memory holds other numbers
+            if (
+                type(t) is not Tensor
+                or t.requires_grad
+                or t.layout is not _STRIDED
+                or t.is_neg()
+                or t.is_complex()
+            ):
+                return _flatten_any(batch)
+            key += (t.shape, t.stride(), t.dtype, t.device)
+        return list(batch), tuple(key), _NO_NUMBERS
     return _flatten_any(batch)
 
 

@@ -16,7 +16,6 @@ from steploop.compilation.next_state import Advance
 from steploop.compilation.plans import StepPlan
 from steploop.core.seeds import fold_in
 from steploop.core.state.seeding import generators_of
-from steploop.core.state.surroundings import is_usual, shield
 from steploop.core.state.train_state import TrainState
 from steploop.core.steps.set_rates import schedule
 
@@ -127,7 +126,7 @@ class CompiledGraph:
 
     # -- running it --------------------------------------------------------------------------------------------------
 
-    def __call__(  # noqa: C901, PLR0912  (in one piece: this is every step's way)
+    def __call__(  # noqa: C901  (in one piece: this is every step's way)
         self, bound: Bound, now: Now, batch: list[Tensor]
     ) -> list[TrainState] | None:
         """Take one step: write the numbers, run the graph, make the states, apply the schedules.
@@ -155,12 +154,7 @@ class CompiledGraph:
             # whatever ends the call before its time may leave the tensors half updated: then nobody may use them
             for state in states:
                 state.lease.tear()
-        machine = states[0].machine
-        if is_usual(machine):
-            given = self._run(states, inputs)
-        else:
-            with shield(machine):
-                given = self._run(states, inputs)
+        given = self._run(states, inputs)
         if kept is not None and not all(bool(given[i]) for i in self._finite):
             self._take_back(states, kept)
             return None

@@ -141,6 +141,7 @@ def capture(
         # a part that the user compiled is traced like the rest
         stack.enter_context(torch.compiler.set_stance("force_eager"))
         first = make_fx(function)(*inputs)
+    _refuse_sparse(first)
     constants = constants_to_inputs(first)
     with mode:
         draws, drawn = drawing(first, events)
@@ -161,6 +162,15 @@ def capture(
         any(is_random(node) for node in functional.graph.nodes if node.op == "call_function"),
         written, f"{functional.code}{shapes}",
     )  # fmt: skip
+
+
+def _refuse_sparse(graph: fx.GraphModule) -> None:
+    for node in graph.graph.nodes:
+        if getattr(node.meta.get("val"), "layout", torch.strided) is not torch.strided:
+            raise CompileError(
+                "computes with sparse tensors, or has sparse gradients, which no graph takes. Use nn.Embedding(sparse=False) and "
+                "dense tensors, or run this step in eager."
+            )
 
 
 def _written(graph: fx.GraphModule) -> frozenset[int]:
