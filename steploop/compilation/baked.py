@@ -304,17 +304,18 @@ def _is_plain(value: Any) -> bool:
 
 def _is_library(value: Any) -> bool:
     """Whether a function, class, module or object is of a library: those are not looked into."""
-    if _is_plain(value) or isinstance(value, (Tensor, nn.Module, tuple)) or type(value) in {dict, list, set}:
+    if _is_plain(value) or type(value) in {dict, list, set}:
+        return False
+    if isinstance(
+        value,
+        (Tensor, nn.Module, tuple, partial, types.MethodType, types.SimpleNamespace, argparse.Namespace),
+    ):
         return False
     if isinstance(value, types.ModuleType):
         name, file = value.__name__, getattr(value, "__file__", "") or ""
     elif isinstance(value, (type, types.FunctionType)):
         name = getattr(value, "__module__", "") or ""
         file = getattr(sys.modules.get(name), "__file__", "") or ""
-    elif isinstance(value, (partial, types.MethodType)) or isinstance(
-        value, (types.SimpleNamespace, argparse.Namespace)
-    ):
-        return False
     else:
         name = type(value).__module__
         file = getattr(sys.modules.get(name), "__file__", "") or ""
