@@ -442,6 +442,32 @@ class Trace:
     def limit_nonfinite(self, state, limit):
         self.told.append((state, limit))
 
+    def generators(self, state):
+        return self
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        pass
+
+    def seed(self, *coordinates):
+        self.told.append(("seeds", *coordinates[:1]))
+
+    def counts(self, state, finite):
+        return {"applied_steps": state.applied_steps + finite.long(), "nonfinite_steps": 0}
+
+
+class Counted(TracedCount):
+    """``attempted_steps`` of a trace counts on."""
+
+    def __init__(self, trace, offset=0):
+        super().__init__(trace)
+        self.offset = offset
+
+    def __add__(self, more):
+        return Counted(self.trace, self.offset + more)
+
 
 class Traced(torch.Tensor):
     """A traced tensor is of a class of its own."""
@@ -452,12 +478,15 @@ def test_a_step_that_is_traced_leaves_to_the_trace_what_the_host_has_to_do():
     plain = TrainState.create(network(), Optimizer(torch.optim.SGD, lr=0.1))
     state = unscale_and_clip(backward_scaled(forward_loss(plain, batch(), objective)), max_norm=1.0)
     state = state.replace(
-        attempted_steps=TracedCount(trace, "attempted_steps"),
+        attempted_steps=Counted(trace),
         applied_steps=torch.zeros((), dtype=torch.int64),
         flight=state.flight.replace(finite=torch.tensor(True).as_subclass(Traced)),  # noqa: FBT003  (the value itself)
     )
-    # nothing is seeded by a count that is not known: whoever runs the graph does it
+    # nothing is seeded by a count that is not known: the trace notes where it has to be, for whoever runs the graph
+    before = torch.random.get_rng_state()
     assert forward_loss(state, batch(), objective).loss == forward_loss(fresh(), batch(), objective).loss
+    assert torch.equal(torch.random.get_rng_state(), before)
+    assert trace.told.pop() == ("seeds", 0)
     rate = lambda step: 0.1  # noqa: E731
     assert schedule(state, rate) == "scheduled"
     after = optimizer_step(state, max_nonfinite_steps=7)

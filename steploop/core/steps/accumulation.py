@@ -62,14 +62,17 @@ def accumulate(state: TrainState, micro_batches: Iterable[Any], objective: Objec
     total = float(sum(size or 0 for size in sizes)) or 1.0
     losses, outputs, weights = [], [], []
     grads: list[Tensor | None] = []
-    own_weights, unit = False, 1.0
+    counted = False
+    own_weights, unit = False, None
     with TrainingPasses(state) as passes:
         for index, (part, size) in enumerate(zip(parts, sizes, strict=True)):
             loss, out, given = passes.run(part, objective, draw=index)
-            if index == 0 and given is not None:
-                own_weights, unit = True, _unit(given, len(parts))
+            own_weights = given is not None if index == 0 else own_weights
             counts = _check_weight(given, size, own_weights=own_weights)
-            weight = (size or 0) / total if given is None else given / unit
+            if own_weights and counts and unit is None:
+                unit = _unit(given, len(parts))
+            weight = (size or 0) / total if given is None else given / (1.0 if unit is None else unit)
+            counted = counted or counts
             if counts:  # the loss of a part without weight may be 0 / 0, whose gradient is nan
                 gradients(state, loss, seed_of(state, loss, weight), keep=True, take=False)
             losses.append(loss.detach())
@@ -78,13 +81,13 @@ def accumulate(state: TrainState, micro_batches: Iterable[Any], objective: Objec
         grads = take_gradients(state)
         began = passes.end()
     loss = _weighted_sum(losses, weights)
+    if not counted:
+        raise EmptyDataError(
+            "accumulate: the weights of the micro-batches sum to 0; there is nothing to average over."
+        )
     if own_weights:
         whole = sum(weights)
-        if (not isinstance(whole, Tensor) and whole <= 0) or all(g is None for g in grads):
-            raise EmptyDataError(
-                f"accumulate: the weights of the micro-batches sum to {whole}; there is nothing to average over."
-            )
-        loss = loss / whole
+        loss = (loss / whole).to(loss.dtype)
         torch._foreach_div_([g for g in grads if g is not None], whole)
     require_some(grads)
     flight = type(state.flight)(

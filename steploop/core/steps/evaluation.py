@@ -186,10 +186,14 @@ class _Passes:
         weight = count_samples(batch) if weight is None else weight
         if weight is None:
             raise ObjectiveError(f"evaluate: {UNCOUNTED}")
-        if not isinstance(weight, Tensor) and not 0 <= weight < math.inf:
-            raise ObjectiveError(
-                f"evaluate: a weight must be a finite number >= 0, but the objective gave {weight!r}."
-            )
+        if not (
+            isinstance(weight, Tensor) and weight.device.type != "cpu"
+        ):  # on a device it waits for the results
+            value = float(weight)
+            if not 0 <= value < math.inf:
+                raise ObjectiveError(
+                    f"evaluate: a weight must be a finite number >= 0, but the objective gave {value!r}."
+                )
         return loss, outputs, weight
 
     def _pass(self, model: nn.Module, index: int, batch: Any) -> tuple[Tensor, Any, Any]:
@@ -218,6 +222,7 @@ class _Totals:
         self._device = device
         self._dtype = torch.float32 if device.type == "mps" else torch.float64
         self._sums: dict[str, tuple[Tensor, Tensor]] = {}
+        self._good: dict[str, Any] = {}  # whether every weight was one; read at the end
         self._metrics = metrics
         self._torch_metrics: dict[str, TorchMetric] = {}
         for name, metric in metrics.items():
@@ -236,6 +241,7 @@ class _Totals:
                 f"{f' after sums of shape {tuple(before[0].shape)}' if before else ''}. Give two numbers, or two tensors with an "
                 "entry for each class."
             )
+        self._good[name] = self._good.get(name, True) & ((w >= 0) & (w < math.inf)).all()
         # a batch without weight has a mean of 0 / 0: it counts for nothing, rather than making all of it nan
         v = torch.where(w == 0, torch.zeros_like(v), v)
         self._sums[name] = (v, w) if before is None else (before[0] + v, before[1] + w)
@@ -258,6 +264,11 @@ class _Totals:
         """Every value as a float, or None: the one time that the host waits."""
         values: dict[str, float | None] = {"loss": None, **dict.fromkeys(self._metrics)}
         for name, (total, weight) in self._sums.items():
+            if not bool(self._good[name]):
+                of = "the objective" if name == "loss" else f"the metric {name!r}"
+                raise ObjectiveError(
+                    f"evaluate: {of} gave a weight that is no finite number >= 0 for some batch."
+                )
             if total.dim() == 0:
                 values[name] = float(total / weight) if float(weight) else None
                 continue
