@@ -93,8 +93,8 @@ class Recipe:
         train_step: ``(state, batch) -> state``, written out of the six functions.
         batches: the training data: a `Loader`, a `Stream`, or a torch ``DataLoader``, which `as_batches` turns into one.
         epochs: how many epochs to train.
-        evaluate: ``state -> {metric: number or None}``, called after every epoch (or every ``eval_every_steps``); and once before
-            the first step, as a trial in which each ``steploop.evaluate`` ends after one batch.
+        evaluate: ``state -> {metric: number or None}``, called after every epoch (or every ``eval_every_steps``). It is also called
+            once before the first step, as a trial in which each ``steploop.evaluate`` and each ``Loader`` ends after one batch.
         monitor: the metric that decides about best checkpoint, early stopping and plateau; None: no best.
         mode: "min" where less of it is better.
         early_stopping: when to end early; its state travels in the TrainState.

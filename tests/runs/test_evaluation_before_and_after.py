@@ -12,6 +12,7 @@ from torch import nn
 from steploop import Optimizer, TrainState, evaluate
 from steploop.checkpoint import digest as digest_of
 from steploop.core.steps.trial import trial_evaluations
+from steploop.data import Loader
 from steploop.errors import ConfigError, ObjectiveError
 from steploop.recipe import Recipe
 from steploop.runs.metric_values import read_metrics
@@ -109,6 +110,19 @@ def test_a_trial_sees_one_batch_and_leaves_state_and_generators_as_they_were():
     assert digest_of(recipe.state) == before
     evaluation(recipe.state)
     assert len(seen) == 101  # afterwards an evaluation is whole again
+
+
+def test_a_loop_over_a_loader_sees_one_batch_in_a_trial():
+    seen, batches = [], Loader(torch.randn(12, 2), batch_size=3, seed=0, num_workers=1)
+
+    def evaluation(_):
+        seen.extend(batches)
+        return {"loss": float(len(seen))}
+
+    recipe = a_recipe(evaluation)
+    assert try_evaluation(recipe, recipe.state) is None
+    assert len(seen) == 1
+    assert len(list(batches)) == 4
 
 
 @pytest.mark.parametrize(

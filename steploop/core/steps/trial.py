@@ -7,7 +7,7 @@ from typing import Any
 
 import attrs
 
-__all__ = ["Trial", "first_batches", "trial_evaluations"]
+__all__ = ["Trial", "first_batches", "in_trial", "trial_evaluations"]
 
 
 @attrs.define
@@ -31,9 +31,14 @@ def first_batches(batches: Iterable[Any], *, averaged: bool) -> Iterable[Any]:
     return islice(batches, 1) if _trials else batches
 
 
+def in_trial() -> bool:
+    """Whether a trial is going on, in which one batch is enough."""
+    return bool(_trials)
+
+
 @contextmanager
 def trial_evaluations() -> Iterator[Trial]:
-    """Let every ``evaluate`` inside end after one batch."""
+    """Let every ``evaluate``, and every epoch of a ``Loader``, end after one batch inside."""
     trial = Trial()
     _trials.append(trial)
     try:
