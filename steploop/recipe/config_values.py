@@ -126,7 +126,9 @@ def refuse_unrecordable(config: Any, *, where: str) -> None:
         name, value = field.alias, getattr(config, field.name)
         expected = fields[name][0]
         try:
-            again = convert(json.loads(json.dumps(_plain(value), allow_nan=False)), expected)
+            text = json.dumps(_plain(value), allow_nan=False, ensure_ascii=False)
+            text.encode("utf-8", "surrogateescape").decode()  # bytes of a file's name that are not UTF-8
+            again = convert(json.loads(text), expected)
             survives = bool(again == value)
         except Exception:  # noqa: BLE001  (the value's own class may raise anything)
             survives = False

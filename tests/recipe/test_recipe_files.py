@@ -245,7 +245,7 @@ def test_mappings_nested_classes_infinities_and_dtypes_survive_a_resume(config):
     "field",
     [
         "anything: object = (1, 2)", "sizes: list = [(1, 2)]", "rate: float = float('nan')", "call: object = print",
-        "data: dict = {'a': float('inf')}", "name: str | None = 'none'", "either: str | float = float('inf')",
+        "data: dict = {'a': float('inf')}", "name: str | None = 'none'", "name: str = '\\udcff'", "counts: dict = {1: 2}", "either: str | float = float('inf')",
     ],
 )  # fmt: skip
 def test_a_config_that_a_resume_would_read_otherwise_is_refused_by_name(field, tmp_path):
