@@ -22,6 +22,7 @@ from steploop.tools.commands.run import RunCommand, resume, run
 from steploop.tools.commands.runs import runs
 from steploop.tools.commands.schedules import schedules
 from steploop.tools.commands.status import status
+from steploop.tools.commands.watch import watch
 
 __all__ = ["app"]
 
@@ -41,6 +42,7 @@ for command in (
     status,
     runs,
     report,
+    watch,
     plot,
     schedules,
     lr_find,

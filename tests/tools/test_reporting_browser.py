@@ -3,16 +3,15 @@
 import contextlib
 import json
 import re
-import shutil
 import subprocess
 
 import pytest
+from chromium_pipe import CHROMIUM, Tab
 from sample_runs import make_run
 
 from steploop.runs.reading import read_run
 from steploop.tools.report.pages import report
 
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 pytestmark = [pytest.mark.browser, pytest.mark.skipif(CHROMIUM is None, reason="Chromium is not installed")]
 
 # What a reader does, done by a script at the end of the page; its findings go into the document.
@@ -143,6 +142,18 @@ def test_nothing_runs_out_of_a_narrow_window(tmp_path):
     assert found["cells"] == 0
     assert found["errors"] == []
     assert found["folds"] == ["14 earlier evaluations"] * 2
+
+
+def test_at_the_width_of_a_phone_nothing_is_hidden_or_has_to_be_scrolled(tmp_path):
+    runs = [read_run(make_run(tmp_path / name, lr=lr, epochs=24)) for name, lr in (("a", 0.1), ("b", 0.03))]
+    file = tmp_path / "page.html"
+    file.write_text(report(runs).replace("<main>", CATCH + "<main>").replace("</body>", PROBE + "</body>"))
+    with contextlib.closing(Tab(tmp_path / "profile", width=390)) as tab:
+        tab.open(file.as_uri())
+        assert tab.value("innerWidth") == 390
+        found = json.loads(tab.value("document.getElementById('found').textContent"))
+    assert found["width"][0] <= found["width"][1] <= 390
+    assert (found["wide"], found["scrolled"], found["cells"], found["errors"]) == ([], [], 0, [])
 
 
 def test_the_page_is_dark_where_the_reader_wants_it(tmp_path, found):

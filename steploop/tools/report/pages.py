@@ -29,8 +29,12 @@ __all__ = ["report"]
 _MAX_PICTURE_BYTES = 2_000_000  # of one picture that is put into the page
 
 
-def report(runs: Sequence[RunRecord]) -> str:
+def report(runs: Sequence[RunRecord], *, live: bool = False) -> str:
     """The page. The result comes first, then what ran, the curves, the evaluations, and how to do it again.
+
+    Args:
+        runs: what to report on.
+        live: let the page ask the server that it came from for a newer one, again and again.
 
     Raises:
         ConfigError: there is no run to report on.
@@ -51,16 +55,18 @@ def report(runs: Sequence[RunRecord]) -> str:
         reproduce(runs, names),
         recipe_sources(runs, names),
     ]
-    return _page(title, "".join(parts))
+    return _page(title, "".join(parts), live=live)
 
 
 def _asset(name: str) -> str:
     return resources.files("steploop.tools.report").joinpath("assets", name).read_text(encoding="utf-8")
 
 
-def _page(title: str, body: str) -> str:
+def _page(title: str, body: str, *, live: bool) -> str:
     # the policy is the promise in a form that a browser keeps: nothing is fetched, whatever the page contains
     policy = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; img-src data:"
+    policy += "; connect-src 'self'" if live else ""
+    scripts = [_asset("report.js"), *([_asset("live.js")] if live else [])]
     shown = html.escape(title)
     return (
         f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
@@ -68,7 +74,8 @@ def _page(title: str, body: str) -> str:
         f'<meta name="viewport" content="width=device-width, initial-scale=1">'
         f'<meta name="color-scheme" content="light dark"><title>{shown} · steploop</title>'
         f"<style>{_asset('report.css')}</style></head>\n<body><main><h1>{shown}</h1>{body}</main>\n"
-        f"<script>{_asset('report.js')}</script></body></html>\n"
+        + "".join(f"<script>{script}</script>\n" for script in scripts)
+        + "</body></html>\n"
     )
 
 

@@ -1,8 +1,11 @@
 // Values under the pointer or the arrow keys, and the other scale of an axis. Without this script the page lacks nothing else.
 "use strict";
-for (const figure of document.querySelectorAll(".chart")) {
+function bringToLife(root) {
+  for (const figure of root.matches?.(".chart") ? [root] : root.querySelectorAll(".chart")) bringFigureToLife(figure);
+}
+function bringFigureToLife(figure) {
   const source = figure.querySelector("script");
-  if (!source) continue;
+  if (!source) return;
   const chart = JSON.parse(source.textContent);
   const plot = figure.querySelector(".plot");
   const area = figure.querySelector(".area");
@@ -25,6 +28,7 @@ for (const figure of document.querySelectorAll(".chart")) {
       numbers.innerHTML = chart.other.numbers;
       chart.other = now;
       chart.scale = chart.scale === "log" ? "linear" : "log";
+      button.dataset.switched = button.dataset.switched ? "" : "yes";
       name();
     });
     name();
@@ -93,5 +97,6 @@ for (const figure of document.querySelectorAll(".chart")) {
     }
   });
 }
+bringToLife(document);
 // what is folded away on the screen is printed
 addEventListener("beforeprint", () => { for (const fold of document.querySelectorAll("details")) fold.open = true; });
