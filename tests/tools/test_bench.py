@@ -1,8 +1,10 @@
 """``steploop bench``: fair turns, the hand-written loop does the same work, one sentence that follows from the numbers."""
 
+import inspect
 import io
 import json
 import math
+import re
 from pathlib import Path
 from typing import ClassVar
 
@@ -10,9 +12,11 @@ import pytest
 import torch
 from compiled_runs import needs_compiler
 
+from steploop.data import Loader, Stream
 from steploop.errors import ConfigError
 from steploop.tools.bench import handwritten, worker
 from steploop.tools.bench import rounds as measuring
+from steploop.tools.bench.data_advice import faster_batches
 from steploop.tools.bench.jobs import CASES, COMPILED, COMPILED_MODEL, CONTENDERS, EAGER, HANDWRITTEN, Job
 from steploop.tools.bench.rounds import Measured, Results, advice, measure
 from steploop.tools.cli import call
@@ -221,13 +225,34 @@ def row(name, us, first_s=1.0):
     [
         ([row(EAGER, 100.0), row(COMPILED, 50.0, 10.0)], 0.01, "Use --compile: it is 2.00 times as fast as eager, and its 10 s of compiling are won back after 200,000 steps."),
         ([row(EAGER, 100.0), row(COMPILED, 99.0)], 0.01, "Use the eager form: compiling does not pay here (1.01 times its speed)."),
-        ([row(EAGER, 100.0), row(COMPILED, 50.0)], 0.4, "Look at the data first: 40% of a step waits for a batch"),
+        ([row(EAGER, 100.0), row(COMPILED, 50.0)], 0.4, "Look at the data first: 40% of a step waits for a batch, which no form of the step changes. Do this."),
         ([row(EAGER, 100.0), Measured(name=COMPILED, error="CompileError: no")], None, "Use the eager form: the other could not be measured"),
         ([Measured(name=EAGER, error="x"), Measured(name=COMPILED, error="y")], None, "steploop could not be measured"),
     ],
 )  # fmt: skip
 def test_the_advice_follows_from_the_numbers(rows, waiting, sentence):
-    assert advice(Results(rows=tuple(rows), base=HANDWRITTEN, waiting=waiting)).startswith(sentence)
+    found = Results(rows=tuple(rows), base=HANDWRITTEN, waiting=waiting)
+    assert advice(found, "Do this.").startswith(sentence)
+
+
+TENSORS = (torch.zeros(8, 2), torch.zeros(8))
+
+
+@pytest.mark.parametrize(
+    ("batches", "settings", "sentence"),
+    [
+        (Loader(TENSORS, batch_size=2, seed=0), ["num_workers"], "The data are in memory already, where workers do not help"),
+        (Loader(TENSORS, batch_size=2, seed=0, augment=lambda b, _: b), [], "The data are in memory already: the time goes into augment."),
+        (Loader([1, 2, 3], batch_size=2, seed=0), [], "Prepare the batches in workers (Loader(num_workers=N)), or keep"),
+        (Loader([1, 2, 3], batch_size=2, seed=0, num_workers=2), ["num_workers"], "Prepare the batches in more workers than 2 (--set num_workers=N), or"),
+        (Stream(lambda epoch, start: [1], length=1), [], "Make its batches in other processes, or keep them in memory"),
+    ],
+)  # fmt: skip
+def test_what_makes_batches_decides_what_makes_them_faster(batches, settings, sentence):
+    found = faster_batches(batches, settings)
+    assert found.startswith(sentence)
+    for argument in re.findall(r"\b(\w+)=N", found):
+        assert argument in inspect.signature(Loader).parameters
 
 
 # -- the command ------------------------------------------------------------------------------------------------
@@ -248,6 +273,8 @@ def test_the_table_has_a_row_for_every_form(recipe, capsys, fake_workers):
     assert call(["bench", str(recipe), "--device", "cpu", "--rounds", "2"]) == 0
     out = capsys.readouterr().out
     assert "points on cpu" in out
+    table = out.partition("\n\n")[2].splitlines()
+    assert max(map(len, table[: len(CONTENDERS) + 1])) <= 80
     for name in CONTENDERS:
         assert any(line.startswith(f"{name} ") for line in out.splitlines())
     assert "Waiting for data: 2% of a step." in out

@@ -174,8 +174,13 @@ def measure(
             worker.close()
 
 
-def advice(results: Results) -> str:
-    """Say in one sentence which form to use, and why."""
+def advice(results: Results, remedy: str = "") -> str:
+    """Say in a sentence or two which form to use, and why.
+
+    Args:
+        results: of a benchmark.
+        remedy: what helps a step that waits for its data.
+    """
     rows = {row.name: row for row in results.rows if not row.error}
     eager, compiled = rows.get(EAGER), rows.get(COMPILED)
     if eager is None and compiled is None:
@@ -183,8 +188,8 @@ def advice(results: Results) -> str:
     if results.waiting is not None and results.waiting > _WAITS:
         return (
             f"Look at the data first: {results.waiting:.0%} of a step waits for a batch, which no form of the step "
-            "changes. Prepare the batches in workers (Loader(num_workers=...)), or keep them in memory."
-        )
+            f"changes. {remedy}"
+        ).rstrip()
     if compiled is None or eager is None:
         only = "eager" if compiled is None else "compiled"
         return f"Use the {only} form: the other could not be measured; the table says why."
