@@ -29,9 +29,9 @@ def compile(  # noqa: A001  (steploop.compile, as in torch.compile)
     **Numbers.** Those of eager but for the order of sums and, for Adam and its kin, bias corrections in float32: on
     small nets the parameters agree to 1e-4 of their largest after 100 steps in float32 (1e-5 for most optimizers,
     5e-3 for RAdam, 1e-1 for Muon, which computes in bfloat16), and steps are skipped where eager skips them. Random
-    numbers are eager's own: the same generator, seeded by (seed, attempted steps); only the second and later parts of
-    ``accumulate`` draw other masks, which are a function of the same. On a processor without bfloat16 arithmetic,
-    convolutions and products are computed in float32 and rounded.
+    numbers are eager's own in every pass, part of a batch and recomputation: the same generators, seeded by (seed,
+    attempted steps, pass). On a processor without bfloat16 arithmetic, convolutions and products are computed in float32
+    and rounded.
 
     **Optimizers of torch.optim that can be captured:** SGD, Adam, AdamW, Adamax, NAdam, RAdam, RMSprop, Rprop, ASGD,
     Adagrad, Adadelta, Muon, with all their options. Not LBFGS, SparseAdam and Adafactor, which read values in Python.
@@ -41,21 +41,30 @@ def compile(  # noqa: A001  (steploop.compile, as in torch.compile)
     in eager; with ``optimizer_step(donate=False)`` it stays whole. States of either form go on in the other, from a
     checkpoint too. Several states in a mapping train in one graph.
 
-    **Shapes.** One graph for each shape of batch. Another shape than the first runs in eager until it has come three
-    times, so a short last batch costs no graph in a short run and one in a long one; a third shape warns, and
-    beyond eight no more are compiled. Numbers and strings in a batch are part of its shape.
+    **Phases.** What a step decides by counters, rates, numbers of the batch or of the step before (``state.step % 3 == 0``,
+    ``state.epoch < 5``, ``if state.finite``) is a branch: a graph for each, chosen at every step. In arithmetic with tensors
+    such numbers are inputs (``loss * state.epoch``). A number that is read as it is (``int(state.step)``) would be another
+    graph at every step and is refused; of other values at most eight get a graph, later ones run in eager, with a warning.
 
-    **What a graph cannot do** raises CompileError with the line: reading a tensor (``.item()``, ``if``), deciding by
-    the step count, shapes that depend on values. Plain fields of the state that the step reads (``state.epoch``,
-    ``state.plateau.learning_rate``) may change: it is traced again when they do. What else it reads in Python, a
-    global number say, is what it was when it was traced; tensors are read anew at every step.
+    **Shapes.** One graph for each form of batch. Another form than the first runs in eager until it has come three
+    times, so a short last batch costs no graph in a short run and one in a long one; a third warns, and beyond eight no
+    more are compiled. Texts, bools and enums in a batch are part of its form; numbers are not.
+
+    **What Python reads besides** is built into the graph and guarded, so that another value is another graph: attributes
+    of modules and objects, globals, closures, defaults, as far as the code in reach names them. Tensors there are read anew,
+    and what the step leaves in attributes (attention maps) is the newest after each step. Not seen are the clock, the
+    environment, files, and lists or dictionaries of more than 100 items.
+
+    **What a graph cannot do** raises CompileError with the line and what to write instead: reading a tensor (``.item()``,
+    ``if``, ``print``), shapes that depend on values, counting in Python (``self.calls += 1``), Python's or NumPy's random
+    numbers, a generator of your own, sparse tensors, changing a batch in place.
 
     Args:
         train_step: ``(state, batch) -> state``, or with a mapping of states.
         mode: True compiles, or raises. "auto" takes a few steps of each form on clones of the state, which cannot
-            disturb the run, and goes on with the faster one; a step that cannot be captured goes on in eager. The
-            figures are in ``figures`` of what is returned.
-        report: told what happens, in short sentences: "compiling: 14 s".
+            disturb the run, and goes on with the faster one; a form of batch for which the step cannot be captured goes
+            on in eager, and the report says so once. The figures are in ``figures`` of what is returned.
+        report: is called with what happens, in short sentences: "compiling: 14 s".
 
     Returns:
         A callable ``(state, batch) -> state``. The first step of a run, which makes the optimizer's slots, is eager.

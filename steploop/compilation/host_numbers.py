@@ -19,6 +19,7 @@ __all__ = [
     "HostNumber",
     "Now",
     "fed",
+    "holds_numbers",
     "plain_number",
     "refuse_if_new_at_each_step",
 ]
@@ -152,12 +153,28 @@ class HostNumber(TracedCount):
         return func(*fed(args), **fed(kwargs or {}))
 
 
+def holds_numbers(args: Any) -> bool:
+    """Whether there is such a number among arguments, or in a list of them."""
+    return any(
+        issubclass(type(a), HostNumber)
+        or (type(a) in {list, tuple} and any(issubclass(type(v), HostNumber) for v in a))
+        for a in args
+    )
+
+
 def fed(args: Any) -> Any:
     """Arguments of a call of torch, with tensors in the places of such numbers."""
     values = list(args.values()) if isinstance(args, dict) else list(args)
     like = [a for a in values if isinstance(a, Tensor)]
-    values = [a.tensor(*like) if issubclass(type(a), HostNumber) else a for a in values]
+    values = [a.tensor(*like) if issubclass(type(a), HostNumber) else _plain_items(a) for a in values]
     return dict(zip(args, values, strict=True)) if isinstance(args, dict) else tuple(values)
+
+
+def _plain_items(value: Any) -> Any:
+    """Sizes and lengths, which torch takes as Python's numbers only."""
+    if type(value) in {list, tuple} and any(issubclass(type(v), HostNumber) for v in value):
+        return type(value)(map(plain_number, value))
+    return value
 
 
 def plain_number(value: Any) -> Any:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from steploop.compilation.host_numbers import HostNumber, fed
+from steploop.compilation.host_numbers import HostNumber, fed, holds_numbers
 from steploop.errors import CompileError
 
 __all__ = ["TensorScalars"]
@@ -60,8 +60,8 @@ class TensorScalars(TorchFunctionMode):
                 "shows a tensor (print, str(), a format), which has no value while a graph is captured and would be shown once. "
                 "Show it after the step, from state.outputs."
             )
-        if any(issubclass(type(a), HostNumber) for a in (*args, *named.values())):
-            if func in _MADE:
+        if holds_numbers((*args, *named.values())):
+            if func in _MADE and issubclass(type(args[0]), HostNumber):
                 return args[0].tensor().to(**named)
             args, named = fed(args), fed(named)
         compare = _COMPARISONS.get(getattr(func, "__name__", "").strip("_"))

@@ -263,3 +263,20 @@ def test_outputs_keep_their_classes():
     assert type(state.outputs) is Data
     assert state.outputs.x.shape == (10, 4)
     assert state.outputs.name == "kept"
+
+
+def test_lengths_in_a_batch_are_built_in_where_torch_takes_numbers_only():
+    def cut(model, batch):
+        x, y, size, lengths = batch
+        parts = model(x).split(lengths)
+        return F.cross_entropy(torch.cat(parts)[:size], y[:size]) * len(parts)
+
+    def one(state, batch):
+        return optimizer_step(
+            unscale_and_clip(backward_scaled(forward_loss(state, batch, cut)), max_norm=1.0)
+        )
+
+    given = [(x, y, (10, 7)[i % 2], [4, 6]) for i, (x, y) in enumerate(batches(6))]
+    state, fast = first_state(), compile(one)
+    assert_alike(folded(one, state.clone(), given), folded(fast, state, given), 1e-5)
+    assert len(fast.figures.compile_s) == 2

@@ -1,0 +1,100 @@
+"""Watch values of one mapping: whether each is still what it was, at 20 ns for each."""
+
+import operator
+import types
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+from torch import Tensor, nn
+
+__all__ = ["MISSING", "Cells", "MappingWatch"]
+
+_OF_EVERY_MODULE = frozenset(vars(nn.Module()))
+MISSING = object()
+
+
+class Cells(dict[str, Any]):
+    """The closure of a function, by name."""
+
+    def __init__(self, names: Iterable[str], cells: Iterable[types.CellType]) -> None:
+        super().__init__()
+        self._cells = dict(zip(names, cells, strict=True))
+
+    def __getitem__(self, name: str) -> Any:
+        try:
+            return self._cells[name].cell_contents
+        except ValueError:  # an empty one
+            return MISSING
+
+    def __setitem__(self, name: str, value: Any) -> None:
+        self._cells[name].cell_contents = value
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._cells)
+
+
+class MappingWatch:
+    """Some values of one mapping: attributes of an object, globals, a dictionary, the items of a list."""
+
+    def __init__(self, where: Any, keys: Iterable[Any], name: Callable[[Any], str], *, whole: bool) -> None:
+        self.where = where
+        self.name = name
+        self.whole = whole  # whether a new key would be seen by the code
+        self.watch(keys)
+
+    def watch(self, keys: Iterable[Any]) -> None:
+        """Watch these keys, from their values of now on."""
+        self.keys = tuple(keys)
+        self.size = len(self.where) if self.whole else 0
+        self._get = operator.itemgetter(*self.keys) if len(self.keys) > 1 else None
+        self.known = tuple(map(self.value, self.keys))
+
+    def value(self, key: Any) -> Any:
+        """The value of a key; MISSING where there is none."""
+        try:
+            return self.where[key]
+        except (KeyError, IndexError):
+            return MISSING
+
+    def unchanged(self) -> bool:
+        """Whether every value is the one that it was, or equal to the bit."""
+        if self.whole and len(self.where) != self.size:
+            return False
+        get = self._get
+        try:
+            now = tuple(map(self.value, self.keys)) if get is None else get(self.where)
+        except (KeyError, IndexError):
+            return False
+        if all(map(operator.is_, now, self.known)):
+            return True
+        if not all(map(same, now, self.known)):
+            return False
+        self.known = now
+        return True
+
+    def changes(self) -> list[tuple[Any, Any]]:
+        """Keys that have another value now, with the old one."""
+        found = [
+            (k, old) for k, old in zip(self.keys, self.known, strict=True) if not same(self.value(k), old)
+        ]
+        if self.whole and len(self.where) != self.size:
+            keys = range(len(self.where)) if isinstance(self.where, list) else list(self.where)
+            found += [(k, MISSING) for k in keys if k not in self.keys and not _internal(self.where, k)]
+        return found
+
+
+def _internal(where: Any, key: Any) -> bool:
+    return key in _OF_EVERY_MODULE and isinstance(where, dict)
+
+
+def same(a: Any, b: Any) -> bool:
+    """Whether two values are one, or plain and equal to the bit."""
+    if a is b:
+        return True
+    if type(a) is not type(b) or isinstance(a, Tensor):
+        return False
+    if isinstance(a, (int, float, complex, str, bytes)):
+        return repr(a) == repr(b)
+    if isinstance(a, types.MethodType):
+        return bool(a == b)
+    return isinstance(a, tuple) and len(a) == len(b) and all(map(same, a, b))
