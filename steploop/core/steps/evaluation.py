@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from steploop.core.interruption import check_interruption
-from steploop.core.state.copying import leaf_like
+from steploop.core.state.copying import lazy_clone, leaf_like
 from steploop.core.state.surroundings import shielded
 from steploop.core.state.train_state import TrainState
 from steploop.core.steps.forward_pass import (
@@ -304,11 +304,11 @@ class _EvalMode:
             averages = tensors.ema
             self._params = {name: averages[name] for name in tensors.params}
             self._buffers |= {name: averages[name].clone() for name in tensors.buffers if name in averages}
-        for name in state.machine.moved or ():  # the model may move them in this pass too
-            self._params = {
-                **self._params,
-                name: leaf_like(self._params[name], self._params[name].detach().clone()),
-            }
+        # the model may move some in this pass too; which ones is known after the first training pass
+        moved = state.machine.moved
+        for name in self._params if moved is None else moved:
+            leaf = self._params[name]
+            self._params = {**self._params, name: leaf_like(leaf, lazy_clone(leaf))}
 
     def __enter__(self) -> nn.Module:
         module = self._module
