@@ -9,6 +9,7 @@ import threading
 import pytest
 import torch
 from PIL import Image
+from torchvision.datasets import CIFAR10
 
 from steploop.data.sources import cifar10, network
 from steploop.data.sources.images import channel_statistics, load_images
@@ -188,7 +189,7 @@ def test_a_download_that_is_cut_off_or_changed_leaves_nothing_behind(monkeypatch
 
 def test_an_archive_with_the_right_md5_and_other_bytes_is_not_unpacked(monkeypatch, tmp_path):
     """MD5 can be forged: neither an archive that lies there nor one that comes is believed for it."""
-    monkeypatch.setattr(cifar10.CIFAR10, "tgz_md5", hashlib.md5(b"forged").hexdigest())
+    monkeypatch.setattr(CIFAR10, "tgz_md5", hashlib.md5(b"forged").hexdigest())
     monkeypatch.setattr(network.urllib.request, "urlopen", lambda *_, **__: Served(b"forged"))
     (tmp_path / "cifar-10-python.tar.gz").write_bytes(b"forged")
     with pytest.raises(DataError, match="their SHA-256 digest is not that of CIFAR-10"):
@@ -211,11 +212,9 @@ def test_cifar10_is_downloaded_once_and_then_read_from_disk(monkeypatch, tmp_pat
             info.size = len(content)
             tar.addfile(info, io.BytesIO(content))
     md5 = {name: hashlib.md5(content).hexdigest() for name, content in held.items()}
-    monkeypatch.setattr(cifar10.CIFAR10, "train_list", [(names[0], md5[names[0]])])
-    monkeypatch.setattr(cifar10.CIFAR10, "test_list", [(names[1], md5[names[1]])])
-    monkeypatch.setattr(
-        cifar10.CIFAR10, "meta", {"filename": names[2], "key": "label_names", "md5": md5[names[2]]}
-    )
+    monkeypatch.setattr(CIFAR10, "train_list", [(names[0], md5[names[0]])])
+    monkeypatch.setattr(CIFAR10, "test_list", [(names[1], md5[names[1]])])
+    monkeypatch.setattr(CIFAR10, "meta", {"filename": names[2], "key": "label_names", "md5": md5[names[2]]})
     monkeypatch.setattr(cifar10, "_SHA256", hashlib.sha256(file.getvalue()).hexdigest())
     asked = []
     monkeypatch.setattr(

@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torchvision.datasets import CIFAR10
 
+from steploop.core.extras import import_extra
 from steploop.data.sources.network import open_url
 from steploop.data.sources.progress import Progress, showing
 from steploop.errors import DataError
@@ -40,6 +40,7 @@ def load_cifar10(
 
     Raises:
         DataError: it is not on disk, and cannot be downloaded.
+        MissingExtraError: torchvision is not installed.
 
     Source:
         Krizhevsky, "Learning Multiple Layers of Features from Tiny Images" (2009).
@@ -47,7 +48,7 @@ def load_cifar10(
     try:
         return _read(root)
     except RuntimeError:  # torchvision: not found, or the digest of a file is wrong
-        archive = root / CIFAR10.filename
+        archive = root / _dataset().filename
         if not (archive.is_file() and _sha256(archive) == _SHA256):
             _download(archive, timeout_s, progress)
     try:
@@ -59,8 +60,14 @@ def load_cifar10(
         ) from error
 
 
+def _dataset() -> Any:
+    """The class of torchvision, which only those need who read CIFAR-10."""
+    module: Any = import_extra("torchvision.datasets", extra="recipes", purpose="Reading CIFAR-10")
+    return module.CIFAR10
+
+
 def _read(root: Path) -> tuple[Split, Split, tuple[str, ...]]:
-    train, test = (CIFAR10(root, train=part) for part in (True, False))  # checks the digest of every file
+    train, test = (_dataset()(root, train=part) for part in (True, False))  # checks the digest of every file
     return _tensors(train), _tensors(test), tuple(train.classes)
 
 
@@ -84,8 +91,9 @@ def _sha256(path: Path) -> str:
 
 def _download(archive: Path, timeout_s: float, progress: Progress | None) -> None:
     """Fetch the archive: it appears whole and verified, or not at all."""
+    url = _dataset().url
     try:
-        response = open_url(CIFAR10.url, timeout_s=timeout_s)
+        response = open_url(url, timeout_s=timeout_s)
     except DataError as error:
         raise DataError(f"it is not in {archive.parent}, and {error}") from error
     try:
@@ -96,7 +104,7 @@ def _download(archive: Path, timeout_s: float, progress: Progress | None) -> Non
             part.replace(archive)
     except Exception as error:  # the network can fail in many ways, http.client's own among them
         raise DataError(
-            f"it is not in {archive.parent}, and {CIFAR10.url} cannot be downloaded: {type(error).__name__}: {error}"
+            f"it is not in {archive.parent}, and {url} cannot be downloaded: {type(error).__name__}: {error}"
         ) from error
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from steploop.core.extras import import_extra
 from steploop.data.sources.network import open_url
-from steploop.errors import ConfigError, DataError
+from steploop.errors import ConfigError, DataError, MissingExtraError
 
 __all__ = ["DigitSource", "Digits", "load_digits"]
 
@@ -62,6 +62,10 @@ def load_digits(source: DigitSource = "auto", *, root: str | Path = "data", time
         return _scikit_learn_digits("")
     try:
         return _mnist(Path(root).expanduser(), timeout_s)
+    except MissingExtraError:
+        if source == "mnist":
+            raise
+        return _scikit_learn_digits("; MNIST needs torchvision, which is not installed")
     except (OSError, RuntimeError) as error:
         if source == "mnist":
             raise DataError(
@@ -72,7 +76,8 @@ def load_digits(source: DigitSource = "auto", *, root: str | Path = "data", time
 
 
 def _mnist(root: Path, timeout_s: float) -> Digits:
-    from torchvision.datasets import MNIST
+    datasets: Any = import_extra("torchvision.datasets", extra="recipes", purpose="Reading MNIST")
+    MNIST = datasets.MNIST  # noqa: N806  (a class)
 
     def load() -> Digits:
         train, test = (MNIST(str(root), train=train) for train in (True, False))

@@ -9,11 +9,11 @@ import attrs
 import torch
 from torch import Tensor
 
+from steploop.core.extras import import_extra
 from steploop.data.sources.cifar10 import load_cifar10
-from steploop.data.sources.folder import load_folder
 from steploop.data.sources.progress import Progress
 from steploop.data.sources.synthetic import SyntheticImageDataset
-from steploop.errors import ConfigError, DataError, EmptyDataError
+from steploop.errors import ConfigError, DataError, EmptyDataError, MissingExtraError
 
 __all__ = ["ImageData", "ImageSource", "channel_statistics", "load_images"]
 
@@ -111,7 +111,7 @@ def load_images(
     where = Path("data" if root is None else root).expanduser()
     try:
         return _cifar10(where, timeout_s, progress)
-    except DataError as error:
+    except (DataError, MissingExtraError) as error:
         if data == "cifar10":
             raise
         note = f"CIFAR-10 could not be loaded: {error}. Using SYNTHETIC images; ignore their accuracy."
@@ -151,6 +151,9 @@ def _cifar10(root: Path, timeout_s: float, progress: Progress | None) -> ImageDa
 
 
 def _folder(root: Path, size: int | None, progress: Progress | None) -> ImageData:
+    import_extra("PIL.Image", extra="recipes", purpose="Reading a folder of images")
+    from steploop.data.sources.folder import load_folder
+
     found = load_folder(root, size=size, progress=progress)
     return _checked("folder", found.train, found.test, found.classes, found.note)
 
