@@ -33,7 +33,13 @@ def global_norm(grads: list[Tensor]) -> Tensor:
     """
     if not grads:
         return torch.zeros(())
-    norm: Tensor = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(grads)))
+    try:
+        norms = torch._foreach_norm(grads)
+    except (
+        NotImplementedError
+    ):  # before torch 2.14 not of sparse gradients, whose norm is that of their values
+        norms = torch._foreach_norm([g.coalesce().values() if g.is_sparse else g for g in grads])
+    norm: Tensor = torch.linalg.vector_norm(torch.stack(norms))
     return norm
 
 
