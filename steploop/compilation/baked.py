@@ -1,5 +1,6 @@
 """Guard what a graph has built in: plain values that Python read besides state and batch."""
 
+from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -22,7 +23,7 @@ class Baked:
     """
 
     def __init__(self, train_step: Callable[..., Any], models: Sequence[nn.Module]) -> None:
-        self._places = in_reach(train_step, models)
+        self._places, self._generators = in_reach(train_step, models)
         self._hooks = [
             h for m in models for one in m.modules() for h in (one._forward_hooks, one._forward_pre_hooks)
         ]
@@ -49,7 +50,9 @@ class Baked:
             for key, _ in place.changes():
                 value = place.value(key)
                 leaves = [leaf for _, leaf in named_leaves(value)]
-                if not isinstance(place.where, list) and any(isinstance(leaf, Tensor) for leaf in leaves):
+                if not isinstance(place.where, (list, deque)) and any(
+                    isinstance(leaf, Tensor) for leaf in leaves
+                ):
                     found.append((place.where, key, value))
                     self._left.append((place, key))
         return found
@@ -60,6 +63,12 @@ class Baked:
         Raises:
             CompileError: names it.
         """
+        for generator in self._generators:
+            if generator.changes():
+                raise CompileError(
+                    f"draws from {generator.name('')}, and a graph would use the numbers that came while it was captured at every "
+                    "step. Draw with torch (torch.rand), or outside of train_step, and give the numbers with the batch."
+                )
         read = {id(t) for t in constants}
         for place in self._places:
             for key, old in place.changes():
@@ -76,7 +85,7 @@ class Baked:
 
     def put_back(self) -> None:
         """Undo what the trace has changed."""
-        for place in self._places:
+        for place in (*self._places, *self._generators):
             for key, old in reversed(place.changes()):
                 if old is MISSING:
                     del place.where[key]

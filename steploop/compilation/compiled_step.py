@@ -1,7 +1,7 @@
 """Run a train step as one compiled graph per shape of batch, and eagerly where necessary."""
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
 import attrs
@@ -88,7 +88,11 @@ class CompiledStep:
         if self._eager:
             return self.train_step(state, batch)
         single = isinstance(state, TrainState)
-        states = [state] if single else list(state.values())
+        states = [state] if single else list(state.values()) if isinstance(state, Mapping) else []
+        if not single and not (states and all(isinstance(s, TrainState) for s in states)):
+            what = f"takes a TrainState or a mapping of them, but was called with a {type(state).__name__}."
+            self._give_up(type(state), CompileError(f"A compiled train step {what}"))
+            return self.train_step(state, batch)
         machine = states[0].machine
         if is_usual(machine):
             return self._step(state, states, batch, single=single)
@@ -124,10 +128,10 @@ class CompiledStep:
         states, key = now.states, flat[1]
         if not self._bound.holds(states):
             self._bound.take(states, same_tensors=False)
-        graph = self._store.find(key, now, self._bound)
-        if graph is not None or key in self._refused or not self._store.worth_compiling(states, key):
-            return graph
         try:
+            graph = self._store.find(key, now, self._bound)
+            if graph is not None or key in self._refused or not self._store.worth_compiling(states, key):
+                return graph
             graph = self._make(state, now, batch, flat)
             if self.mode == "auto" and self.figures.form == "undecided":
                 self._choose(graph, state, batch)

@@ -92,9 +92,9 @@ class CompiledGraph:
 
     def holds(self, now: Now) -> bool:
         """Whether all that Python read and decided while tracing is as it was."""
-        if not self.baked.unchanged() or _flags(now.states) != self._flags:
-            return False
         try:
+            if not self.baked.unchanged() or _flags(now.states) != self._flags:
+                return False
             for (
                 read,
                 value,

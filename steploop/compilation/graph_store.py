@@ -19,6 +19,7 @@ _COMPILED_WHEN_SEEN = (
 )
 _USUAL_SHAPES = 2  # more shapes than this are compiled with a warning,
 _MOST_SHAPES = 8  # and more than this run in eager
+_MOST_FORMS = 256  # that are remembered
 _MOST_TRACES = 64  # for one form of batch, where most of them share a compiled graph
 
 
@@ -34,6 +35,7 @@ class GraphStore:
         self._graphs: dict[Any, list[CompiledGraph]] = {}
         self._seen: dict[Any, int] = {}
         self._many: set[Any] = set()  # forms for which too many graphs were made
+        self._endless = False
         self._gave_up = False  # more shapes than are worth a graph have come
 
     def __bool__(self) -> bool:
@@ -68,6 +70,15 @@ class GraphStore:
             return self._few_branches(key)
         if not self._graphs:
             return True
+        if len(self._seen) >= _MOST_FORMS and key not in self._seen:
+            if not self._endless:
+                self._endless = True
+                warnings.warn(
+                    f"steploop.compile: batches of {_MOST_FORMS} forms have come, most of them once; new ones run in eager. Leave texts "
+                    "and objects that differ from batch to batch out of the batch, and pad tensors to few shapes.",
+                    stacklevel=5,
+                )
+            return False
         self._seen[key] = self._seen.get(key, 0) + 1
         if self._seen[key] < _COMPILED_WHEN_SEEN:
             return False

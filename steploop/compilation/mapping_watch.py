@@ -2,12 +2,13 @@
 
 import operator
 import types
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 from torch import Tensor, nn
 
-__all__ = ["MISSING", "Cells", "MappingWatch"]
+__all__ = ["MISSING", "Cells", "MappingWatch", "Snapshot"]
 
 _OF_EVERY_MODULE = frozenset(vars(nn.Module()))
 MISSING = object()
@@ -31,6 +32,29 @@ class Cells(dict[str, Any]):
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._cells)
+
+
+class Snapshot:
+    """Something that is no mapping, as one with one key: a set, the state of a random generator.
+
+    Args:
+        read: gives a value of it that is compared.
+        write: gives it that value.
+    """
+
+    def __init__(self, read: Callable[[], Any], write: Callable[[Any], Any]) -> None:
+        self._read = read
+        self._write = write
+
+    def __getitem__(self, key: str) -> Any:
+        """Its value."""
+        return self._read()
+
+    def __setitem__(self, key: str, value: Any) -> None:
+        self._write(value)
+
+    def __len__(self) -> int:
+        return 1
 
 
 class MappingWatch:
@@ -78,7 +102,7 @@ class MappingWatch:
             (k, old) for k, old in zip(self.keys, self.known, strict=True) if not same(self.value(k), old)
         ]
         if self.whole and len(self.where) != self.size:
-            keys = range(len(self.where)) if isinstance(self.where, list) else list(self.where)
+            keys = range(len(self.where)) if isinstance(self.where, (list, deque)) else list(self.where)
             found += [(k, MISSING) for k in keys if k not in self.keys and not _internal(self.where, k)]
         return found
 
@@ -95,6 +119,6 @@ def same(a: Any, b: Any) -> bool:
         return False
     if isinstance(a, (int, float, complex, str, bytes)):
         return repr(a) == repr(b)
-    if isinstance(a, types.MethodType):
+    if isinstance(a, (types.MethodType, frozenset, bytes)):
         return bool(a == b)
     return isinstance(a, tuple) and len(a) == len(b) and all(map(same, a, b))

@@ -6,16 +6,20 @@ names. What lies further away is not seen: the clock, the environment, a file.
 """
 
 import argparse
+import copy
+import random
 import sys
 import types
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
-from steploop.compilation.mapping_watch import Cells, MappingWatch
+from steploop.compilation.mapping_watch import Cells, MappingWatch, Snapshot
 
 __all__ = ["in_reach"]
 
@@ -31,11 +35,18 @@ _LIBRARIES = frozenset(sys.stdlib_module_names - {"__main__"}) | {
 _OF_EVERY_MODULE = frozenset(vars(nn.Module()))
 _MOST_DEEP = 4
 _MOST_ITEMS = 100  # of a list or dictionary: a larger one holds data
+_GENERATORS = (random.Random, np.random.RandomState, np.random.Generator)
 _SILENT: dict[type, set[str]] = {nn.Linear: {"in_features", "out_features"}}  # only shown
 
 
-def in_reach(train_step: Callable[..., Any], models: Sequence[nn.Module]) -> list[MappingWatch]:
-    """The values in reach of a train step and of the models of its states, by where they stand."""
+def in_reach(
+    train_step: Callable[..., Any], models: Sequence[nn.Module]
+) -> tuple[list[MappingWatch], list[MappingWatch]]:
+    """The values in reach of a train step and of the models of its states, by where they stand.
+
+    Returns:
+        Values that another part of the program may change, and generators, which only their use changes.
+    """
     names: set[str] = set()
     while True:  # code that is found names further attributes
         walk = _Walk(frozenset(names))
@@ -44,7 +55,7 @@ def in_reach(train_step: Callable[..., Any], models: Sequence[nn.Module]) -> lis
                 walk.module(module, f"model.{path}".rstrip("."))
         walk.into(train_step, "", 0)
         if walk.named <= names:
-            return walk.places
+            return walk.places, walk.changed_by_use
         names |= walk.named
 
 
@@ -57,6 +68,7 @@ class _Walk:
 
     def __init__(self, names: frozenset[str]) -> None:
         self.places: list[MappingWatch] = []
+        self.changed_by_use: list[MappingWatch] = []
         self.named: set[str] = set()
         self._names = names
         self._seen: dict[int, Any] = {}  # the objects themselves, so that no id comes twice
@@ -110,7 +122,7 @@ class _Walk:
                     value.fget if isinstance(value, property) else getattr(value, "__func__", value), path, 1
                 )
 
-    def into(self, value: Any, name: str, depth: int) -> None:  # noqa: C901  (one branch for each kind)
+    def into(self, value: Any, name: str, depth: int) -> None:  # noqa: C901, PLR0912  (one branch for each kind)
         """Look into a value."""
         if depth > _MOST_DEEP or id(value) in self._seen or _is_plain(value) or isinstance(value, Tensor):
             return
@@ -118,7 +130,11 @@ class _Walk:
             for path, module in value.named_modules():
                 self.module(module, f"{name}.{path}".strip("."))
             return
-        if _is_library(value) and not isinstance(value, dict):
+        if isinstance(value, _GENERATORS):
+            self._seen[id(value)] = value
+            self.changed_by_use.append(MappingWatch(_state_of(value), ["state"], lambda _: name, whole=False))
+            return
+        if _is_library(value) and not isinstance(value, (dict, deque)):
             return
         self._seen[id(value)] = value
         if isinstance(value, types.FunctionType):
@@ -131,8 +147,12 @@ class _Walk:
             for part in (value.func, *value.args):
                 self.into(part, name, depth)
             self.into(value.keywords, name, depth)
-        elif isinstance(value, (dict, list)):
-            keys = range(len(value)) if isinstance(value, list) else list(value)
+        elif isinstance(value, set):
+            if len(value) <= _MOST_ITEMS:
+                members = _members_of(value)
+                self.places.append(MappingWatch(members, ["members"], lambda _: name, whole=False))
+        elif isinstance(value, (dict, list, deque)):
+            keys = list(value) if isinstance(value, dict) else range(len(value))
             if len(keys) <= _MOST_ITEMS:
                 self._add(value, keys, lambda k: f"{name}[{k!r}]", depth, whole=True)
         elif isinstance(value, type):
@@ -161,6 +181,33 @@ class _Walk:
             self.into(part, function.__name__, depth + 1)
 
 
+def _members_of(value: set[Any]) -> Snapshot:
+    def write(old: Iterable[Any]) -> None:
+        value.clear()
+        value.update(old)
+
+    return Snapshot(lambda: frozenset(value), write)
+
+
+def _state_of(generator: Any) -> Snapshot:
+    """The state of a random generator; what is written back is the state that it has now."""
+    if isinstance(generator, random.Random):
+        return Snapshot(generator.getstate, generator.setstate)
+    if isinstance(generator, np.random.Generator):
+        bits = generator.bit_generator
+        kept = copy.deepcopy(bits.state)
+        return Snapshot(lambda: _exact(bits.state), lambda _: setattr(bits, "state", kept))
+    kept = generator.get_state(legacy=False)
+    return Snapshot(lambda: _exact(generator.get_state(legacy=False)), lambda _: generator.set_state(kept))
+
+
+def _exact(state: Any) -> Any:
+    """NumPy's nested dictionaries, as a text; an array's own text leaves most of it out."""
+    if isinstance(state, dict):
+        return repr({key: _exact(value) for key, value in state.items()})
+    return state.tobytes() if isinstance(state, np.ndarray) else state
+
+
 def _names(code: types.CodeType) -> Iterator[str]:
     """The names of globals and attributes in a function and those inside of it; texts too, which getattr may take."""
     yield from code.co_names
@@ -179,7 +226,7 @@ def _is_plain(value: Any) -> bool:
 
 def _is_library(value: Any) -> bool:
     """Whether a function, class, module or object is of a library: those are not looked into."""
-    if _is_plain(value) or type(value) in {dict, list, set}:
+    if _is_plain(value) or type(value) in {dict, list, set, deque}:
         return False
     if isinstance(
         value,

@@ -280,3 +280,16 @@ def test_lengths_in_a_batch_are_built_in_where_torch_takes_numbers_only():
     state, fast = first_state(), compile(one)
     assert_alike(folded(one, state.clone(), given), folded(fast, state, given), 1e-5)
     assert len(fast.figures.compile_s) == 2
+
+
+def test_auto_runs_whatever_a_step_takes_for_a_state():
+    def pair(states, batch):
+        return tuple(step(s, batch) for s in states)
+
+    fast = compile(pair, mode="auto")
+    one, two = fast((first_state(), first_state()), batches(1)[0])
+    assert one.step == two.step == 1
+    with pytest.raises(
+        CompileError, match="takes a TrainState or a mapping of them, but was called with a tuple"
+    ):
+        compile(pair)((one, two), batches(1)[0])

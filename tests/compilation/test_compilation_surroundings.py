@@ -1,7 +1,10 @@
 """What lies beside state and batch: a trace changes none of it, and what Python reads of it is guarded or refused."""
 
+import random
 import types
+from collections import deque
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -414,3 +417,66 @@ def test_a_parameter_that_the_model_moves_itself_is_refused_from_a_checkpoint_to
         state.machine.moved = moved
         with pytest.raises(CompileError, match=r"moves the parameter two\.weight"):
             compile(updated)(state, batches(1)[0])
+
+
+RNG, ARRAY_RNG, HISTORY, SEEN = random.Random(1), np.random.default_rng(1), deque(maxlen=3), set()
+
+
+def remember(x):
+    HISTORY.append(x.detach())
+    return 0.0
+
+
+LEFT = {
+    "a generator of Python's": "draws from RNG",
+    "a generator of NumPy's": "draws from ARRAY_RNG",
+    "a queue": "changes HISTORY",
+    "a set": "changes SEEN",
+}
+
+
+@pytest.mark.parametrize("kind", list(LEFT))
+def test_generators_and_containers_of_the_program_are_not_built_in(kind):
+    def used(model, batch):
+        loss = objective(model, batch)[0]
+        if kind == "a generator of Python's":
+            return loss * (1 + 0 * RNG.random())
+        if kind == "a generator of NumPy's":
+            return loss * (1 + 0 * ARRAY_RNG.random())
+        if kind == "a set":
+            SEEN.add(len(SEEN))
+            return loss
+        return loss + remember(loss)
+
+    def step(state, batch):
+        return updated(state, batch, used)
+
+    state = folded(step, first_state(), batches(1))
+    before = RNG.getstate(), ARRAY_RNG.bit_generator.state, list(HISTORY), set(SEEN)
+    with pytest.raises(CompileError, match=LEFT[kind]):
+        compile(step)(state, batches(1)[0])
+    assert before[0] == RNG.getstate()
+    assert before[1] == ARRAY_RNG.bit_generator.state
+    assert all(a is b for a, b in zip(before[2], HISTORY, strict=True))
+    assert before[3] == SEEN
+
+
+def test_what_the_code_does_not_name_costs_no_graph():
+    """A trainer counts and keeps what it likes, as long as its step does not read it."""
+
+    class Trainer:
+        def __init__(self):
+            self.count, self.history, self.weight = 0, [], 1.0
+
+        def step(self, state, batch):
+            return updated(state, batch, lambda m, b: objective(m, b)[0] * self.weight)
+
+        def fit(self, state, given):
+            fast = compile(self.step)
+            for batch in given:
+                state = fast(state, batch)
+                self.count += 1
+                self.history.append(float(state.loss))
+            return fast
+
+    assert len(Trainer().fit(first_state(), batches(6)).figures.compile_s) == 1
