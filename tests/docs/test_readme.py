@@ -3,11 +3,13 @@
 import contextlib
 import io
 import re
+import tomllib
 from pathlib import Path
 
 import pytest
 import typer
 
+from steploop.compilation import inductor
 from steploop.recipe import shipped_recipes
 from steploop.tools.application import app
 from steploop.tools.commands.docs import read_pages
@@ -22,6 +24,16 @@ def test_the_first_program_prints_what_is_shown():
     with contextlib.redirect_stdout(printed):
         exec(compile(program, "README.md", "exec"), {})
     assert printed.getvalue() == shown
+
+
+def test_the_versions_that_it_names_are_those_that_count():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    torch = next(word for word in project["dependencies"] if word.startswith("torch>"))
+    oldest, python = re.search(r">=([\d.]+)", torch).group(1), project["requires-python"].removeprefix(">=")
+    assert (
+        f"torch {oldest} or newer, Python {python} or newer; `steploop.compile` needs torch {inductor._TORCH}."
+        in README
+    )
 
 
 def test_it_can_be_read_in_a_few_minutes():

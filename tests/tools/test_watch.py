@@ -15,7 +15,9 @@ from chromium_pipe import CHROMIUM, Tab
 from sample_runs import make_run
 
 from steploop.errors import ConfigError
+from steploop.runs.directory_lock import run_lock
 from steploop.tools.cli import call
+from steploop.tools.commands import watch
 from steploop.tools.watch.live_page import LivePage
 from steploop.tools.watch.server import open_server
 
@@ -144,6 +146,18 @@ def test_a_port_that_is_taken_is_refused_and_by_default_another_one_is_found(tmp
 def test_a_directory_that_is_no_run_is_refused_before_anything_is_served(tmp_path, capsys):
     assert call(["watch", str(tmp_path)]) == 2
     assert "holds no run" in capsys.readouterr().err
+    assert call(["watch", str(tmp_path / "nowhere")]) == 2
+    assert "nowhere" in capsys.readouterr().err
+
+
+def test_a_run_that_is_about_to_begin_is_waited_for(tmp_path, monkeypatch, capsys):
+    run = tmp_path / "run"
+    run.mkdir()
+    monkeypatch.setattr(watch.time, "sleep", lambda _: (run / "config.json").touch())
+    with run_lock(run):
+        watch._await_start(run)
+    watch._await_start(tmp_path)  # nobody owns it: read_run says what is wrong
+    assert capsys.readouterr().err == f"{run} is about to begin: waiting for it.\n"
 
 
 def test_the_command_prints_its_address_and_ends_by_ctrl_c(tmp_path):

@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from steploop.errors import ConfigError, RunExistsError
+from steploop.tools.commands.completion import complete_recipe
 
 __all__ = ["adapted", "new"]
 
@@ -20,11 +21,17 @@ def new(
     source: Annotated[
         str,
         typer.Option(
-            "--from", metavar="RECIPE", help="A shipped recipe (`steploop recipes` lists them) or a file."
+            "--from",
+            metavar="RECIPE",
+            help="A shipped recipe (`steploop recipes` lists them) or a file.",
+            autocompletion=complete_recipe,
         ),
     ] = "mnist",
 ) -> None:
-    """Begin your own recipe as a copy of another. Never overwrites a file."""
+    """Begin your own recipe as a copy of another.
+
+    Never overwrites a file.
+    """
     from steploop.recipe.recipe_paths import find_recipe
 
     original = find_recipe(source)

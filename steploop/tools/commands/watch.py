@@ -2,12 +2,14 @@
 
 import signal
 import sys
+import time
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from steploop.core.interruption import Interrupted
+from steploop.runs.safe_text import safe_text
 from steploop.tools.commands.completion import complete_run
 
 __all__ = ["watch"]
@@ -36,6 +38,8 @@ def watch(
     from steploop.tools.watch.live_page import LivePage
     from steploop.tools.watch.server import open_server
 
+    for run in runs:
+        _await_start(run)
     page = LivePage(runs)
     page.current()  # a directory that is no run is refused here
     with open_server(page.current, port) as server:
@@ -54,3 +58,17 @@ def watch(
         except Interrupted as interrupted:
             if interrupted.signum != signal.SIGINT:
                 raise
+
+
+def _await_start(run: Path) -> None:
+    """Wait while a process owns the directory and has not recorded a run in it yet: it loads torch, or data."""
+    from steploop.runs.directory_lock import run_owner
+    from steploop.runs.standing import is_run
+
+    said = False
+    while run.is_dir() and not is_run(run) and run_owner(run) is not None:
+        if not said:
+            sys.stderr.write(f"{safe_text(run)} is about to begin: waiting for it.\n")
+            sys.stderr.flush()
+        said = True
+        time.sleep(0.3)
