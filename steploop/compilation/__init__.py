@@ -5,6 +5,7 @@ from typing import Any, Literal
 
 from steploop.compilation.compiled_step import CompiledStep as CompiledStep
 from steploop.compilation.compiled_step import Figures as Figures
+from steploop.compilation.inductor import check_torch
 from steploop.errors import ConfigError
 
 __all__ = ["CompiledStep", "Figures", "compile"]
@@ -72,9 +73,12 @@ def compile(  # noqa: A001  (steploop.compile, as in torch.compile)
 
     Raises:
         ConfigError: ``train_step`` cannot be called, or the mode is unknown.
+        CompileError: this is another torch than the one whose internals are used (mode=True).
     """
     if not callable(train_step):
         raise ConfigError(f"compile: expected a train step, (state, batch) -> state, but got {train_step!r}.")
     if mode is not True and mode != "auto":
         raise ConfigError(f"compile: mode must be True or 'auto', but is {mode!r}.")
+    if mode is True:  # "auto" goes on in eager, and says so
+        check_torch()
     return CompiledStep(train_step, mode, report)
