@@ -109,7 +109,7 @@ def test_a_shield_is_up_only_where_it_is_needed(monkeypatch):
     def never(machine):
         raise AssertionError("the shield is up")
 
-    monkeypatch.setattr(shielding, "_shield", never)
+    monkeypatch.setattr(shielding, "shield", never)
     assert shielded(lambda state, x: x)(Task().state(), 3) == 3
 
 
