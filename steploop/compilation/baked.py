@@ -23,7 +23,8 @@ class Baked:
     """
 
     def __init__(self, train_step: Callable[..., Any], models: Sequence[nn.Module]) -> None:
-        self._places, self._generators = in_reach(train_step, models)
+        self._found = in_reach(train_step, models)
+        self._places = self._found.values
         self._hooks = [
             h for m in models for one in m.modules() for h in (one._forward_hooks, one._forward_pre_hooks)
         ]
@@ -46,7 +47,7 @@ class Baked:
     def tensors_left(self) -> list[tuple[Any, Any, Any]]:
         """The tensors that a traced step has left in attributes: (mapping, key, value); it leaves them at every step."""
         found = []
-        for place in self._places:
+        for place in (*self._places, *self._found.by_use):
             for key, _ in place.changes():
                 value = place.value(key)
                 leaves = [leaf for _, leaf in named_leaves(value)]
@@ -63,14 +64,14 @@ class Baked:
         Raises:
             CompileError: names it.
         """
-        for generator in self._generators:
+        for generator in self._found.generators:
             if generator.changes():
                 raise CompileError(
                     f"draws from {generator.name('')}, and a graph would use the numbers that came while it was captured at every "
                     "step. Draw with torch (torch.rand), or outside of train_step, and give the numbers with the batch."
                 )
         read = {id(t) for t in constants}
-        for place in self._places:
+        for place in (*self._places, *self._found.by_use):
             for key, old in place.changes():
                 if not any(p is place and k == key for p, k in self._left):
                     raise CompileError(
@@ -85,7 +86,12 @@ class Baked:
 
     def put_back(self) -> None:
         """Undo what the trace has changed."""
-        for place in (*self._places, *self._generators):
+        for place in (
+            *self._places,
+            *self._found.by_use,
+            *self._found.generators,
+            *self._found.put_back_only,
+        ):
             for key, old in reversed(place.changes()):
                 if old is MISSING:
                     del place.where[key]

@@ -15,13 +15,14 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
+import attrs
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from steploop.compilation.mapping_watch import Cells, MappingWatch, Snapshot
 
-__all__ = ["in_reach"]
+__all__ = ["Found", "in_reach"]
 
 _LIBRARIES = frozenset(sys.stdlib_module_names - {"__main__"}) | {
     "torch",
@@ -39,14 +40,25 @@ _GENERATORS = (random.Random, np.random.RandomState, np.random.Generator)
 _SILENT: dict[type, set[str]] = {nn.Linear: {"in_features", "out_features"}}  # only shown
 
 
-def in_reach(
-    train_step: Callable[..., Any], models: Sequence[nn.Module]
-) -> tuple[list[MappingWatch], list[MappingWatch]]:
-    """The values in reach of a train step and of the models of its states, by where they stand.
+@attrs.frozen(eq=False)
+class Found:
+    """What is in reach of a step.
 
-    Returns:
-        Values that another part of the program may change, and generators, which only their use changes.
+    Attributes:
+        values: that another part of the program may change.
+        generators: of random numbers, which only their use changes.
+        by_use: attributes that the code in reach does not name; if the step changes one, it does so by another way.
+        put_back_only: what layers of torch keep for themselves.
     """
+
+    values: list[MappingWatch] = attrs.field(factory=list)
+    generators: list[MappingWatch] = attrs.field(factory=list)
+    by_use: list[MappingWatch] = attrs.field(factory=list)
+    put_back_only: list[MappingWatch] = attrs.field(factory=list)
+
+
+def in_reach(train_step: Callable[..., Any], models: Sequence[nn.Module]) -> Found:
+    """The values in reach of a train step and of the models of its states, by where they stand."""
     names: set[str] = set()
     while True:  # code that is found names further attributes
         walk = _Walk(frozenset(names))
@@ -55,7 +67,7 @@ def in_reach(
                 walk.module(module, f"model.{path}".rstrip("."))
         walk.into(train_step, "", 0)
         if walk.named <= names:
-            return walk.places, walk.changed_by_use
+            return walk.found
         names |= walk.named
 
 
@@ -67,8 +79,7 @@ class _Walk:
     """
 
     def __init__(self, names: frozenset[str]) -> None:
-        self.places: list[MappingWatch] = []
-        self.changed_by_use: list[MappingWatch] = []
+        self.found = Found()
         self.named: set[str] = set()
         self._names = names
         self._seen: dict[int, Any] = {}  # the objects themselves, so that no id comes twice
@@ -79,7 +90,7 @@ class _Walk:
         # what a library calls by this name is not given another meaning
         chosen = [k for k in keys if not (_is_library(where[k]) and getattr(where[k], "__name__", None) == k)]
         if chosen or whole:
-            self.places.append(MappingWatch(where, chosen, name, whole=whole))
+            self.found.values.append(MappingWatch(where, chosen, name, whole=whole))
         for key in chosen:
             self.into(where[key], name(key), depth + 1)
 
@@ -90,16 +101,16 @@ class _Walk:
         self._seen[id(module)] = module
         kind, values = type(module), vars(module)
         own = not _is_library(kind)
-        keys = [
-            k
-            for k, v in values.items()
-            if k not in _OF_EVERY_MODULE
-            and k not in _SILENT.get(kind, ())
-            and k != "_steploop_machine"
-            and not isinstance(v, nn.Module)
-            and (not own or k in self._names)
-        ]
-        self._add(values, keys, lambda k: f"{path}.{k}", 0, whole=own)
+        silent = _SILENT.get(kind, set()) | _OF_EVERY_MODULE | {"_steploop_machine"}
+        keys = [k for k, v in values.items() if k not in silent and not isinstance(v, nn.Module)]
+        # a recurrent layer keeps its weights a second time
+        private = [k for k in keys if k.startswith("_") and not (own and k in self._names)]
+        self.found.put_back_only.append(MappingWatch(values, private, lambda k: f"{path}.{k}", whole=False))
+        public = [k for k in keys if k not in private]
+        named = [k for k in public if not own or k in self._names]
+        self._add(values, named, lambda k: f"{path}.{k}", 0, whole=own)
+        others = [k for k in public if k not in named]
+        self.found.by_use.append(MappingWatch(values, others, lambda k: f"{path}.{k}", whole=False))
         self._class(kind, path)
 
     def _class(self, kind: type, path: str) -> None:
@@ -132,7 +143,9 @@ class _Walk:
             return
         if isinstance(value, _GENERATORS):
             self._seen[id(value)] = value
-            self.changed_by_use.append(MappingWatch(_state_of(value), ["state"], lambda _: name, whole=False))
+            self.found.generators.append(
+                MappingWatch(_state_of(value), ["state"], lambda _: name, whole=False)
+            )
             return
         if _is_library(value) and not isinstance(value, (dict, deque)):
             return
@@ -150,7 +163,7 @@ class _Walk:
         elif isinstance(value, set):
             if len(value) <= _MOST_ITEMS:
                 members = _members_of(value)
-                self.places.append(MappingWatch(members, ["members"], lambda _: name, whole=False))
+                self.found.values.append(MappingWatch(members, ["members"], lambda _: name, whole=False))
         elif isinstance(value, (dict, list, deque)):
             keys = list(value) if isinstance(value, dict) else range(len(value))
             if len(keys) <= _MOST_ITEMS:
@@ -160,6 +173,10 @@ class _Walk:
         elif isinstance(getattr(value, "__dict__", None), dict):
             own = [k for k in vars(value) if k in self._names]
             self._add(vars(value), own, lambda k: f"{name}.{k}".strip("."), depth)
+            others = [k for k in vars(value) if k not in self._names]
+            self.found.by_use.append(
+                MappingWatch(vars(value), others, lambda k: f"{name}.{k}".strip("."), whole=False)
+            )
             self._class(type(value), name)
 
     def _function(self, function: Any, depth: int) -> None:

@@ -130,6 +130,14 @@ def test_a_module_is_captured_as_it_is_in_eager_or_refused(info, monkeypatch):
     assert bad(of_modules(info, 1)) == {}
 
 
+@pytest.mark.parametrize(
+    "info", [m for m in module_db if m.name in {"nn.LSTM", "nn.GRU", "nn.RNN"}], ids=lambda info: info.name
+)
+def test_recurrent_layers_are_captured(info, monkeypatch):
+    run_as_it_is(monkeypatch)
+    assert set(of_modules(info, 2).values()) == {"equal"}
+
+
 @pytest.mark.parametrize("info", optim_db, ids=lambda info: info.name)
 def test_an_optimizer_is_captured_as_it_is_in_eager_or_refused(info, monkeypatch):
     run_as_it_is(monkeypatch)

@@ -318,11 +318,17 @@ def listing(m, x):
     return y
 
 
+def by_a_made_up_name(m, x):
+    setattr(m, "ca" + "lls", getattr(m, "ca" + "lls") + 1)
+    return m.layer(x)
+
+
 @pytest.mark.parametrize(
     ("forward", "name"),
     [
         (remembering, r"reads model\.before"),
         (counting, r"changes model\.calls"),
+        (by_a_made_up_name, r"changes model\.calls"),
         (listing, r"changes model\.history"),
     ],
 )
