@@ -11,8 +11,9 @@ import attrs
 import torch
 
 from steploop.core.file_modules import load_file
-from steploop.errors import ConfigError, SteploopError
+from steploop.errors import ConfigError, MissingExtraError, SteploopError
 from steploop.recipe.recipe import Recipe
+from steploop.recipe.recipe_paths import shipped_recipes
 
 __all__ = ["RecipeFile", "load_recipe_file"]
 
@@ -78,6 +79,11 @@ def load_recipe_file(path: Path, *, beside: Path | None = None) -> RecipeFile:
     except SteploopError:
         raise
     except Exception as error:
+        if isinstance(error, ModuleNotFoundError) and path in shipped_recipes().values():
+            raise MissingExtraError(
+                f"The recipe {path.stem} needs {error.name}, which is not installed. "
+                "Install it with: pip install 'steploop[recipes]'"
+            ) from error
         raise ConfigError(
             f"The recipe {path} cannot be loaded: {type(error).__name__}: {error}{_line(error, path)}. "
             "steploop --debug run shows the traceback."

@@ -3,6 +3,8 @@
 import hashlib
 import io
 import pickle
+import subprocess
+import sys
 import tarfile
 import threading
 
@@ -12,10 +14,11 @@ from PIL import Image
 from torchvision.datasets import CIFAR10
 
 from steploop.data.sources import cifar10, network
+from steploop.data.sources.digits import load_digits
 from steploop.data.sources.images import channel_statistics, load_images
 from steploop.data.sources.progress import showing
 from steploop.data.sources.synthetic import SyntheticImageDataset
-from steploop.errors import ConfigError, DataError, EmptyDataError
+from steploop.errors import ConfigError, DataError, EmptyDataError, MissingExtraError
 
 
 def picture(path, color, size=(6, 4), mode="RGB"):
@@ -237,3 +240,31 @@ def test_progress_is_silent_without_a_terminal_and_a_bar_with_one(monkeypatch, c
     monkeypatch.setattr("sys.stderr.isatty", lambda: True, raising=False)
     with showing(None) as show:
         show("reading", 1, 2)
+
+
+def test_without_torchvision_and_pillow_what_needs_them_says_so_and_auto_goes_on(tmp_path, monkeypatch):
+    for module in ("torchvision.datasets", "PIL.Image"):
+        monkeypatch.setitem(sys.modules, module, None)
+    found = load_images("auto", root=tmp_path, train_samples=20, test_samples=10)
+    assert "needs torchvision, which is not installed" in found.note
+    assert load_digits("auto", root=str(tmp_path)).description.endswith(
+        "MNIST needs torchvision, which is not installed"
+    )
+    for load, message in (
+        (
+            lambda: load_images("cifar10", root=tmp_path),
+            r"Reading CIFAR-10 needs torchvision, .* pip install 'steploop\[recipes\]'",
+        ),
+        (lambda: load_digits("mnist", root=str(tmp_path)), "Reading MNIST needs torchvision"),
+        (lambda: load_images("folder", root=tmp_path), "Reading a folder of images needs PIL"),
+    ):
+        with pytest.raises(MissingExtraError, match=message):
+            load()
+
+
+def test_the_package_is_imported_without_torchvision_and_pillow():
+    program = (
+        "import sys\nsys.modules['torchvision'] = sys.modules['PIL'] = None\nimport steploop, steploop.data\n"
+        "for module in (steploop, steploop.data):\n    for name in module.__all__:\n        getattr(module, name)"
+    )
+    subprocess.run([sys.executable, "-c", program], check=True)

@@ -3,6 +3,7 @@
 import enum
 import json
 import string
+import sys
 from pathlib import Path
 from typing import Any, Literal
 
@@ -12,7 +13,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from steploop.errors import ConfigError
+from steploop.errors import ConfigError, MissingExtraError
 from steploop.recipe.config_values import (
     configure,
     convert,
@@ -278,3 +279,10 @@ def test_relative_paths_of_a_config_are_settled_once(tmp_path, monkeypatch):
     assert settled_paths(Places(), ["root", "other"]) == Places(None, tmp_path / "here", "root")
     assert settled_paths(Places("data"), ["root"]).root == str(tmp_path / "data")
     assert settled_paths(Places("s3://data"), ["root"]).root == "s3://data"
+
+
+def test_a_shipped_recipe_whose_packages_are_missing_names_the_extra(monkeypatch):
+    monkeypatch.setitem(sys.modules, "torchvision.models", None)
+    message = r"The recipe resnet_transfer needs torchvision.models, .* pip install 'steploop\[recipes\]'"
+    with pytest.raises(MissingExtraError, match=message):
+        load_recipe_file(find_recipe("resnet_transfer"))
