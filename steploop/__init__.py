@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from steploop.errors import SteploopError as SteploopError
     from steploop.runs.from_python import run as run
     from steploop.runs.reading import read_run as read_run
+    from steploop.tools.sweep.sweeping import sweep as sweep
 
 __version__ = "0.1.0"
 
@@ -75,6 +76,7 @@ _HOMES = {
     "SteploopError": "errors",
     "run": "runs.from_python",
     "read_run": "runs.reading",
+    "sweep": "tools.sweep.sweeping",
 }
 # `from steploop import *` must not hide the built-in compile: write steploop.compile.
 __all__ = [*(name for name in _HOMES if name != "compile"), "__version__"]  # noqa: PLE0604  (they are strings)

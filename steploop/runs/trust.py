@@ -9,7 +9,7 @@ from steploop.errors import ConfigError
 __all__ = ["require_trust"]
 
 # The files that say which code runs. The directory itself may well be another's: an administrator made the mount.
-_DECISIVE = ("recipe.py", "config.json", "capsule.json")
+_DECISIVE = ("recipe.py", "config.json", "capsule.json", "sweep.json")
 
 
 def require_trust(directory: Path, *, trust: bool, command: str) -> None:

@@ -22,6 +22,7 @@ from steploop.tools.commands.run import RunCommand, resume, run
 from steploop.tools.commands.runs import runs
 from steploop.tools.commands.schedules import schedules
 from steploop.tools.commands.status import status
+from steploop.tools.commands.sweep import sweep
 from steploop.tools.commands.watch import watch
 
 __all__ = ["app"]
@@ -32,6 +33,7 @@ app = typer.Typer(
 )  # fmt: skip
 app.command(cls=RunCommand)(run)
 app.command(cls=RunCommand)(resume)
+app.command(cls=RunCommand)(sweep)
 for command in (
     bench,
     recipes,

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 __all__ = ["finish", "interrupted_early"]
 
-_TRAINING = {"run", "resume"}
+_TRAINING = {"run", "resume", "sweep"}
 
 
 def finish(summary: "Summary") -> int:

@@ -1,17 +1,21 @@
-"""``steploop plot``: draw the curves of runs as PNG and SVG."""
+"""``steploop plot``: draw the curves of runs, or the results of a sweep, as PNG and SVG."""
 
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from steploop.errors import ConfigError
 from steploop.tools.commands.completion import complete_run
+
+if TYPE_CHECKING:
+    from steploop.tools.sweep.sweep_record import SweepRecord
 
 __all__ = ["plot"]
 
 RUNS = typer.Argument(
-    help="Run directories; several are drawn over each other.",
+    help="Run directories; several are drawn over each other. Or the directory of a sweep.",
     show_default=False,
     autocompletion=complete_run,
 )
@@ -41,7 +45,16 @@ def plot(
     from steploop.runs.reading import read_run
     from steploop.runs.safe_text import safe_text
     from steploop.tools.report.panels import arrange, select
+    from steploop.tools.sweep.sweep_record import sweep_among
 
+    stem = out.with_suffix("") if out is not None and out.suffix in {".png", ".svg"} else out
+    if (sweep := sweep_among(runs)) is not None:
+        if metrics or terminal:
+            raise ConfigError(
+                "--metric and --terminal are about curves of runs. Leave them out, or name runs of the sweep."
+            )
+        _plot_sweep(sweep, stem or runs[0] / "sweep")
+        return
     records = [read_run(path) for path in runs]
     for problem in (problem for record in records for problem in record.problems):
         sys.stderr.write(f"{safe_text(problem)}\n")
@@ -71,8 +84,24 @@ def plot(
             f"Drawn are the first {_MOST_PANELS} of {len(chosen)} panels. Name others with --metric, such as {safe_text(left[0])}.\n"
         )
         chosen = chosen[:_MOST_PANELS]
-    stem = out.with_suffix("") if out is not None and out.suffix in {".png", ".svg"} else out
     stem = stem or (runs[0] / "curves" if len(runs) == 1 else Path("curves"))
     title = ", ".join(dict.fromkeys(record.recipe for record in records))
     for path in save(draw_panels(chosen, title), stem):
+        sys.stdout.write(f"{safe_text(path)}\n")
+
+
+def _plot_sweep(sweep: "SweepRecord", stem: Path) -> None:
+    """Draw the metric against each setting, and parallel coordinates."""
+    from steploop.runs.safe_text import safe_text
+    from steploop.tools.report.figures import save
+    from steploop.tools.sweep.sweep_axes import sweep_axes
+    from steploop.tools.sweep.sweep_figure import draw_sweep
+    from steploop.tools.sweep.sweep_result import read_result
+
+    result = read_result(sweep)
+    axes = sweep_axes(result)
+    if axes is None or not axes.settings:
+        sys.stdout.write("No two runs have a result and differ in a setting yet: there is nothing to draw.\n")
+        return
+    for path in save(draw_sweep(axes, f"Sweep of {result.recipe}"), stem):
         sys.stdout.write(f"{safe_text(path)}\n")

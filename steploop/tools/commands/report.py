@@ -1,4 +1,4 @@
-"""``steploop report``: write one HTML file about runs."""
+"""``steploop report``: write one HTML file about runs, or about a sweep."""
 
 import sys
 from pathlib import Path
@@ -11,7 +11,9 @@ from steploop.tools.commands.completion import complete_run
 __all__ = ["report"]
 
 RUNS = typer.Argument(
-    help="Run directories; several are compared.", show_default=False, autocompletion=complete_run
+    help="Run directories; several are compared. Or the directory of a sweep.",
+    show_default=False,
+    autocompletion=complete_run,
 )
 OUT = typer.Option(
     help="The file. Default: report.html in the run directory, or here for several runs.", show_default=False
@@ -27,8 +29,11 @@ def report(runs: Annotated[list[Path], RUNS], out: Annotated[Path | None, OUT] =
     from steploop.runs.safe_text import safe_text
     from steploop.tools.report.output_files import write_output
     from steploop.tools.report.pages import report as page
+    from steploop.tools.sweep.sweep_page import sweep_page
+    from steploop.tools.sweep.sweep_record import sweep_among
 
-    text = page([read_run(path) for path in runs])
+    sweep = sweep_among(runs)
+    text = page([read_run(path) for path in runs]) if sweep is None else sweep_page(sweep)
     target = out or (runs[0] / "report.html" if len(runs) == 1 else Path("report.html"))
     write_output(target, text.encode("utf-8", "backslashreplace"))
     sys.stdout.write(f"{safe_text(target)}\n")

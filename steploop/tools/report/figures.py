@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-__all__ = ["COLOURS", "draw_panels", "draw_range_test", "draw_schedules", "save"]
+__all__ = ["COLOURS", "draw_panels", "draw_range_test", "draw_schedules", "dressed", "new_figure", "save"]
 
 # Eight colours that stay apart for colour-blind eyes and on white paper: Okabe and Ito 2008, black and yellow replaced
 # by a grey and an ochre that can be read as thin lines. https://jfly.uni-koeln.de/color/
@@ -24,7 +24,12 @@ COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#B07C00", "#56B4E9", "#7
 _INK, _GRID = "#1f2933", "#e4e7eb"
 
 
-def _figure(width: float, height: float) -> "Figure":
+def new_figure(width: float, height: float) -> "Figure":
+    """An empty figure of this size in inches.
+
+    Raises:
+        MissingExtraError: matplotlib is not installed.
+    """
     # not pyplot: no global state, and no window is ever opened
     module = import_extra(
         "matplotlib.figure", extra="plot", purpose="Drawing PNG and SVG (steploop report does without)"
@@ -38,7 +43,8 @@ def _plain(text: str) -> str:
     return text.replace("$", r"\$")
 
 
-def _dress(axes: "Axes", title: str, unit: str = "") -> None:
+def dressed(axes: "Axes", title: str, unit: str = "") -> None:
+    """Give axes their title and looks."""
     axes.set_title(_plain(title), loc="left", fontsize=11, fontweight="bold", color=_INK)
     axes.set_ylabel(_plain(unit), fontsize=9, color=_INK)
     axes.spines[["top", "right"]].set_visible(False)
@@ -80,7 +86,7 @@ def _draw_series(axes: "Axes", series: Series, colour: str, *, log: bool, drawst
 
 def _draw_panel(axes: "Axes", panel: Panel, *, many_runs: bool) -> None:
     log = panel.scale == "log" and any(v is not None and v > 0 for s in panel.series for v in s.curve.values)
-    _dress(axes, panel.title, panel.unit)
+    dressed(axes, panel.title, panel.unit)
     position = 0
     drawstyle = (
         "steps-post" if panel.key == "loss_scale" else "default"
@@ -134,7 +140,7 @@ def draw_panels(found: Sequence[Panel], title: str) -> "Figure":
     """
     columns = 1 if len(found) == 1 else 2
     rows = -(-len(found) // columns)
-    figure = _figure(5.2 * columns, 2.9 * rows + 0.4)
+    figure = new_figure(5.2 * columns, 2.9 * rows + 0.4)
     many_runs = len({s.run for panel in found for s in panel.series}) > 1
     cells = figure.subplots(rows, columns, squeeze=False, sharex=True).flatten()
     for axes, panel in zip(cells, found, strict=False):
@@ -161,10 +167,10 @@ def draw_schedules(
     """
     columns = min(3, len(curves))
     rows = -(-len(curves) // columns)
-    figure = _figure(3.5 * columns, 2.3 * rows + 0.2)
+    figure = new_figure(3.5 * columns, 2.3 * rows + 0.2)
     cells = figure.subplots(rows, columns, squeeze=False, sharex=True, sharey=True).flatten()
     for i, (axes, (name, rates)) in enumerate(zip(cells, curves.items(), strict=False)):
-        _dress(axes, name)
+        dressed(axes, name)
         axes.plot(range(len(rates)), rates, color=COLOURS[i % len(COLOURS)], linewidth=1.8)
         axes.fill_between(range(len(rates)), rates, color=COLOURS[i % len(COLOURS)], alpha=0.1, linewidth=0)
         if momenta and name in momenta:
@@ -195,9 +201,9 @@ def draw_range_test(
     title: str,
 ) -> "Figure":
     """The curve of a learning-rate range test: loss over learning rate, both as measured and smoothed."""
-    figure = _figure(6.4, 3.8)
+    figure = new_figure(6.4, 3.8)
     axes = figure.subplots()
-    _dress(axes, title, "loss")
+    dressed(axes, title, "loss")
     axes.plot(
         rates, [math.nan if v is None else v for v in losses], color=COLOURS[0], linewidth=0.8, alpha=0.35
     )

@@ -24,7 +24,7 @@ from steploop.tools.report.panels import arrange
 from steploop.tools.report.results import duration, outcome, result_of
 from steploop.tools.report.run_labels import differences, labels, short
 
-__all__ = ["report"]
+__all__ = ["comparison", "page", "report", "tile"]
 
 _MAX_PICTURE_BYTES = 2_000_000  # of one picture that is put into the page
 
@@ -41,9 +41,14 @@ def report(runs: Sequence[RunRecord], *, live: bool = False) -> str:
     """
     if not runs:
         raise ConfigError("report: expected at least one run directory, but got none.")
-    names = labels(runs)
     recipes = list(dict.fromkeys(run.recipe for run in runs))
     title = ", ".join(recipes) + (f": {len(runs)} runs" if len(runs) > 1 else "")
+    return page(title, comparison(runs), live=live)
+
+
+def comparison(runs: Sequence[RunRecord]) -> str:
+    """The sections about at least one run."""
+    names = labels(runs)
     parts = [
         _results(runs, names),
         _curves(runs),
@@ -55,14 +60,15 @@ def report(runs: Sequence[RunRecord], *, live: bool = False) -> str:
         reproduce(runs, names),
         recipe_sources(runs, names),
     ]
-    return _page(title, "".join(parts), live=live)
+    return "".join(parts)
 
 
 def _asset(name: str) -> str:
     return resources.files("steploop.tools.report").joinpath("assets", name).read_text(encoding="utf-8")
 
 
-def _page(title: str, body: str, *, live: bool) -> str:
+def page(title: str, body: str, *, live: bool = False) -> str:
+    """A whole page of these sections; a live one may ask the server that it came from."""
     # the policy is the promise in a form that a browser keeps: nothing is fetched, whatever the page contains
     policy = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; img-src data:"
     policy += "; connect-src 'self'" if live else ""
@@ -83,7 +89,8 @@ def _results(runs: Sequence[RunRecord], names: Sequence[str]) -> str:
     return _one_result(runs[0]) if len(runs) == 1 else _many_results(runs, names)
 
 
-def _tile(value: object, what: str, note: str = "", *, first: bool = False) -> str:
+def tile(value: object, what: str, note: str = "", *, first: bool = False) -> str:
+    """A number in large type, and what it is."""
     small = f'<p class="note">{text(note)}</p>' if note else ""
     return f'<div class="tile{" first" if first else ""}"><p class="value">{text(value)}</p><p>{text(what)}</p>{small}</div>'
 
@@ -98,15 +105,15 @@ def _one_result(run: RunRecord) -> str:
             else f"at step {result.step:,}"
         )
         words = f"{'best' if result.is_best else 'last'} {result.metric.replace('_', ' ')}"
-        tiles.append(_tile(value_text(result.value), words, at, first=True))
+        tiles.append(tile(value_text(result.value), words, at, first=True))
         tiles += [
-            _tile(value_text(v), k.replace("_", " "), "of the same evaluation")
+            tile(value_text(v), k.replace("_", " "), "of the same evaluation")
             for k, v in result.metrics.items()
             if k != result.metric
         ]
     elif run.train:
         tiles.append(
-            _tile(
+            tile(
                 value_text(run.train[-1].get("loss")),
                 "last training loss",
                 "nothing was evaluated",
@@ -115,9 +122,9 @@ def _one_result(run: RunRecord) -> str:
         )
     share = f"{run.skipped / run.attempted:.1%} of those attempted" if run.attempted and run.skipped else ""
     tiles += [
-        _tile(f"{run.steps:,}", "optimizer steps"),
-        _tile(f"{run.skipped:,}", "skipped steps", share),
-        _tile(duration(run.time_s), "time"),
+        tile(f"{run.steps:,}", "optimizer steps"),
+        tile(f"{run.skipped:,}", "skipped steps", share),
+        tile(duration(run.time_s), "time"),
     ]
     badge = f'<p class="outcome {html.escape(run.state)}">{text(outcome(run))}</p>'
     return (
