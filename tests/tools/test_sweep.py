@@ -63,7 +63,11 @@ def ended(pid):
 
 
 def digests(out):
-    return {path.name: digest(path) for path in sorted(Path(out).iterdir()) if any(path.glob("checkpoints/step-*"))}
+    return {
+        path.name: digest(path)
+        for path in sorted(Path(out).iterdir())
+        if any(path.glob("checkpoints/step-*"))
+    }
 
 
 @pytest.fixture(scope="module")

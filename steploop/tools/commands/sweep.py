@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from steploop.runs.standard_streams import lasting_streams
+from steploop.tools.commands.completion import complete_setting
 from steploop.tools.commands.run_options import (
     CHECKPOINT,
     COMPILE,
@@ -17,10 +18,8 @@ from steploop.tools.commands.run_options import (
     LIMIT,
     LOG,
     MLFLOW,
-    QUIET,
     RECIPE,
     TENSORBOARD,
-    TRUST,
     WANDB,
     CompileMode,
 )
@@ -30,9 +29,12 @@ if TYPE_CHECKING:
 
 __all__ = ["sweep"]
 
+_SEARCH, _CLUSTER, _RESUME = "Search", "Cluster", "Going on with a sweep"
+
 SET = typer.Option(
     "--set",
     metavar="NAME=VALUES",
+    autocompletion=complete_setting,
     help="A setting and the values to try, as in learning_rate=0.01,0.1. Give a setting that is a list once for each value: "
     "--set widths=8 --set widths=8,8. For a search also a range: LOW..HIGH, or LOW..HIGH:log.",
 )
@@ -43,25 +45,44 @@ JOBS = typer.Option(min=1, metavar="K", help="How many members run at once; they
 OUT = typer.Option(
     help="Directory for the sweep; it must be empty. Default: runs/<recipe>-sweep-<n>.", show_default=False
 )
-RESUME = typer.Option("--resume", help="Directory of a sweep to go on with.", show_default=False)
-SEARCH = typer.Option(help="grid: every combination. optuna: combinations that Optuna proposes.")
-TRIALS = typer.Option(min=1, metavar="N", help="How many runs a search makes.", show_default=False)
-NO_PRUNE = typer.Option("--no-prune", help="With a search: run each trial to its end, however bad it is.")
-SEARCH_SEED = typer.Option(min=0, metavar="N", help="The seed of a search.")
+QUIET = typer.Option("--quiet", help="Show nothing but the table.")
+JSON = typer.Option("--json", help="One JSON object instead of the table; progress goes to stderr.")
+SEARCH = typer.Option(
+    help="grid: every combination. optuna: combinations that Optuna proposes.", rich_help_panel=_SEARCH
+)
+TRIALS = typer.Option(
+    min=1, metavar="N", help="How many runs a search makes.", show_default=False, rich_help_panel=_SEARCH
+)
+NO_PRUNE = typer.Option(
+    "--no-prune", help="Run each trial to its end, however bad it is.", rich_help_panel=_SEARCH
+)
+SEARCH_SEED = typer.Option(min=0, metavar="N", help="The seed of a search.", rich_help_panel=_SEARCH)
 STORAGE = typer.Option(
     metavar="URL",
     help="Where a search keeps its trials, for several machines. Default: study.db in the directory.",
     show_default=False,
+    rich_help_panel=_SEARCH,
 )
 CLUSTER = typer.Option(
-    metavar="NAME", help="slurm: members are jobs of the cluster, through submitit.", show_default=False
+    metavar="NAME",
+    help="slurm: members are jobs of the cluster, through submitit. local: its executor for one machine.",
+    show_default=False,
+    rich_help_panel=_CLUSTER,
 )
 CLUSTER_SET = typer.Option(
     "--cluster-set",
     metavar="NAME=VALUE",
-    help="A parameter of submitit, such as timeout_min=60; may be repeated.",
+    help="A parameter of submitit, such as timeout_min=60; may be given several times.",
+    rich_help_panel=_CLUSTER,
 )
-JSON = typer.Option("--json", help="One JSON object instead of the table; progress goes to stderr.")
+RESUME = typer.Option(
+    "--resume", help="Directory of a sweep to go on with.", show_default=False, rich_help_panel=_RESUME
+)
+TRUST = typer.Option(
+    "--trust",
+    help="Run the recipe in a sweep's directory whose files belong to another user.",
+    rich_help_panel=_RESUME,
+)
 
 
 def sweep(
@@ -103,7 +124,8 @@ def sweep(
     }  # fmt: skip
     with lasting_streams():
         from steploop.recipe.config_values import split_assignments
-        from steploop.recipe.recipe_files import find_recipe, load_recipe_file
+        from steploop.recipe.recipe_files import load_recipe_file
+        from steploop.recipe.recipe_paths import find_recipe
         from steploop.runs.signals import process_flag
         from steploop.runs.text_names import readable
         from steploop.tools.sweep.search_space import grouped

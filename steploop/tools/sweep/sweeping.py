@@ -10,7 +10,8 @@ from steploop.core.interruption import Interrupted
 from steploop.errors import ConfigError
 from steploop.recipe.python_recipes import python_recipe
 from steploop.recipe.recipe import Recipe
-from steploop.recipe.recipe_files import RecipeFile, find_recipe, load_recipe_file
+from steploop.recipe.recipe_files import RecipeFile, load_recipe_file
+from steploop.recipe.recipe_paths import find_recipe
 from steploop.runs.signals import StopFlag
 from steploop.tools.sweep.sweep_launch import launch_sweep
 from steploop.tools.sweep.sweep_result import SweepResult
