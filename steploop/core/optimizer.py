@@ -249,7 +249,12 @@ def _reads(torch_class: type[torch.optim.Optimizer], key: str) -> bool:
     if torch_class.__module__.startswith("torch.optim"):
         return False
     try:
-        return repr(key) in inspect.getsource(torch_class).replace('"', "'")
+        sources = [
+            inspect.getsource(c)
+            for c in torch_class.__mro__
+            if not c.__module__.startswith(("torch", "builtins"))
+        ]
+        return any(repr(key) in source.replace('"', "'") for source in sources)
     except (OSError, TypeError):  # no source at hand
         return True
 

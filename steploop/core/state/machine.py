@@ -9,7 +9,7 @@ import inspect
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -47,8 +47,10 @@ class Machine:
         rate_factors: the learning rate of each group over the optimizer's own.
         initial_hyper: the hyperparameters of each group at the beginning.
         third_party: whether the optimizer is no class of torch.optim, so that what it keeps is read back.
+        members: the optimizers of a set of several classes; else the one.
         needs_closure: whether its ``step`` evaluates the loss itself.
         moved: the names of parameters that the model's forward pass changes; None before the first pass.
+        draws_elsewhere: whether forward passes draw from Python's or NumPy's generators; None before the first.
         recomputes: whether a backward pass writes into buffers (activation checkpointing); None before the first.
     """
 
@@ -82,13 +84,14 @@ class Machine:
         )
         self.holder = Holder()
         self.generators: tuple[torch.Generator, ...] | None = None  # those that a forward pass may draw from
+        self.draws_elsewhere: bool | None = None
         self.seeds: dict[Any, Tensor] = {}  # kept by the backward pass: what the loss is differentiated with
         self.rate_table: object = None  # kept by ``schedule``: a schedule's values on the device
         self._hyper: tuple[Mapping[str, Any], ...] | None = None
         self._pointed: Mapping[str, Tensor] | None = None  # the parameters that the optimizer holds
         _settle_implementation(optimizer, device)
         # torch's own optimizers keep all state with their parameters, in the dictionaries that they are given
-        members = getattr(optimizer, "members", (optimizer,))  # of a set of several classes
+        members: tuple[torch.optim.Optimizer, ...] = getattr(optimizer, "members", (optimizer,))
         self.optimizer_name = "+".join(type(m).__name__ for m in members)
         self.third_party = any(not type(m).__module__.startswith("torch.optim") for m in members)
         # torch wraps step() in a profiler annotation and a walk over hooks: 40 us of 95 on a small model. The
@@ -96,17 +99,15 @@ class Machine:
         self._bare_step = getattr(type(optimizer).step, "__wrapped__", type(optimizer).step)
         self.needs_closure = isinstance(optimizer, torch.optim.LBFGS) or _requires_closure(self._bare_step)
         # schedule-free optimizers compute with other parameters than those they are judged by
-        self.has_modes = callable(getattr(optimizer, "train", None)) and callable(
-            getattr(optimizer, "eval", None)
-        )
-        if self.has_modes:
-            optimizer.train()  # type: ignore[attr-defined]  # looked at above
+        self.members = members
+        self.has_modes = any(_has_modes(member) for member in members)
+        self.set_mode("train")
         self.initial_hyper = self.read_hyper()
+        check_hyper(optimizer, self.initial_hyper)
         if self.third_party:
-            check_keepable(optimizer, self.initial_hyper)
-            self.initial_attributes = attributes_of(optimizer)
-        else:
-            check_hyper(optimizer, self.initial_hyper)
+            for member in members:
+                check_keepable(member, self.initial_hyper)
+            self.initial_attributes = self._attributes()
 
     @property
     def fused(self) -> bool:
@@ -129,9 +130,28 @@ class Machine:
         found: dict[str, Any] = {}
         if keys := {k: v for k, v in self.optimizer.state.items() if not isinstance(k, Tensor)}:
             found["state"] = keys
-        if attributes := attributes_of(self.optimizer):
+        if attributes := self._attributes():
             found["attributes"] = attributes
         return found
+
+    def _attributes(self) -> dict[str, Any]:
+        """Attributes of the optimizer; of several, those of each under its number."""
+        if len(self.members) == 1:
+            return attributes_of(self.optimizer)
+        return {str(i): found for i, member in enumerate(self.members) if (found := attributes_of(member))}
+
+    def _restore_attributes(self, values: Mapping[str, Any]) -> None:
+        if len(self.members) == 1:
+            restore_attributes(self.optimizer, values)
+            return
+        for number, some in values.items():
+            restore_attributes(self.members[int(number)], some)
+
+    def set_mode(self, mode: Literal["train", "eval"]) -> None:
+        """Put optimizers that have modes into one."""
+        for member in self.members:
+            if _has_modes(member):
+                getattr(member, mode)()
 
     # -- whose values the optimizer holds -------------------------------------------------------------------------
 
@@ -189,7 +209,7 @@ class Machine:
             group["params"][:] = [params[name] for name in names]  # in place: LBFGS keeps the list itself
         if self.third_party:
             optimizer.state.update(tensors.beside.get("state", {}))
-            restore_attributes(optimizer, tensors.beside.get("attributes", self.initial_attributes))
+            self._restore_attributes(tensors.beside.get("attributes", self.initial_attributes))
         self._set_hyper(hyper)
 
     @contextmanager
@@ -252,12 +272,16 @@ class Machine:
 
 def _rate_factors(optimizer: torch.optim.Optimizer) -> tuple[float, ...]:
     """The lr of each group over the optimizer's own lr: the proportion that a schedule keeps."""
-    base = optimizer.defaults.get("lr")
+    base = optimizer.defaults.get("lr") or optimizer.param_groups[0].get("lr")
     # no rate of its own (others' Adafactor has lr=None), or one of 0: there is no proportion to keep
     return tuple(
         float(group["lr"]) / float(base) if base and group.get("lr") is not None else 1.0
         for group in optimizer.param_groups
     )
+
+
+def _has_modes(optimizer: torch.optim.Optimizer) -> bool:
+    return all(callable(getattr(optimizer, mode, None)) for mode in ("train", "eval"))
 
 
 def _requires_closure(step: Callable[..., Any]) -> bool:

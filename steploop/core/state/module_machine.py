@@ -47,6 +47,7 @@ class ModuleMachine:
         self._children = [(m._modules, dict(m._modules)) for m in modules.values() if m._modules]
         plain = nn.Module.get_extra_state
         self.extras = [(name, m) for name, m in modules.items() if type(m).get_extra_state is not plain]
+        self.own_train = any(type(m).train is not nn.Module.train for m in modules.values())
         # A model left in eval mode is put back into training.
         self.training = [m for m in modules.values() if m.training or not model.training]
         self.frozen = [m for m in modules.values() if model.training and not m.training]
@@ -174,7 +175,15 @@ class ModuleMachine:
     # -- modes ---------------------------------------------------------------------------------------------------
 
     def set_training(self, *, training: bool) -> None:
-        """Put every submodule into the mode it trains in, or all into eval mode; costs nothing where it is so."""
+        """Put every submodule into the mode it trains in, or all into eval mode; costs nothing where it is so.
+
+        A module whose class has a ``train`` of its own (BatchNorm kept frozen, say) is put into its mode by that.
+        """
+        if self.own_train:
+            self.model.train(training)
+            for module in self.frozen:
+                module.train(mode=False)
+            return
         for module in self.training:
             if module.training is not training:
                 module.training = training

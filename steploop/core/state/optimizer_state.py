@@ -81,7 +81,6 @@ def check_keepable(optimizer: torch.optim.Optimizer, hyper: tuple[Mapping[str, A
         if (found := unkeepable(value)) is not None:
             raise _refusal(kind, f"the attribute {name}{found[0]}", found[1])
         _refuse_parameters(optimizer, f"the attribute {name}", value)
-    check_hyper(optimizer, hyper)
     for index, group in enumerate(hyper):
         for key, value in group.items():
             _refuse_parameters(optimizer, f"{key!r} of group {index}", value)

@@ -139,7 +139,7 @@ class Gradients:
     taken_by: str | None = None
 
 
-@attrs.frozen(eq=False)
+@attrs.frozen(eq=False, slots=False)
 class Began:
     """What a step began with: a skipped step brings it back, however many passes there were.
 

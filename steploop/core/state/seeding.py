@@ -1,7 +1,9 @@
 """Seed the global generators that a pass may draw from, and put them back: torch's, Python's and NumPy's."""
 
+import _random
 import ctypes
 import random
+import sys
 from typing import Any, Self
 
 import numpy as np
@@ -11,59 +13,125 @@ from steploop.core.seeds import fold_in
 
 __all__ = ["SeededGenerators", "generators_of"]
 
-_random: Any = np.random  # which does not declare the two functions that exchange its generator
-_MT19937_POSITION = 624 * 4  # bytes: in the state of the generator the position stands behind 624 words
+_GLOBAL: Any = random._inst  # what random.random and the others are methods of
+_NUMPY_RANDOM: Any = np.random  # which does not declare the two functions that exchange its generator
+_STATE_BYTES = (
+    625 * 4
+)  # of a Mersenne twister: 624 words and a position, in Python's behind one another the other way round
+
+
+class _Words:
+    """The state of a Mersenne twister in memory: copied for 0.2 us, where ``getstate`` makes 625 integers in 7 us.
+
+    Args:
+        address: where its 625 words begin.
+        position: where among them the position stands; it or the first word of the others moves with every draw.
+    """
+
+    def __init__(self, address: int, *, position: int) -> None:
+        self._address = address
+        self._position = ctypes.c_uint32.from_address(address + 4 * position)
+        self._word = ctypes.c_uint32.from_address(address + 4 * (1 - min(position, 1)))
+
+    def mark(self) -> tuple[int, int]:
+        """What differs after a draw."""
+        return self._position.value, self._word.value
+
+    def copy(self) -> bytes:
+        """The state."""
+        return ctypes.string_at(self._address, _STATE_BYTES)
+
+    def put(self, state: bytes) -> None:
+        """Take a state that ``copy`` gave."""
+        ctypes.memmove(self._address, state, _STATE_BYTES)
+
+
+def _python_words() -> _Words | None:
+    """The words of Python's global generator, behind the header that every object of CPython has.
+
+    Whether they stand there is tried on a generator of our own; None where they do not.
+    """
+    header = object.__basicsize__
+    if sys.implementation.name != "cpython" or _random.Random.__basicsize__ < header + _STATE_BYTES:
+        return None
+    own = random.Random(1)
+    own.random()
+    words = (ctypes.c_uint32 * 625).from_buffer_copy(_Words(id(own) + header, position=0).copy())
+    _, (*state, position), _ = own.getstate()
+    return _Words(id(_GLOBAL) + header, position=0) if list(words) == [position, *state] else None
+
+
+class _Python:
+    """Python's global generator."""
+
+    def __init__(self) -> None:
+        self.words = _python_words()
+
+    def keep(self) -> Any:
+        """What ``restore`` needs; the second Gaussian of a pair that ``random.gauss`` made stands in an attribute."""
+        return random.getstate() if self.words is None else (self.words.copy(), _GLOBAL.gauss_next)
+
+    def restore(self, kept: Any) -> None:
+        """Put the caller's state back."""
+        if self.words is None:
+            random.setstate(kept)
+        else:
+            state, _GLOBAL.gauss_next = kept
+            self.words.put(state)
 
 
 class _NumPy:
-    """NumPy's global generator: another bit generator takes its place for a pass, for 2 us instead of 50.
+    """NumPy's global generator: for a pass that draws from it another bit generator takes its place.
 
-    Saving and restoring its state costs 50 us. The exchange keeps the caller's stream and loses one thing: a second
-    Gaussian that ``np.random.randn`` has computed and not given yet. Only where the caller's generator moved since the
-    last pass can there be one, and then all of its state is kept.
+    The exchange costs 2 us, where saving and restoring the state costs 50. It keeps the caller's stream and loses one
+    thing: a second Gaussian that ``np.random.randn`` has computed and not given yet. Only where the caller's generator
+    moved since the last pass can there be one, and then all of its state is kept.
     """
 
     def __init__(self) -> None:
         self._own = np.random.MT19937(0)
         self._callers: Any = None
-        self._words: Any = None  # the first word and the position of the caller's generator, where they stand
         self._seen: tuple[int, int] | None = None
+        self.words: _Words | None = None  # of the caller's generator
+
+    def look(self) -> Any:
+        """The generator that NumPy draws from now; ``words`` are its own afterwards."""
+        current: Any = _NUMPY_RANDOM.get_bit_generator()
+        if current is not self._callers and current is not self._own:
+            self._callers, self._seen, self.words = current, None, None
+            if isinstance(current, np.random.MT19937):
+                self.words = _Words(current.ctypes.state_address, position=624)
+        return current
 
     def keep(self) -> tuple[Any, Any]:
         """What ``restore`` needs."""
-        callers: Any = _random.get_bit_generator()
-        if callers is self._own:  # a pass within a pass
-            return callers, np.random.get_state(legacy=False)  # noqa: NPY002  (the global generator is what is kept)
-        if callers is not self._callers:
-            self._callers, self._seen, self._words = callers, None, None
-            if isinstance(callers, np.random.MT19937):
-                address = callers.ctypes.state_address
-                self._words = (
-                    ctypes.c_uint32.from_address(address),
-                    ctypes.c_int.from_address(address + _MT19937_POSITION),
-                )
-        now = None if self._words is None else (self._words[0].value, self._words[1].value)
+        current = self.look()
+        if current is self._own:  # a pass within a pass
+            return current, np.random.get_state(legacy=False)  # noqa: NPY002  (the global generator is what is kept)
+        now = None if self.words is None else self.words.mark()
         if now is not None and now == self._seen:
-            return callers, None
+            return current, None
         state: Any = np.random.get_state(legacy=False)  # noqa: NPY002  (likewise)
         # while a second Gaussian waits, it waits at the next pass too
         self._seen = None if state["has_gauss"] else now
-        return callers, state if now is None or state["has_gauss"] else None
+        return current, state if now is None or state["has_gauss"] else None
 
     def seed(self, seed: int) -> None:
         """Let NumPy draw from a generator of ours, seeded."""
-        _random.set_bit_generator(self._own)
-        np.random.seed(seed & 0xFFFF_FFFF)  # noqa: NPY002  (the global generator is what an objective may draw from)
+        _NUMPY_RANDOM.set_bit_generator(self._own)
+        np.random.seed(seed & 0xFFFF_FFFF)  # noqa: NPY002  (an objective may draw from the global generator)
 
     def restore(self, kept: tuple[Any, Any]) -> None:
         """Put the caller's generator back."""
         callers, state = kept
-        _random.set_bit_generator(callers)
+        _NUMPY_RANDOM.set_bit_generator(callers)
         if state is not None:
             np.random.set_state(state)  # noqa: NPY002  (likewise)
 
 
+_PYTHON = _Python()
 _NUMPY = _NumPy()
+_OWN_NUMPY_WORDS = _Words(_NUMPY._own.ctypes.state_address, position=624)
 
 
 def generators_of(device: torch.device) -> tuple[torch.Generator, ...]:
@@ -82,18 +150,28 @@ class SeededGenerators:
     Args:
         generators: torch's.
         coordinates: seed at once, from these; without any, ``seed`` is called later.
+        others: seed Python's and NumPy's too. False only watches them, for a fifth of the time: ``moved`` says whether
+            something was drawn, and leaving puts them back in either case.
     """
 
-    __slots__ = ("_coordinates", "_generators", "_kept", "_kept_numpy", "_kept_python")
+    __slots__ = ("_coordinates", "_generators", "_kept", "_marks", "_others", "_others_kept")
 
-    def __init__(self, generators: tuple[torch.Generator, ...], *coordinates: int) -> None:
+    def __init__(
+        self, generators: tuple[torch.Generator, ...], *coordinates: int, others: bool = True
+    ) -> None:
         self._generators = generators
         self._coordinates = coordinates
+        # what cannot be watched is seeded
+        self._others = others or _PYTHON.words is None or _NUMPY.look() is _NUMPY._own or _NUMPY.words is None
 
     def __enter__(self) -> Self:
         self._kept = [generator.get_state() for generator in self._generators]
-        self._kept_python = random.getstate()
-        self._kept_numpy = _NUMPY.keep()
+        if self._others:
+            self._others_kept: Any = _PYTHON.keep(), _NUMPY.keep()
+        else:
+            python, numpy = _PYTHON.words, _NUMPY.words
+            self._others_kept = _GLOBAL.gauss_next, python.copy(), numpy.copy()  # type: ignore[union-attr]  # looked at
+            self._marks = python.mark(), numpy.mark()  # type: ignore[union-attr]
         if self._coordinates:
             try:
                 self.seed(*self._coordinates)
@@ -103,15 +181,34 @@ class SeededGenerators:
         return self
 
     def seed(self, *coordinates: int) -> None:
-        """Seed every generator from the place ``coordinates``."""
+        """Seed the generators from the place ``coordinates``."""
         seed = fold_in(*coordinates)
         for generator in self._generators:
             generator.manual_seed(seed)
-        random.seed(seed)
-        _NUMPY.seed(seed)
+        if self._others:
+            random.seed(seed)
+            _NUMPY.seed(seed)
+            self._marks = None if _PYTHON.words is None else _PYTHON.words.mark(), _OWN_NUMPY_WORDS.mark()
+
+    @property
+    def watched(self) -> bool:
+        """Whether Python's and NumPy's generators are watched only."""
+        return not self._others
+
+    def moved(self) -> bool:
+        """Whether something was drawn from Python's or NumPy's generator since they were seeded or kept."""
+        numpy = _OWN_NUMPY_WORDS if self._others else _NUMPY.words
+        python = _PYTHON.words
+        return python is None or numpy is None or (python.mark(), numpy.mark()) != self._marks
 
     def __exit__(self, *_: object) -> None:
         for generator, kept in zip(self._generators, self._kept, strict=True):
             generator.set_state(kept)
-        random.setstate(self._kept_python)
-        _NUMPY.restore(self._kept_numpy)
+        if self._others:
+            python, numpy = self._others_kept
+            _PYTHON.restore(python)
+            _NUMPY.restore(numpy)
+        elif self.moved():
+            _GLOBAL.gauss_next, words, state = self._others_kept
+            _PYTHON.words.put(words)  # type: ignore[union-attr]  # they were watched
+            _NUMPY.words.put(state)  # type: ignore[union-attr]

@@ -12,7 +12,7 @@ from steploop.core.state.surroundings import shielded
 from steploop.core.state.train_state import TrainState
 from steploop.core.steps.backward_pass import gradients, require_some, seed_of, take_gradients
 from steploop.core.steps.forward import after_passes
-from steploop.core.steps.forward_pass import Objective, TrainingPasses
+from steploop.core.steps.forward_pass import DrewElsewhere, Objective, TrainingPasses
 from steploop.core.trees import UNCOUNTED, count_samples
 from steploop.errors import EmptyDataError, ObjectiveError
 
@@ -57,6 +57,13 @@ def accumulate(state: TrainState, micro_batches: Iterable[Any], objective: Objec
         raise EmptyDataError(
             "accumulate: expected at least one micro-batch, but got none. Look at how the batch is split."
         )
+    try:
+        return _accumulated(state, parts, objective)
+    except DrewElsewhere:  # the passes left no trace, and are taken again with all generators seeded
+        return _accumulated(state, parts, objective)
+
+
+def _accumulated(state: TrainState, parts: list[Any], objective: Objective) -> TrainState:
     sizes = [count_samples(part) for part in parts]
     # Known beforehand, the weights go into the backward pass as w_i / Σ w; an objective that gives its own overrides.
     total = float(sum(size or 0 for size in sizes)) or 1.0

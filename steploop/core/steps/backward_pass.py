@@ -1,7 +1,7 @@
 """One backward pass: what a loss is differentiated with, and the gradients taken off the parameters as values."""
 
-from collections.abc import Mapping
-from typing import Any, Self
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,7 +20,7 @@ try:
 except ImportError:  # both are private, and may go: nothing but the time depends on them
     _engine_run_backward: Any = None  # type: ignore[no-redef]
 
-__all__ = ["gradients", "recomputing", "require_some", "seed_of", "take_gradients"]
+__all__ = ["gradients", "recomputed", "require_some", "seed_of", "take_gradients"]
 
 
 def seed_of(state: TrainState, loss: Tensor, weight: float | Tensor = 1.0) -> Tensor:
@@ -106,45 +106,49 @@ def require_some(grads: list[Tensor | None]) -> None:
         )
 
 
-class recomputing:  # noqa: N801  (reads as a function where it is used)
-    """Lets a backward pass compute parts of the forward pass again, with this state's parameters and buffers.
+def recomputed(
+    state: TrainState, run: Callable[[], list[Tensor | None]]
+) -> tuple[TensorValues, list[Tensor | None]]:
+    """Run a backward pass that may compute parts of the forward pass again, with this state's parameters and buffers.
 
-    Attributes:
-        tensors: the state's values afterwards: recomputed BatchNorm layers count a batch twice, as in any loop.
+    Returns:
+        The state's values afterwards, and what ``run`` gave. Recomputed BatchNorm layers count a batch twice, as in any
+        loop with activation checkpointing.
     """
+    module, tensors = state.machine.module, state.tensors
+    before = module.point(state.lease, tensors.params)
+    try:
+        if tensors.buffers:
+            return _with_buffers(state, run)
+        return tensors, run()
+    finally:
+        if before is not None:
+            module.place_params(before)
 
-    __slots__ = ("_before", "_copies", "_module", "_state", "_versions", "tensors")
 
-    def __init__(self, state: TrainState) -> None:
-        self._state = state
-        self._module = state.machine.module
-        self._copies: dict[str, Tensor] | None = None
-        self._before: Mapping[str, Tensor] | None = None
-        self.tensors: TensorValues = state.tensors
-
-    def __enter__(self) -> Self:
-        state, machine = self._state, self._state.machine
-        self._before = self._module.point(state.lease, state.tensors.params)
-        # whether a backward pass writes into buffers is found out in the first one, on copies
-        if state.tensors.buffers and machine.recomputes is not False:
-            self._copies = {name: b.clone() for name, b in state.tensors.buffers.items()}
-            self._versions = [b._version for b in self._copies.values()]
-            self._module.place_buffers(self._copies)
-        elif not self._module.holds_buffers(state.tensors.buffers):
-            self._module.place_buffers(state.tensors.buffers)
-        return self
-
-    def __exit__(self, failure: object, *_: object) -> None:
-        module, machine = self._module, self._state.machine
-        if self._copies is not None:
-            found = module.buffers()
-            written = self._versions != [b._version for b in self._copies.values()] or any(
-                found.get(name) is not b for name, b in self._copies.items()
-            )
-            if machine.recomputes is None and failure is None and trace_of(self._state) is None:
-                machine.recomputes = written
-            if written and failure is None:
-                self.tensors = self._state.tensors.replace(buffers=found)
-            module.place_buffers(self.tensors.buffers)
-        if self._before is not None:
-            module.place_params(self._before)
+def _with_buffers(
+    state: TrainState, run: Callable[[], list[Tensor | None]]
+) -> tuple[TensorValues, list[Tensor | None]]:
+    """Whether a backward pass writes into buffers is found out in the first one, on copies."""
+    module, machine, tensors = state.machine.module, state.machine, state.tensors
+    if machine.recomputes is False:
+        if not module.holds_buffers(tensors.buffers):
+            module.place_buffers(tensors.buffers)
+        return tensors, run()
+    copies = {name: b.clone() for name, b in tensors.buffers.items()}
+    versions = [b._version for b in copies.values()]
+    module.place_buffers(copies)
+    try:
+        grads = run()
+        found = module.buffers()
+    finally:
+        module.place_buffers(tensors.buffers)
+    written = versions != [b._version for b in copies.values()] or any(
+        found.get(n) is not b for n, b in copies.items()
+    )
+    if machine.recomputes is None and trace_of(state) is None:
+        machine.recomputes = written
+    if not written:
+        return tensors, grads
+    module.place_buffers(found)
+    return tensors.replace(buffers=found), grads

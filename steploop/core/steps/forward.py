@@ -2,10 +2,12 @@
 
 from typing import Any
 
-from steploop.core.state.parts import InFlight
+from torch import Tensor
+
+from steploop.core.state.parts import Began, InFlight
 from steploop.core.state.surroundings import shielded
 from steploop.core.state.train_state import TrainState
-from steploop.core.steps.forward_pass import Objective, TrainingPasses
+from steploop.core.steps.forward_pass import DrewElsewhere, Objective, TrainingPasses
 
 __all__ = ["after_passes", "forward_loss"]
 
@@ -44,14 +46,23 @@ def forward_loss(
         torch.Size([])
     """
     state.check_alive("forward_loss")
-    with TrainingPasses(state) as passes:
-        loss, outputs, _ = passes.run(batch, objective, keep_graph=keep_graph)
-        began = passes.end()
+    try:
+        passes, loss, outputs, began = _pass(state, batch, objective, keep_graph=keep_graph)
+    except DrewElsewhere:  # it left no trace, and is taken again with all generators seeded
+        passes, loss, outputs, began = _pass(state, batch, objective, keep_graph=keep_graph)
     flight = type(state.flight)(
         loss=loss.detach(), outputs=outputs, graph=loss, began=began, passes=state.flight.passes + 1,
         known=state.flight.known,
     )  # fmt: skip
     return after_passes(state, passes, flight, "forward_loss")
+
+
+def _pass(
+    state: TrainState, batch: Any, objective: Objective, *, keep_graph: bool
+) -> tuple[TrainingPasses, Tensor, Any, Began]:
+    with TrainingPasses(state) as passes:
+        loss, outputs, _ = passes.run(batch, objective, keep_graph=keep_graph)
+        return passes, loss, outputs, passes.end()
 
 
 def after_passes(state: TrainState, passes: TrainingPasses, flight: InFlight, by: str) -> TrainState:

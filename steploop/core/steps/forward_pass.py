@@ -18,6 +18,7 @@ from steploop.core.trees import map_tensors, shapes
 from steploop.errors import CompileError, ObjectiveError, OutOfMemoryError, SteploopError
 
 __all__ = [
+    "DrewElsewhere",
     "Objective",
     "TrainingPasses",
     "did_not_fit",
@@ -33,11 +34,15 @@ Objective = Callable[[nn.Module, Any], Any]
 _OUT_OF_MEMORY = ("DefaultCPUAllocator", "out of memory", "can't allocate memory")
 
 
-def seeded_generators(machine: Machine, *coordinates: int) -> SeededGenerators:
+def seeded_generators(machine: Machine, *coordinates: int, others: bool = True) -> SeededGenerators:
     """Seed the generators that a computation of ``machine`` may draw from, for the length of a ``with`` block."""
     if machine.generators is None:
         machine.generators = generators_of(machine.device)
-    return SeededGenerators(machine.generators, *coordinates)
+    return SeededGenerators(machine.generators, *coordinates, others=others)
+
+
+class DrewElsewhere(Exception):  # noqa: N818  (it says what happened: the passes are taken again)
+    """A pass drew from Python's or NumPy's generator for the first time, when they were not seeded."""
 
 
 def surroundings(machine: Machine, precision: Precision, *, grad: bool = True) -> AbstractContextManager[Any]:
@@ -76,7 +81,7 @@ class TrainingPasses:
     """
 
     __slots__ = (
-        "_before", "_buffers_before", "_copies", "_generators", "_machine", "_own_params", "_state", "_untouched",
+        "_before", "_buffers_before", "_copies", "_drawing", "_generators", "_machine", "_own_params", "_state", "_untouched",
         "_versions", "tensors", "updated_in_place",
     )  # fmt: skip
 
@@ -85,7 +90,12 @@ class TrainingPasses:
         self._machine = machine = state.machine
         # while a step is traced nothing is drawn: the trace notes where generators are seeded
         trace = trace_of(state)
-        self._generators = seeded_generators(machine) if trace is None else trace.generators(state)
+        self._drawing = trace is None
+        self._generators = (
+            seeded_generators(machine, others=machine.draws_elsewhere is not False)
+            if trace is None
+            else trace.generators(state)
+        )
         self._copies: dict[str, Tensor] = {}
         self._before: Mapping[str, Tensor] | None = None
         self.tensors: TensorValues = state.tensors
@@ -167,8 +177,10 @@ class TrainingPasses:
             if (ours := translated(error, machine, batch)) is None:
                 raise
             raise ours from error
+        if self._drawing:
+            self._look_at_draws()
         found = [leaf.grad for leaf in leaves if leaf.grad is not None]
-        if len(found) != len(grads) or any(g._version != version for g, version in grads):
+        if found and (len(found) != len(grads) or any(g._version != version for g, version in grads)):
             raise ObjectiveError(
                 "The objective called backward() itself. An objective returns the loss; backward_scaled computes the "
                 "gradients. For gradients inside of an objective, use torch.autograd.grad(..., create_graph=True)."
@@ -179,6 +191,16 @@ class TrainingPasses:
                 "torch.no_grad(), or does not use the model that the objective was given."
             )
         return loss, outputs if keep_graph else map_tensors(Tensor.detach, outputs), weight
+
+    def _look_at_draws(self) -> None:
+        """Seeding Python's and NumPy's generators costs 6 us: it is done from the first pass on that draws from them."""
+        machine, generators = self._machine, self._generators
+        if generators.watched:
+            if generators.moved():
+                machine.draws_elsewhere = True
+                raise DrewElsewhere
+        elif not machine.draws_elsewhere:
+            machine.draws_elsewhere = generators.moved()
 
     def end(self) -> Began:
         """Take over what the passes changed, as ``tensors``; what the step began with.
@@ -194,13 +216,17 @@ class TrainingPasses:
         for name, param, version in self._untouched:
             if param._version != version:
                 raise _moves(name)
-        names = zip(machine.trainable, tensors.leaves, self._versions, strict=True)
-        known = machine.moved or ()  # through .data, which leaves the version as it was, too
-        overwritten = [name for name, leaf, version in names if leaf._version != version or name in known]
+        overwritten = self._overwritten()
         self.updated_in_place = bool(overwritten)
         if overwritten and not {*overwritten} <= {*(machine.moved or ())}:
             machine.moved = tuple(dict.fromkeys([*(machine.moved or ()), *overwritten]))
-        moved = {n: self._own_params[n] for n in machine.moved or () if n in machine.not_trained}
+        moved = (
+            {n: self._own_params[n] for n in machine.moved if n in machine.not_trained}
+            if machine.moved
+            else None
+        )
+        if not (moved or module.buffer_places or module.extras):
+            return state.flight.began or Began(tensors, self._kept(overwritten))
         changes: dict[str, Any] = {}
         if module.buffer_places:
             changes["buffers"] = module.buffers()
@@ -209,19 +235,34 @@ class TrainingPasses:
         if module.extras:
             changes["extra"] = module.extra_state()
         self.tensors = tensors.replace(**changes) if changes else tensors
-        return state.flight.began or Began(
-            tensors, {name: self._copies[name] for name in overwritten if name in self._copies}
-        )
+        return state.flight.began or Began(tensors, self._kept(overwritten))
+
+    def _kept(self, names: list[str]) -> dict[str, Tensor]:
+        """The first values of parameters that were overwritten; of one that moved for the first time there is none."""
+        return {name: self._copies[name] for name in names if name in self._copies}
 
     def _moved(self) -> tuple[str, ...]:
         """The names of the parameters that the first pass has changed."""
         before, now = self._copies, self._own_params
         frozen = [n for n in self._machine.not_trained if not _unchanged(now[n], before[n])]
-        pairs = zip(self._machine.trainable, self._state.tensors.leaves, self._versions, strict=True)
         trained = [
-            n for n, leaf, version in pairs if leaf._version != version or not _unchanged(leaf, before[n])
+            name
+            for name, leaf, version in zip(
+                self._machine.trainable, self._state.tensors.leaves, self._versions, strict=True
+            )
+            if leaf._version != version or not _unchanged(leaf, before[name])
         ]
         return (*frozen, *trained)
+
+    def _overwritten(self) -> list[str]:
+        """The names of the trained parameters that the passes changed in place, through .data too where that is known."""
+        machine = self._machine
+        versions = [leaf._version for leaf in self._state.tensors.leaves]
+        if versions == self._versions and not machine.moved:
+            return []
+        known = machine.moved or ()
+        pairs = zip(machine.trainable, versions, self._versions, strict=True)
+        return [name for name, now, before in pairs if now != before or name in known]
 
 
 def _moves(name: str) -> CompileError:

@@ -21,6 +21,6 @@ def params_to_evaluate(state: TrainState) -> Mapping[str, Tensor]:
         return tensors.params
     params = {name: p.detach().clone().requires_grad_(p.requires_grad) for name, p in tensors.params.items()}
     copies = tensors.replace(params=params, slots=map_tensors(Tensor.clone, tensors.slots))
-    with machine.lent(copies, state.hyper) as optimizer:
-        optimizer.eval()  # type: ignore[attr-defined]  # has_modes says so
+    with machine.lent(copies, state.hyper):
+        machine.set_mode("eval")
     return params

@@ -58,7 +58,18 @@ def schedule(state: TrainState, learning_rate: Schedules) -> TrainState:
         return scheduled
     if isinstance(taken, Tensor):
         return _scheduled_on_device(state, learning_rate, taken)
-    return _with_values(state, values_at(state.machine, learning_rate, taken))
+    machine = state.machine
+    if machine.uniform and not isinstance(learning_rate, (Mapping, Tabulated)):
+        return _uniform(state, learning_rate(taken))
+    return _with_values(state, values_at(machine, learning_rate, taken))
+
+
+def _uniform(state: TrainState, value: float | Rates) -> TrainState:
+    """The same rate in every group: the usual case, and the quickest."""
+    rate, momentum = _value(value)
+    if momentum is not None:
+        return _with_values(state, [(rate, momentum)] * len(state.hyper))
+    return state.replace(hyper=tuple([{**group, "lr": rate} for group in state.hyper]))
 
 
 def set_rates(state: TrainState, rate: float | Tensor, momentum: float | Tensor | None = None) -> TrainState:
@@ -87,6 +98,8 @@ def values_at(machine: Machine, learning_rate: Schedules, step: int) -> list[_Va
 
 def _value(value: float | Rates) -> _Value:
     if isinstance(value, Rates):
+        if isinstance(value.momentum, (int, float)) and not 0.0 <= value.momentum < 1.0:
+            raise ConfigError(f"schedule: the momentum must lie in [0, 1), but is {value.momentum!r}.")
         return _rate(value.learning_rate), value.momentum
     return _rate(value), None
 

@@ -203,7 +203,8 @@ def _read_back(state: TrainState, tensors: TensorValues, *, first: bool) -> dict
     slots = {name: optimizer.state.get(tensors.params[name], {}) for name in machine.trainable}
     hyper, beside = machine.read_hyper(), machine.read_beside()
     if first:
-        check_slots(optimizer, slots, hyper, beside)
+        for member in machine.members:
+            check_slots(member, slots, hyper, beside)
     machine.forget_hyper()
     return {"tensors": tensors.replace(slots=slots, beside=beside), "hyper": hyper}
 
