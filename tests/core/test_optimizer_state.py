@@ -338,7 +338,7 @@ def test_what_is_made_in_the_first_step_is_refused_there_and_not_at_a_checkpoint
 @pytest.mark.parametrize(
     "value",
     [torch.float32, torch.device("cpu"), torch.strided, len, nn.Linear, lambda: None],
-    ids=str,
+    ids=["dtype", "device", "layout", "built-in", "class", "function"],
 )
 def test_what_says_how_an_optimizer_computes_is_no_state(value):
     """A dtype, a device, a function: they are those of the class that is given, and are not saved."""
