@@ -280,6 +280,10 @@ def open_directory(path: Path) -> RunDirectory:
     """
     directory = RunDirectory(path)
     if not os.path.lexists(directory.config):
+        if (path / "sweep.json").is_file():
+            raise ConfigError(
+                f"{path} is a sweep of many runs. Go on with it by steploop sweep --resume {path}, or with one of its runs."
+            )
         what = "holds no run (there is no config.json)" if path.is_dir() else "is no directory"
         raise ConfigError(
             f"{path} {what}. Give the directory that steploop run wrote, such as runs/cifar_amp-1."

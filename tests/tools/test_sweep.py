@@ -4,6 +4,7 @@ import json
 import os
 import signal
 import statistics
+import subprocess
 import sys
 import warnings
 from pathlib import Path
@@ -13,12 +14,18 @@ import points_recipe
 import pytest
 import torch
 from points_recipe import Config
+from rich.console import Console
 from running import POINTS, Forked, digest, train, wait_until
 
 import steploop
 from steploop.errors import CheckpointIncompatibleError, ConfigError, RunExistsError, RunLockedError
 from steploop.runs.directory_lock import run_lock
+from steploop.runs.signals import StopFlag
 from steploop.tools.cli import call
+from steploop.tools.sweep.conductor import conduct
+from steploop.tools.sweep.sweep_record import read_sweep
+from steploop.tools.sweep.sweep_screens import LiveSweep, QuietSweep
+from steploop.tools.sweep.trials import PruningLogger
 
 GRID = {"learning_rate": [0.01, 0.1], "widths": [[8], [8, 4]]}
 KILL = {"left": None, "by": signal.SIGKILL}  # how many steps until the process gets the signal
@@ -375,3 +382,139 @@ def test_the_plot_of_a_sweep_is_a_figure_for_each_setting(whole, tmp_path, capsy
     assert (tmp_path / "s.png").stat().st_size > 10_000
     assert call(["plot", str(whole[0]), "--metric", "loss"]) == 2
     assert "--metric and --terminal are about curves of runs" in capsys.readouterr().err
+
+
+def test_a_sweep_that_is_resumed_as_a_run_says_what_to_do(whole, capsys):
+    assert call(["resume", str(whole[0])]) == 2
+    assert (
+        f"is a sweep of many runs. Go on with it by steploop sweep --resume {whole[0]}"
+        in capsys.readouterr().err
+    )
+
+
+class Endless:
+    """A member that runs until it is stopped."""
+
+    def __init__(self):
+        self.stopped = 0
+
+    def poll(self):
+        return None if not self.stopped else 75
+
+    def stop(self):
+        self.stopped += 1
+
+
+class Launcher:
+    """Starts one member; the next one cannot be started, or ``then`` is called instead."""
+
+    def __init__(self, then=None):
+        self.first, self.then = Endless(), then
+
+    def start(self, number):
+        if number == 0:
+            return self.first
+        if self.then is None:
+            raise OSError("no room")
+        self.then()
+        return Endless()
+
+
+class Numbers:
+    def __init__(self, n):
+        self.left = list(range(n))
+
+    def take(self):
+        return self.left.pop(0) if self.left else None
+
+    def pending(self):
+        return bool(self.left)
+
+    def ended(self, number, code):
+        pass
+
+
+def test_an_error_leaves_no_member_that_nobody_watches():
+    launcher = Launcher()
+    with pytest.raises(OSError, match="no room"):
+        conduct(Numbers(2), launcher, jobs=2, watcher=QuietSweep(), stop=StopFlag())
+    assert launcher.first.stopped == 1
+
+
+def test_a_signal_stops_each_member_once_and_starts_no_other():
+    stop, numbers = StopFlag(), Numbers(5)
+    launcher = Launcher(lambda: stop.handle(signal.SIGTERM))
+    conduct(numbers, launcher, jobs=3, watcher=QuietSweep(), stop=stop)
+    assert launcher.first.stopped == 1
+    assert numbers.left == [2, 3, 4]
+
+
+def test_a_terminal_shows_the_members_that_run(whole, capsys):
+    """A table of them, and above it a line for each that has ended."""
+    console = Console(file=sys.stdout, force_terminal=True, width=100)
+    screen = LiveSweep(read_sweep(whole[0]), console)
+    screen.show([3, 5])
+    screen.ended(2, 0)
+    screen.close()
+    shown = capsys.readouterr().out
+    for words in (
+        "best so far",
+        "003",
+        "learning_rate=0.01 widths=8,4 seed=1",
+        "14",
+        "002 (9 of 8)",
+        "finished in",
+    ):
+        assert words in shown
+
+
+def test_showing_a_sweep_does_not_wait_for_torch(whole, tmp_path):
+    program = (
+        "import sys; from steploop.tools.cli import call; code = call(['report', sys.argv[1], '--out', sys.argv[2]]); "
+        "print(code, 'torch' in sys.modules)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program, whole[0], tmp_path / "r.html"],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert done.stdout.splitlines()[-1] == "0 False"
+
+
+class FakeTrial:
+    """Optuna's, that would prune."""
+
+    def __init__(self):
+        self.reported = []
+
+    def report(self, value, step):
+        self.reported.append((step, value))
+
+    def should_prune(self):
+        return bool(self.reported) and self.reported[-1][1] > 1
+
+
+def test_an_evaluation_is_reported_once_and_a_bad_one_stops_the_run():
+    trial, stop = FakeTrial(), StopFlag()
+    logger = PruningLogger(trial, "eval/loss", stop, reported=[3])
+    for step, values in [
+        (3, {"eval/loss": 0.5}),
+        (4, {"train/loss": 9.0}),
+        (6, {"eval/loss": 0.4}),
+        (9, {"eval/loss": 2.0}),
+    ]:
+        assert stop.signum is None
+        logger(step, values)
+    assert trial.reported == [(6, 0.4), (9, 2.0)]
+    assert (logger.pruned, stop.signum) == (True, signal.SIGTERM)
+
+
+@pytest.mark.parametrize(("rows", "pruned"), [([3, 6], True), ([3], False), ([], False)])
+def test_a_verdict_that_a_kill_has_lost_is_given_again_where_it_was_given(rows, pruned):
+    """Only behind the last evaluation that was reported: before it, the run had gone on."""
+    trial, stop = FakeTrial(), StopFlag()
+    trial.reported = [(3, 0.5), (6, 2.0)]
+    logger = PruningLogger(trial, "eval/loss", stop, reported=[3, 6])
+    logger.rewrite([(step, {"eval/loss": 0.0}) for step in rows])
+    assert logger.pruned is pruned

@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from steploop.errors import CheckpointDamagedError, ConfigError
 from steploop.tools.sweep.search_space import Choices, Span, grouped, read_seeds, read_space
 from steploop.tools.sweep.sweep_plan import threads_for
-from steploop.tools.sweep.sweep_record import Member, SweepRecord, is_sweep, read_sweep, write_sweep
+from steploop.tools.sweep.sweep_record import Member, SweepRecord, is_sweep, read_sweep
+from steploop.tools.sweep.sweep_writing import write_sweep
 
 
 @attrs.frozen

@@ -81,6 +81,22 @@ def conduct(source: Source, launcher: Launcher, *, jobs: int, watcher: Watcher, 
         stop: the flag that signals set.
     """
     running: dict[int, Handle] = {}
+    try:
+        _conduct(source, launcher, running, jobs=jobs, watcher=watcher, stop=stop)
+    finally:
+        for handle in running.values():  # an error here must not leave members that nobody watches
+            handle.stop()
+
+
+def _conduct(
+    source: Source,
+    launcher: Launcher,
+    running: dict[int, Handle],
+    *,
+    jobs: int,
+    watcher: Watcher,
+    stop: StopFlag,
+) -> None:
     told = False
     while True:
         ended = {number: code for number, handle in running.items() if (code := handle.poll()) is not None}

@@ -7,19 +7,17 @@ from typing import Any
 import attrs
 
 from steploop.errors import DataError
-from steploop.runs.atomic_files import replace_file
-from steploop.runs.directory import json_bytes
 from steploop.runs.directory_reader import read_record
 from steploop.runs.safe_text import safe_lines
-from steploop.tools.sweep.sweep_record import Member, SweepRecord
+from steploop.tools.sweep.sweep_record import SweepRecord
 
-__all__ = ["End", "clear_end", "read_end", "write_end"]
+__all__ = ["End", "end_name", "read_end"]
 
 _LIMIT = 1 << 16  # bytes
-_LONGEST = 4000  # characters of an error
 
 
-def _name(number: int) -> str:
+def end_name(number: int) -> str:
+    """The file in a sweep's directory that says how a member ended."""
     return f"{number:03d}.end.json"
 
 
@@ -38,18 +36,11 @@ class End:
     settings: Mapping[str, Any]
 
 
-def write_end(sweep: SweepRecord, member: Member, state: str, error: str | None = None) -> None:
-    """Note how a member ended. A full disk must not hide the error itself."""
-    about = {"state": state, "error": error and error[:_LONGEST], "settings": dict(member.settings)}
-    with suppress(OSError):
-        replace_file(sweep.path / _name(member.number), json_bytes(about), durable=True)
-
-
 def read_end(sweep: SweepRecord, number: int) -> End | None:
     """What ``write_end`` noted; None if it noted nothing."""
     said: dict[str, Any] | None = None
     with suppress(DataError):
-        said = read_record(sweep.path, _name(number), limit=_LIMIT)
+        said = read_record(sweep.path, end_name(number), limit=_LIMIT)
     if said is None or said.get("state") not in {"pruned", "failed"}:
         return None
     error, settings = said.get("error"), said.get("settings")
@@ -58,8 +49,3 @@ def read_end(sweep: SweepRecord, number: int) -> End | None:
         safe_lines(error) if isinstance(error, str) else None,
         settings if isinstance(settings, dict) else {},
     )
-
-
-def clear_end(sweep: SweepRecord, number: int) -> None:
-    """Forget how a member ended: it begins again."""
-    (sweep.path / _name(number)).unlink(missing_ok=True)

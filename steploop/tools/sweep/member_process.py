@@ -23,6 +23,9 @@ def _stop_with_the_sweep() -> None:
 def main() -> None:
     """Run the member; the exit code is that of ``steploop run``."""
     catch_signals()
+    signal.signal(
+        signal.SIGUSR2, signal.SIG_IGN
+    )  # submitit's, to the whole job: the job itself passes SIGTERM on
     threading.Thread(target=_stop_with_the_sweep, daemon=True, name="sweep gone").start()
     path, number, *words = sys.argv[1:]
     try:

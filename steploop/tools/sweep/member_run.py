@@ -18,8 +18,9 @@ from steploop.runs.logs.screens import Screen
 from steploop.runs.safe_text import safe_lines
 from steploop.runs.signals import StopFlag, exit_code_of
 from steploop.runs.standing import is_run, read_standing
-from steploop.tools.sweep.member_ends import clear_end, read_end, write_end
+from steploop.tools.sweep.member_ends import read_end
 from steploop.tools.sweep.sweep_record import Member, SweepRecord
+from steploop.tools.sweep.sweep_writing import clear_end, write_end
 
 __all__ = ["TAKEN", "is_settled", "recorded_recipe", "refuse_changed_code", "run_member"]
 

@@ -82,7 +82,9 @@ def open_study(sweep: SweepRecord) -> Iterator["optuna.Study"]:
     assert sweep.metric is not None  # noqa: S101  (``sweep_plan`` asks the recipe)
     pruner = optuna.pruners.MedianPruner() if sweep.prune else optuna.pruners.NopPruner()
     try:
-        storage = optuna.storages.RDBStorage(_url(sweep))
+        # SQLite has one writer at a time; the others wait, in seconds
+        patience = {"connect_args": {"timeout": 60}} if sweep.storage is None else None
+        storage = optuna.storages.RDBStorage(_url(sweep), engine_kwargs=patience)
         study = optuna.create_study(
             storage=storage, study_name=_study_name(sweep), load_if_exists=True, pruner=pruner,
             direction="minimize" if sweep.metric[1] == "min" else "maximize",

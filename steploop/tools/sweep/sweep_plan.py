@@ -14,7 +14,8 @@ from steploop.recipe.recipe_files import RecipeFile
 from steploop.runs.directory import make_directory, write_durably
 from steploop.runs.environment import find_device
 from steploop.tools.sweep.search_space import Choices, Setting, Span, read_seeds, read_space
-from steploop.tools.sweep.sweep_record import MOST_MEMBERS, SweepRecord, is_sweep, write_sweep
+from steploop.tools.sweep.sweep_record import MOST_MEMBERS, SweepRecord, is_sweep
+from steploop.tools.sweep.sweep_writing import write_sweep
 
 __all__ = ["begin_sweep", "more_trials", "threads_for"]
 

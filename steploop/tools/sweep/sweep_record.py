@@ -10,15 +10,14 @@ from typing import Any
 import attrs
 
 from steploop.errors import CheckpointDamagedError, ConfigError, DataError
-from steploop.runs.directory import json_bytes, write_durably
 from steploop.runs.directory_reader import open_file, read_record
 from steploop.runs.record_values import is_count, is_number
 from steploop.tools.sweep.search_space import Choices, Setting, Span
 
-__all__ = ["MOST_MEMBERS", "Member", "SweepRecord", "is_sweep", "read_sweep", "sweep_among", "write_sweep"]
+__all__ = ["FORMAT", "MOST_MEMBERS", "Member", "SweepRecord", "is_sweep", "read_sweep", "sweep_among"]
 
 MOST_MEMBERS = 100_000
-_FORMAT = 1
+FORMAT = 1
 _DIGEST = re.compile(r"[0-9a-f]{64}")
 
 
@@ -116,23 +115,6 @@ def sweep_among(paths: Sequence[Path]) -> SweepRecord | None:
     return read_sweep(found[0])
 
 
-def write_sweep(sweep: SweepRecord) -> None:
-    """Write sweep.json; it is on the disk when this returns.
-
-    Raises:
-        CheckpointWriteError: it cannot be written.
-    """
-    space = {
-        name: list(s.values)
-        if isinstance(s, Choices)
-        else {"low": s.low, "high": s.high, "log": s.log, "whole": s.whole}
-        for name, s in sweep.space.items()
-    }
-    fields = attrs.asdict(sweep, recurse=False, filter=lambda a, _: a.name != "path")
-    value = {"format": _FORMAT, **fields, "space": space, "seeds": list(sweep.seeds)}
-    write_durably(sweep.path / "sweep.json", json_bytes(value))
-
-
 def read_sweep(path: Path) -> SweepRecord:
     """Read a sweep's record. A stranger may have written it: every value is checked by type and size.
 
@@ -148,9 +130,9 @@ def read_sweep(path: Path) -> SweepRecord:
         raise ConfigError(
             f"{path} holds no sweep (there is no sweep.json). Give the directory that steploop sweep wrote."
         )
-    if said.get("format") != _FORMAT:
+    if said.get("format") != FORMAT:
         raise CheckpointDamagedError(
-            f"{path / 'sweep.json'} has the format {said.get('format')!r}, and this version reads {_FORMAT}."
+            f"{path / 'sweep.json'} has the format {said.get('format')!r}, and this version reads {FORMAT}."
         )
     try:
         return _checked(path, said)

@@ -17,10 +17,11 @@ from steploop.runs.signals import StopFlag
 from steploop.runs.standing import is_run
 from steploop.tools.report.results import result_of
 from steploop.tools.sweep.conductor import Source
-from steploop.tools.sweep.member_ends import read_end, write_end
+from steploop.tools.sweep.member_ends import read_end
 from steploop.tools.sweep.member_run import TAKEN, is_settled, run_member
 from steploop.tools.sweep.studies import add_trial, open_study, propose, settings_of
 from steploop.tools.sweep.sweep_record import Member, SweepRecord
+from steploop.tools.sweep.sweep_writing import write_end
 
 if TYPE_CHECKING:
     import optuna
