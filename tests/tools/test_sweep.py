@@ -282,7 +282,6 @@ def trials(optuna, out):
     return optuna.load_study(study_name="steploop", storage=storage).trials
 
 
-@pytest.mark.filterwarnings("ignore::ResourceWarning")
 def test_a_search_that_was_killed_and_resumed_is_as_if_it_had_not_been(optuna, tmp_path, capsys):
     """Twenty trials, some of them pruned; the other search is killed in three of its runs."""
     options = {"search": "optuna", "trials": 20, "search_seed": 3}
@@ -311,7 +310,6 @@ def test_a_search_that_was_killed_and_resumed_is_as_if_it_had_not_been(optuna, t
         assert [t.state.name for t in trials(optuna, place)] == [states[m.state] for m in result.members]
 
 
-@pytest.mark.filterwarnings("ignore::ResourceWarning")
 def test_two_processes_share_the_trials_of_one_storage(optuna, tmp_path):
     out = tmp_path / "sweep"
     grid = {**SPACE, "epochs": 1, "step_s": 0.02}
