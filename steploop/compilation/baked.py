@@ -28,18 +28,41 @@ class Baked:
         self._hooks = [
             h for m in models for one in m.modules() for h in (one._forward_hooks, one._forward_pre_hooks)
         ]
-        self._hook_counts = list(map(len, self._hooks))
+        self._hook_count = sum(map(len, self._hooks))
+        self._flatten()
         self._left: list[tuple[MappingWatch, Any]] = []
 
     def unchanged(self) -> bool:
-        """Whether all of them are as they were."""
-        return list(map(len, self._hooks)) == self._hook_counts and all(
-            [p.unchanged() for p in self._places]  # noqa: C419  (half the time of a generator)
-        )
+        """Whether all of them are as they were: 35 ns for each, where they are the same objects."""
+        if sum(map(len, self._hooks)) != self._hook_count:
+            return False
+        try:
+            for where, key, value in self._values:
+                if where[key] is not value:
+                    return self._equal()
+        except (KeyError, IndexError):
+            return False
+        return not self._sizes or all(len(where) == size for where, size in self._sizes)
+
+    def _equal(self) -> bool:
+        """Whether they are equal to the bit; then these objects are the ones to compare with."""
+        if not all([place.unchanged() for place in self._places]):  # noqa: C419  (each has to look)
+            return False
+        self._flatten()
+        return True
+
+    def _flatten(self) -> None:
+        self._values = [
+            (p.where, k, v)
+            for p in self._places
+            for k, v in zip(p.keys, p.known, strict=True)
+            if v is not MISSING
+        ]
+        self._sizes = [(p.where, p.size) for p in self._places if p.whole]
 
     def changed(self) -> list[str]:
         """The names of those that are not."""
-        hooks = ["the hooks of a module"] if list(map(len, self._hooks)) != self._hook_counts else []
+        hooks = ["the hooks of a module"] if sum(map(len, self._hooks)) != self._hook_count else []
         return hooks + [place.name(key) for place in self._places for key, _ in place.changes()]
 
     # -- what a trace did ------------------------------------------------------------------------------------------
@@ -101,3 +124,4 @@ class Baked:
             if key in place.keys:
                 place.watch([k for k in place.keys if k != key])
         self._left = []
+        self._flatten()

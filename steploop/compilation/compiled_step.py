@@ -33,6 +33,9 @@ from steploop.errors import (
 __all__ = ["CompiledStep", "Figures"]
 
 
+_FINITE = [True]  # what is assumed of the step of a single state
+
+
 @attrs.frozen(kw_only=True)
 class Figures:
     """The cost and gain of compiling, which a run records.
@@ -74,7 +77,6 @@ class CompiledStep:
         self._bound = Bound()
         self._store = GraphStore()
         self._refused: set[Any] = set()  # forms of batches that cannot be compiled, under mode="auto"
-        self._finite = [True] * 64
         self._eager = False
 
     def __call__(self, state: Any, batch: Any) -> Any:
@@ -108,7 +110,7 @@ class CompiledStep:
         for one in states:
             if one.generation != one.lease.generation:
                 one.check_alive("train_step")
-        now = Now(states, numbers, self._finite[: len(states)])
+        now = Now(states, numbers, _FINITE if single else [True] * len(states))
         graph = self._store.current.get(key)
         if graph is None or not self._bound.holds(states) or not graph.holds(now):
             graph = self._find(state, now, batch, flat)
@@ -204,7 +206,7 @@ class CompiledStep:
             if not bound.holds(states):
                 bound.take(states, same_tensors=False)
             tensors, _, numbers = flatten(batch)
-            new = graph(bound, Now(states, numbers, self._finite[: len(states)]), tensors)
+            new = graph(bound, Now(states, numbers, [True] * len(states)), tensors)
             if new is None:
                 return self.train_step(one, batch)
             return new[0] if isinstance(one, TrainState) else dict(zip(one, new, strict=True))

@@ -155,6 +155,10 @@ def builder(template: Any) -> Build:
         items = [builder(value) for value in template]
         kind = type(template)
         return lambda values: kind(item(values) for item in items)
+    found: list[int] = []
+    renumbered(template, found.append)
+    if not found:
+        return lambda _: template
     return lambda values: renumbered(template, lambda index: values[index])
 
 

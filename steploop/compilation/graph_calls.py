@@ -1,5 +1,6 @@
 """Call a compiled graph on states; this runs at every step and is kept short."""
 
+import copy
 import itertools
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -66,7 +67,7 @@ class CompiledGraph:
         self._names = names
         self._like = [signature(state) for state in states]
         self._constants = [constants_of(state.hyper, cycled=plan.cycled) for state in states]
-        self._flags = _flags(states)
+        self._flags = [_flags(state) for state in states]
         self._guards = [(guard.read, guard.value) for guard in plan.guards]
         self._doubtful = [guard for guard in plan.guards if guard.after]
         where, self._computed = _positions(plan)
@@ -93,8 +94,11 @@ class CompiledGraph:
     def holds(self, now: Now) -> bool:
         """Whether all that Python read and decided while tracing is as it was."""
         try:
-            if not self.baked.unchanged() or _flags(now.states) != self._flags:
+            if not self.baked.unchanged():
                 return False
+            for state, flags in zip(now.states, self._flags, strict=True):
+                if not _same_flags(state, flags):
+                    return False
             for (
                 read,
                 value,
@@ -122,7 +126,10 @@ class CompiledGraph:
 
     def over_limit(self, new: Sequence[TrainState]) -> bool:
         """Whether too many steps in a row were not finite."""
-        return any(new[i].nonfinite_steps >= limit for i, limit in self._limits)
+        for i, limit in self._limits:  # noqa: SIM110  (a third of the time of any(...), at every step)
+            if new[i].nonfinite_steps >= limit:
+                return True
+        return False
 
     # -- running it --------------------------------------------------------------------------------------------------
 
@@ -210,22 +217,34 @@ class CompiledGraph:
                 generator.set_state(before)
 
 
-def _flags(states: Sequence[TrainState]) -> list[Any]:
-    """What hangs on the parameters: whether they are trained, and their hooks."""
-    flags: list[Any] = []
-    for state in states:
-        for p in state.tensors.params.values():
-            hooks, post = p._backward_hooks, p._post_accumulate_grad_hooks
-            flags.append(
-                p.requires_grad
-                if not hooks and not post
-                else (p.requires_grad, *_hooks(hooks), *_hooks(post))
-            )
-    return flags
+def _same_flags(state: TrainState, known: Sequence[Any]) -> bool:
+    """Whether what hangs on the parameters is as it was."""
+    params = state.tensors.params.values()
+    trained, hooks, post, usual = known
+    if usual:
+        for p in params:
+            if (
+                not p.requires_grad
+                or p._backward_hooks is not None
+                or p._post_accumulate_grad_hooks is not None
+            ):
+                break
+        else:
+            return True
+    return bool(
+        [p.requires_grad for p in params] == trained
+        and [p._backward_hooks or None for p in params] == hooks
+        and [p._post_accumulate_grad_hooks or None for p in params] == post
+    )
 
 
-def _hooks(found: Any) -> list[Any]:
-    return list((found or {}).values())
+def _flags(state: TrainState) -> list[Any]:
+    """What hangs on the parameters: whether they are trained, and their hooks; whether all are and there is no hook."""
+    params = state.tensors.params.values()
+    trained = [p.requires_grad for p in params]
+    hooks = [copy.copy(p._backward_hooks) or None for p in params]
+    post = [copy.copy(p._post_accumulate_grad_hooks) or None for p in params]
+    return [trained, hooks, post, all(trained) and not any(hooks) and not any(post)]
 
 
 def _differs(guard: Guard, now: Now) -> bool:

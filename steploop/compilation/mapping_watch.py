@@ -1,6 +1,5 @@
 """Watch values of one mapping: whether each is still what it was, at 20 ns for each."""
 
-import operator
 import types
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
@@ -70,7 +69,6 @@ class MappingWatch:
         """Watch these keys, from their values of now on."""
         self.keys = tuple(keys)
         self.size = len(self.where) if self.whole else 0
-        self._get = operator.itemgetter(*self.keys) if len(self.keys) > 1 else None
         self.known = tuple(map(self.value, self.keys))
 
     def value(self, key: Any) -> Any:
@@ -84,13 +82,7 @@ class MappingWatch:
         """Whether every value is the one that it was, or equal to the bit."""
         if self.whole and len(self.where) != self.size:
             return False
-        get = self._get
-        try:
-            now = tuple(map(self.value, self.keys)) if get is None else get(self.where)
-        except (KeyError, IndexError):
-            return False
-        if all(map(operator.is_, now, self.known)):
-            return True
+        now = tuple(map(self.value, self.keys))
         if not all(map(same, now, self.known)):
             return False
         self.known = now

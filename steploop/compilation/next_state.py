@@ -11,6 +11,7 @@ from steploop.compilation.leaves import with_tensors
 from steploop.compilation.plans import StatePlan
 from steploop.core.state.copying import leaf_like
 from steploop.core.state.ownership import Lease
+from steploop.core.state.parts import InFlight
 from steploop.core.state.train_state import TrainState
 
 __all__ = ["Advance"]
@@ -30,14 +31,25 @@ class Advance:
         self._plan = plan
         self._constant = dict(plan.changed)
         self._given = _builders(plan.given, where)
-        self._flight = _builders(plan.flight, where)
+        direct = {n: where[t.index] for n, t in plan.flight.items() if isinstance(t, Reference)}
+        self._direct = list(direct.items())
+        self._flight = _builders({n: t for n, t in plan.flight.items() if n not in direct}, where)
+        self._ended = {
+            n: v for n, v in InFlight().ended().__dict__.items() if n not in plan.flight and n != "known"
+        }
         self._tensors = [(place, where[reference.index]) for place, reference in plan.tensors.items()]
 
-    def __call__(self, state: TrainState, given: Sequence[Tensor]) -> TrainState:
+    def __call__(  # noqa: C901, PLR0912  (in one piece: this is every step's way)
+        self, state: TrainState, given: Sequence[Tensor]
+    ) -> TrainState:
         """Update counters and loss scale, and pass the tensors on."""
         plan = self._plan
         changes = self._constant.copy()
-        flight = {name: build(given) for name, build in self._flight}
+        flight = self._ended.copy()
+        for name, index in self._direct:
+            flight[name] = given[index]
+        for name, build in self._flight:
+            flight[name] = build(given)
         for name, build in self._given:
             changes[name] = build(given)
         attempted = state.attempted_steps
@@ -64,7 +76,7 @@ class Advance:
             changes["generation"] = state.lease.hand_on(_SPENDER)  # the call tore it before the graph ran
         else:
             changes |= self._copies(state, given)
-        return state.replace(flight=state.flight.ended(**flight), **changes)
+        return state.replace(flight=state.flight.replace(**flight), **changes)
 
     def _copies(self, state: TrainState, given: Sequence[Tensor]) -> dict[str, Any]:
         """Copy the fields that hold tensors, for a step that keeps the old state."""

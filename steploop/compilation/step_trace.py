@@ -202,7 +202,7 @@ class StepTrace:
         for index, group in enumerate(state.hyper):
             traced = dict(group)
             if group.get("lr") is not None:
-                traced["lr"] = self._number(owner.expression(_reader(index, "lr")), dtype)
+                traced["lr"] = self._number(_rate_reader(owner.index, index), dtype)
             if self.cycled and "betas" in group:
                 first = self._number(owner.expression(_reader(index, "betas")), dtype)
                 traced["betas"] = (first, *group["betas"][1:])
@@ -326,6 +326,10 @@ def _reader(index: int, key: str) -> Callable[[TrainState], Any]:
     if key == "betas":
         return lambda state: state.hyper[index]["betas"][0]
     return lambda state: state.hyper[index][key]
+
+
+def _rate_reader(owner: int, group: int) -> Expression:
+    return lambda now: now.states[owner].hyper[group]["lr"]
 
 
 def _field_reader(field: str) -> Callable[[TrainState], Any]:

@@ -1,5 +1,6 @@
 """``schedule``: set the learning rate of the next step from the number of steps taken, wherever that number is."""
 
+import math
 from collections.abc import Callable, Mapping
 from numbers import Real
 from typing import Any
@@ -106,6 +107,8 @@ def _value(value: float | Rates) -> _Value:
 
 def _rate(rate: Any) -> Any:
     """A learning rate as Python's number, or as a tensor on a device; ConfigError where it is none."""
+    if type(rate) is float and 0.0 <= rate < math.inf:  # the usual one, at every step
+        return rate
     check_rate("schedule: the learning rate", rate)
     if type(rate) is float or type(rate) is int:
         return rate
