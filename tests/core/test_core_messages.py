@@ -267,6 +267,7 @@ def test_an_update_that_does_not_fit_says_whether_the_state_is_whole():
     state, message = stepped(0)
     assert message == UPDATE.format("The state is as it was.")
     assert state.alive
+    assert state.lease.torn is False
     for optimizer in (None, SGD):  # with and without a momentum that shows that it is not the first
         state, message = stepped(1, optimizer)
         assert message == UPDATE.format("It was cut off half-way: this state is spent.")

@@ -25,6 +25,7 @@ from steploop import (
     warmup_cosine,
     warmup_stable_decay,
 )
+from steploop.core.steps.set_rates import set_rates
 from steploop.errors import ConfigError
 
 GROUPS = [("1.*", {"lr": 0.02}), (["2.weight"], {"lr": 0.3})]
@@ -121,6 +122,31 @@ def test_rates_of_each_group_are_looked_up_on_a_device_by_the_same_numbers():
     assert [type(rate) for rate in rates(device)] == [float, torch.Tensor, torch.Tensor]
     assert [float(rate) for rate in rates(device)] == rates(host)
     assert [float(group["momentum"]) for group in device.hyper] == [group["momentum"] for group in host.hyper]
+
+
+def test_rate_and_momentum_of_one_function_go_to_every_group_the_rate_in_proportion():
+    state = schedule(after(grouped(), 2), lambda t: Rates(0.1 * t, 0.25 * t))
+    assert rates(state) == pytest.approx([0.2, 0.04, 0.6])
+    assert [group["momentum"] for group in state.hyper] == [0.5] * 3
+
+
+def test_one_rate_for_all_is_set_in_the_proportion_of_the_groups():
+    state = set_rates(grouped(), 0.5)
+    assert rates(state) == pytest.approx([0.5, 0.1, 1.5])
+    assert rates(state)[0] == 0.5
+    assert [group["momentum"] for group in state.hyper] == [0.9] * 3
+    assert [group["momentum"] for group in set_rates(grouped(), 1, 0.7).hyper] == [0.7] * 3
+    assert type(rates(set_rates(grouped(groups=()), 1))[0]) is int
+
+
+def test_a_group_that_there_is_not_is_refused_with_every_selector_once():
+    groups = [("1.*", {"lr": 0.02}), ("2.*", {"lr": 0.3})]
+    state = grouped(torch.optim.AdamW, groups=groups, no_decay=True, weight_decay=0.1)
+    with pytest.raises(ConfigError) as caught:
+        schedule(state, {"3.*": constant(0.1)})
+    assert str(caught.value) == (
+        "schedule: there is no parameter group '3.*'. There are 6 groups, 0 to 5, and the selectors '1.*', '2.*'."
+    )
 
 
 # -- ends that are absolute -----------------------------------------------------------------------------------------

@@ -19,6 +19,7 @@ from steploop import (
     forward_loss,
     unscale_and_clip,
 )
+from steploop.core.steps.accumulation import _unit
 from steploop.errors import EmptyDataError, ObjectiveError
 
 SGD = Optimizer(torch.optim.SGD, lr=0.1)
@@ -88,6 +89,21 @@ def test_parts_count_by_their_weights_whatever_they_are_given_as(weights, kind):
     torch.testing.assert_close(state.loss, loss)
     for name, grad in state.grads.items():
         torch.testing.assert_close(grad, grads[name])
+
+
+def test_weights_are_counted_in_a_unit_that_a_float16_gradient_has_room_for():
+    """About their sum: with 5,000 tokens a part, the scaled gradient would overflow if they were counted in tokens."""
+    assert _unit(4.0, 3) == 12.0
+    assert _unit(torch.tensor(4.0), 3) == 12.0
+    assert _unit(torch.tensor(0.5), 4) == 2.0
+    assert _unit(torch.tensor(0.0), 3) == 1.0
+    for tokens in (5000, torch.tensor(5000)):
+        state = accumulate(create(precision="fp16"), PARTS, weighing([0, tokens, tokens]))
+        assert unscale_and_clip(state, max_norm=INF).finite is True
+    plain = accumulate(create(), PARTS, weighing([1.0, 2.0, 3.0]))
+    for factor in (2.0**-20, 2.0**20):
+        other = accumulate(create(), PARTS, weighing([factor * w for w in (1.0, 2.0, 3.0)]))
+        assert all(torch.equal(g, other.grads[n]) for n, g in plain.grads.items())
 
 
 def masked(model, data):

@@ -490,6 +490,26 @@ class ScheduleFree(torch.optim.Optimizer):
             group["k"] += 1
 
 
+class Consuming(ScheduleFree):
+    """Forgets what it keeps when it is asked for the other parameters."""
+
+    def eval(self):
+        super().eval()
+        for slots in self.state.values():
+            for value in slots.values():
+                value.zero_()
+
+
+def test_looking_at_the_parameters_that_are_judged_changes_nothing_that_is_trained():
+    data, state = batches(), create(Consuming)
+    state = step(step(state, data[0]), data[1])
+    before = {n: {k: v.clone() for k, v in s.items()} for n, s in state.slots.items()}
+    first = evaluate(state, [data[0]], objective)
+    assert evaluate(state, [data[0]], objective) == first
+    assert first_difference(dict(state.slots), before) is None
+    assert state.hyper[0]["train_mode"] is True
+
+
 def schedule_free_classes():
     yield ScheduleFree, {}
     schedulefree = pytest.importorskip("schedulefree")

@@ -228,10 +228,10 @@ def _lists_of(modules: Mapping[str, nn.Module], names: Mapping[int, str]) -> lis
 
 
 def _names(model: nn.Module) -> list[str]:
-    """The names of parameters and buffers (those that are None too), and of layers that have none."""
+    """The names of parameters, of buffers (those that are None too), and of layers that have neither."""
     found: dict[str, None] = {}
     for path, module in model.named_modules():
-        own = [*module._parameters, *module._buffers]
+        own = [*(name for name, p in module._parameters.items() if p is not None), *module._buffers]
         found |= dict.fromkeys([f"{path}.{name}".removeprefix(".") for name in own] or [path])
     return list(found)
 

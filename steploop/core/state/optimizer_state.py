@@ -22,13 +22,13 @@ STATIC = (
 )  # fmt: skip
 
 
-def _base_attributes() -> frozenset[str]:
-    """The attributes that every ``torch.optim.Optimizer`` has."""
-    plain = torch.optim.SGD([torch.zeros(())], lr=0.0)
-    return frozenset(vars(plain)) | {"_step_count", "_opt_called", "_warned_capturable_if_run_uncaptured"}
-
-
-_BASE = _base_attributes()
+# The attributes that every ``torch.optim.Optimizer`` has.
+_BASE = frozenset(
+    {
+        *vars(torch.optim.SGD([torch.zeros(())], lr=0.0)),
+        "_step_count", "_opt_called", "_warned_capturable_if_run_uncaptured",
+    }
+)  # fmt: skip
 
 
 def attributes_of(optimizer: torch.optim.Optimizer) -> dict[str, Any]:

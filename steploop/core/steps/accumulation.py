@@ -133,9 +133,9 @@ def _unit(weight: float | Tensor, parts: int) -> Any:
 
     A float16 gradient has room for S, not for S times a number of tokens.
     """
-    if isinstance(weight, Tensor):
+    if isinstance(weight, Tensor):  # one that is being traced may be 0 when the graph runs
         return torch.where(weight > 0, weight * parts, torch.ones_like(weight))
-    return weight * parts if weight > 0 else 1.0
+    return weight * parts
 
 
 def _weighted_sum(losses: list[Tensor], weights: list[Any]) -> Tensor:
