@@ -82,7 +82,13 @@ def shielded(function: Callable[Concatenate[S, P], R]) -> Callable[Concatenate[S
             and not torch.is_inference_mode_enabled()
             and not torch.is_autocast_enabled(machine.device_type)
         ):
-            return function(state, *args, **kwargs)
+            grad = torch.is_grad_enabled()
+            try:
+                return function(state, *args, **kwargs)
+            finally:
+                # an exception between the switch of a grad mode and the `with` that undoes it would leave it switched
+                if torch.is_grad_enabled() is not grad:
+                    torch.set_grad_enabled(grad)
         with shield(machine):
             return function(state, *args, **kwargs)
 
