@@ -100,6 +100,36 @@ def test_there_are_no_circles_between_modules():
         visit(name)
 
 
+def private_names():
+    """Underscored name -> the files whose classes define it."""
+    found = {}
+    for path in modules().values():
+        for node in ast.walk(ast.parse(path.read_bytes())):
+            if isinstance(node, ast.ClassDef):
+                for part in ast.walk(node):
+                    stored = isinstance(part, ast.Attribute) and isinstance(part.ctx, ast.Store)
+                    name = part.attr if stored else getattr(part, "name", None)
+                    if isinstance(part, ast.AnnAssign) and isinstance(part.target, ast.Name):
+                        name = part.target.id
+                    if isinstance(name, str) and name.startswith("_") and not name.startswith("__"):
+                        found.setdefault(name, set()).add(path)
+    return found
+
+
+def test_no_module_reads_what_is_private_to_another_one():
+    """Outside of core/state; an exception has its reason on the line. What is private to torch is not looked at."""
+    own, foreign = private_names(), []
+    for name, path in modules().items():
+        lines = path.read_text(encoding="utf-8").splitlines()
+        for node in ast.walk(ast.parse(path.read_bytes())):
+            if not isinstance(node, ast.Attribute) or path in own.get(node.attr, {path}):
+                continue
+            by_itself = isinstance(node.value, ast.Name) and node.value.id in {"self", "cls", "torch", "np"}
+            if not by_itself and not name.startswith("core.state") and "#" not in lines[node.lineno - 1]:
+                foreign.append(f"{name}, line {node.lineno}: {node.attr}")
+    assert foreign == []
+
+
 def test_no_two_modules_have_one_name():
     names = [path.stem for path in modules().values() if path.name != "__init__.py"]
     assert sorted({name for name in names if names.count(name) > 1}) == []

@@ -52,7 +52,7 @@ class Owner:
 
     def note(self, field: str, read: Callable[[TrainState], Any]) -> Any:
         """A plain value of the state that goes in, noted."""
-        return self.number(field, read)._value()
+        return self.number(field, read)._value()  # its public ways of reading are the user's: they refuse
 
 
 def _asked_by_user() -> bool:
