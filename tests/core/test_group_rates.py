@@ -113,6 +113,22 @@ def test_a_group_without_a_name_is_told_by_its_index():
     assert str(caught.value) == "schedule: there is no parameter group '1.*'. There are 1 groups, 0 to 0."
 
 
+def test_a_second_set_of_schedules_takes_the_place_of_the_first():
+    state, first, second = grouped(), {0: constant(0.5)}, {0: constant(0.25), 1: constant(0.125)}
+    for several, expected in (
+        (first, [0.5, 0.02, 0.3]),
+        (second, [0.25, 0.125, 0.3]),
+        (first, [0.5, 0.02, 0.3]),
+    ):
+        assert rates(schedule(state, several)) == expected
+    assert rates(schedule(state, step_lr(0.2, step_size=9))) == pytest.approx([0.2, 0.04, 0.6])
+
+
+def test_a_rate_in_a_tensor_on_a_device_stays_there():
+    rate = schedule(grouped(groups=()), lambda t: torch.ones(1, device="meta")).hyper[0]["lr"]
+    assert (rate.device.type, rate.shape) == ("meta", ())
+
+
 def test_rates_of_each_group_are_looked_up_on_a_device_by_the_same_numbers():
     """Where the count of steps is a tensor that nobody may read; a group that is not named keeps what it has."""
     several = {"1.*": lambda t: 2.0**-t, 2: lambda t: Rates(0.25 * (1 + t), 0.5)}

@@ -20,7 +20,7 @@ from steploop import (
     unscale_and_clip,
 )
 from steploop.core.steps.accumulation import _unit
-from steploop.errors import EmptyDataError, ObjectiveError
+from steploop.errors import EmptyDataError, ObjectiveError, SpentStateError
 
 SGD = Optimizer(torch.optim.SGD, lr=0.1)
 INF = float("inf")
@@ -155,13 +155,59 @@ def test_a_weight_that_is_none_is_refused_in_training_and_in_evaluation(weight, 
     assert str(caught.value) == f"evaluate: {says}"
 
 
+NOTHING = (torch.zeros(0, 4), torch.zeros(0, dtype=torch.int64))
+
+
 @pytest.mark.parametrize("weights", [(0, 0, 0), (0.0, torch.tensor(0.0), 0)])
 def test_weights_that_sum_to_nothing_are_refused(weights):
+    for call in (
+        lambda: accumulate(create(), PARTS, weighing(weights)),
+        lambda: accumulate(create(), [NOTHING], objective),
+    ):
+        with pytest.raises(EmptyDataError) as caught:
+            call()
+        assert str(caught.value) == (
+            "accumulate: the weights of the micro-batches sum to 0; there is nothing to average over."
+        )
     with pytest.raises(EmptyDataError) as caught:
-        accumulate(create(), PARTS, weighing(weights))
-    assert "the weights of the micro-batches sum to" in str(caught.value)
-    with pytest.raises(EmptyDataError, match="sum to 0"):
-        accumulate(create(), [(torch.zeros(0, 4), torch.zeros(0, dtype=torch.int64))], objective)
+        accumulate(create(), [], objective)
+    assert str(caught.value) == (
+        "accumulate: expected at least one micro-batch, but got none. Look at how the batch is split."
+    )
+
+
+def test_a_part_without_samples_counts_for_nothing():
+    with_it = accumulate(create(), [PARTS[0], NOTHING, PARTS[1]], objective)
+    without = accumulate(create(), PARTS[:2], objective)
+    assert with_it.loss == without.loss
+    assert all(torch.equal(grad, without.grads[name]) for name, grad in with_it.grads.items())
+
+
+def test_micro_batches_give_their_outputs_in_a_list_and_leave_what_the_host_knows():
+    state = create()
+    state = state.replace(flight=state.flight.replace(known=(3, 5)))
+    after = accumulate(state, PARTS, objective)
+    model = network()
+    assert [out["logits"].shape for out in after.outputs] == [(3, 3), (5, 3), (2, 3)]
+    for out, part in zip(after.outputs, PARTS, strict=True):
+        assert torch.equal(out["logits"], model(part[0]).detach())
+    assert after.flight.known == (3, 5)
+
+
+class Clamping(nn.Linear):
+    def forward(self, x):
+        with torch.no_grad():
+            self.weight.clamp_(-0.1, 0.1)
+        return super().forward(x)
+
+
+def test_a_state_whose_weights_micro_batches_have_moved_says_by_what():
+    state = create(Clamping(4, 3))
+    accumulate(state, PARTS, objective)
+    with pytest.raises(
+        SpentStateError, match=r"this state is spent: accumulate at attempted step 0 updated its"
+    ):
+        _ = state.params
 
 
 def test_a_weight_with_an_axis_or_for_some_parts_only_is_refused():
@@ -172,8 +218,11 @@ def test_a_weight_with_an_axis_or_for_some_parts_only_is_refused():
         == "accumulate: a weight must be a number or a tensor of shape (), but is one of (3,)."
     )
     for weights in ([1.0, None, 1.0], [None, 1.0, None]):
-        with pytest.raises(ObjectiveError, match="a weight for some micro-batches and none for others"):
+        with pytest.raises(ObjectiveError) as caught:
             accumulate(create(), PARTS, weighing(weights))
+        assert str(caught.value) == (
+            "accumulate: the objective gave a weight for some micro-batches and none for others."
+        )
 
 
 # -- samples ------------------------------------------------------------------------------------------------------------

@@ -254,6 +254,30 @@ class Wrapper(torch.optim.Optimizer):
         self.inner.step()
 
 
+class Delegating(torch.optim.Optimizer):
+    """Another way to wrap: the state is looked up in the inner one each time."""
+
+    def __init__(self, params, lr=0.1):
+        self._of = [torch.optim.SGD(params, lr=lr)]
+        self.defaults = {}
+        self._optimizer_step_pre_hooks, self._optimizer_step_post_hooks = {}, {}
+
+    @property
+    def state(self):
+        return self._of[0].state
+
+    @property
+    def param_groups(self):
+        return self._of[0].param_groups
+
+    def step(self, closure=None):
+        self._of[0].step()
+
+
+class DelegatingGroups(Delegating):
+    state = {}  # noqa: RUF012  (as an instance has it)
+
+
 class Projector:
     """Something that is no value."""
 
@@ -301,6 +325,16 @@ CANNOT = "which a state cannot hold: copies and checkpoints would lose it. Use a
                 "Wrapper wraps another optimizer (inner: SGD), whose state is not in its own state_dict(), so that a checkpoint "
                 "would lose it. Use the inner optimizer, and write what the wrapper does as a function of the state."
             ),
+        ),
+        *(
+            (
+                kind,
+                (
+                    f"{kind.__name__} computes its {name} from another optimizer's, so that a state cannot put values into it. Use "
+                    "the inner optimizer, and write what the wrapper does as a function of the state."
+                ),
+            )
+            for kind, name in ((Delegating, "state"), (DelegatingGroups, "param_groups"))
         ),
         (keeping(attribute=deque([1])), f"Keeping keeps a deque (the attribute history), {CANNOT}"),
         (
@@ -381,13 +415,35 @@ class HoldsAListOfItsOwn(HoldsItsParameters):
     look = staticmethod(lambda held: held)
 
 
+class NotesTheGroupsLater(Plain):
+    """Takes hold of its groups in its first step."""
+
+    def factor(self, group):
+        self.held = self.param_groups
+        return 1.0
+
+
+class HoldsOneParameter(Plain):
+    def __init__(self, params, lr=0.1):
+        super().__init__(params, lr)
+        self.first = self.param_groups[0]["params"][0]
+
+
+class HoldsOneInItsGroup(Plain):
+    def __init__(self, params, lr=0.1):
+        super().__init__(params, lr)
+        self.param_groups[0]["first"] = [self.param_groups[0]["params"][0]]
+
+
 class KeepsAViewOfAParameter(Plain):
     def direction(self, p, group):
         self.state[p]["row"] = p.detach()[0]
         return p.grad
 
 
-@pytest.mark.parametrize("torch_class", [HoldsTheGroups, HoldsAGroup, HoldsTheListOfAGroup])
+@pytest.mark.parametrize(
+    "torch_class", [HoldsTheGroups, HoldsAGroup, HoldsTheListOfAGroup, NotesTheGroupsLater]
+)
 def test_the_groups_of_an_optimizer_are_the_states_wherever_it_looks_for_them(torch_class, tmp_path):
     data = batches()
     model, _ = by_hand(torch_class, data)
@@ -403,9 +459,14 @@ def test_an_optimizer_that_keeps_its_parameters_a_second_time_is_refused():
         "{} keeps one of its parameters a second time ({}). A state lends it the parameters in param_groups only. Let it look "
         "there, or keep a copy."
     )
-    with pytest.raises(ConfigError) as caught:
-        create(HoldsAListOfItsOwn)
-    assert str(caught.value) == says.format("HoldsAListOfItsOwn", "the attribute held.0")
+    for kind, where in (
+        (HoldsAListOfItsOwn, "the attribute held.0"),
+        (HoldsOneParameter, "the attribute first"),
+        (HoldsOneInItsGroup, "'first' of group 0.0"),
+    ):
+        with pytest.raises(ConfigError) as caught:
+            create(kind)
+        assert str(caught.value) == says.format(kind.__name__, where)
     with pytest.raises(ConfigError) as caught:
         step(create(KeepsAViewOfAParameter), batches()[0])
     assert str(caught.value) == says.format("KeepsAViewOfAParameter", "for the parameter 0.weight.row")

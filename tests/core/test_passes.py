@@ -75,9 +75,10 @@ def test_passes_of_one_step_draw_apart_and_the_first_draws_as_it_always_did():
     for _ in range(3):
         state = forward_loss(state, batches()[0], draws)
     state = accumulate(state, batches(2), draws)
+    forward_loss(state, batches()[0], draws)
     state = optimizer_step(unscale_and_clip(state, max_norm=INF))
     forward_loss(state, batches()[0], draws)
-    places = [(3, 4, 0), (3, 4, 1), (3, 4, 2), (3, 4, 3), (3, 4, 4), (3, 5, 0)]
+    places = [(3, 4, 0), (3, 4, 1), (3, 4, 2), (3, 4, 3), (3, 4, 4), (3, 4, 5), (3, 5, 0)]
     expected = [torch.rand(2, generator=torch.Generator().manual_seed(fold_in(*place))) for place in places]
     assert first_difference(drawn, expected) is None
 
@@ -130,6 +131,15 @@ def test_a_skipped_step_brings_back_the_buffers_it_began_with_however_many_passe
     assert state.flight.began is None
 
 
+def test_a_skipped_step_of_micro_batches_brings_back_the_buffers_it_began_with():
+    state = optimizer_step(gradients(create(), batches()[0]))
+    before = copy.deepcopy(dict(state.buffers))
+    state = accumulate(state, batches(2), explosive)
+    assert first_difference(dict(state.buffers), before) is not None
+    state = optimizer_step(unscale_and_clip(state, max_norm=INF))
+    assert first_difference(dict(state.buffers), before) is None
+
+
 def test_the_step_after_a_skipped_one_begins_anew():
     state = create()
     bad = optimizer_step(gradients(gradients(state, batches()[0]), batches()[1], explosive))
@@ -176,6 +186,15 @@ def test_two_states_of_one_model_never_write_into_each_others_buffers(make):
         model = found.model
         assert all(t is found.params[n] for n, t in model.named_parameters())
         assert all(t is found.buffers[n] for n, t in model.named_buffers())
+
+
+def test_an_evaluation_of_one_state_leaves_the_module_to_the_state_that_had_it():
+    one = create()
+    other = one.clone()
+    evaluate(other, batches(1), square)
+    optimizer_step(gradients(other, batches()[0]))
+    assert all(p is one.params[n] for n, p in one.machine.model.named_parameters())
+    assert all(b is one.buffers[n] for n, b in one.machine.model.named_buffers())
 
 
 def test_recomputation_counts_a_batch_twice_as_in_any_loop():

@@ -117,6 +117,7 @@ def recomputed(
     """
     module, tensors = state.machine.module, state.tensors
     before = module.point(state.lease, tensors.params)
+    buffers = None if before is None else module.buffers()
     try:
         if tensors.buffers:
             return _with_buffers(state, run)
@@ -124,6 +125,7 @@ def recomputed(
     finally:
         if before is not None:
             module.place_params(before)
+            module.place_buffers(buffers or {})
 
 
 def _with_buffers(
