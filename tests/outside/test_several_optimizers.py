@@ -3,6 +3,8 @@
 from functools import reduce
 
 import pytest
+import pytorch_optimizer
+import schedulefree
 import torch
 from third_party import batches, loss_of, model_of
 
@@ -23,6 +25,8 @@ from steploop import (
 PAIRS = {
     "Muon and AdamW": ((torch.optim.Muon, {"lr": 0.02}), (torch.optim.AdamW, {"lr": 0.01})),
     "SGD and Adam": ((torch.optim.SGD, {"lr": 0.1, "momentum": 0.9}), (torch.optim.Adam, {"lr": 0.01})),
+    "state in groups": ((pytorch_optimizer.AdaBelief, {"lr": 0.01}), (torch.optim.SGD, {"lr": 0.1})),
+    "train and eval": ((schedulefree.AdamWScheduleFree, {"lr": 0.01}), (torch.optim.SGD, {"lr": 0.1})),
     "one class twice": ((torch.optim.Adam, {"lr": 0.01}), (torch.optim.Adam, {"lr": 0.02, "amsgrad": True})),
 }
 
