@@ -430,3 +430,32 @@ def test_an_objective_that_returns_no_loss_of_this_state_says_so_before_anything
     with pytest.raises(ObjectiveError, match="depends on no parameter"):
         forward_loss(state, batches()[0], lambda model, batch: square(model, batch).detach())
     assert first_difference(dict(state.buffers), before) is None
+
+
+def test_an_objective_that_begins_to_draw_elsewhere_later_draws_by_the_state_from_its_first_draw_on():
+    """Python's and NumPy's generators are watched until then; the caller's, a waiting Gaussian included, stay as they were."""
+    state = TrainState.create(nn.Linear(2, 1), Optimizer(torch.optim.SGD, lr=0.1))
+    inputs = torch.ones(1, 2)
+    first = forward_loss(state, inputs, lambda model, batch: model(batch).mean())
+    state = optimizer_step(unscale_and_clip(backward_scaled(first), max_norm=1.0))
+    assert state.machine.draws_elsewhere is False
+
+    def draws(model, batch):
+        return model(batch).mean(), {"drawn": torch.tensor([random.gauss(0, 1), np.random.rand()])}  # noqa: NPY002
+
+    random.seed(3)
+    random.gauss(0, 1)
+    np.random.seed(1)  # noqa: NPY002
+    python, (_, words, *numpy) = random.getstate(), np.random.get_state()  # noqa: NPY002
+    drawn = forward_loss(state, inputs, draws).outputs["drawn"]
+    assert state.machine.draws_elsewhere is True
+    assert random.getstate() == python
+    _, now, *rest = np.random.get_state()  # noqa: NPY002
+    assert (now == words).all()
+    assert rest == numpy
+    random.random()
+    np.random.rand()  # noqa: NPY002
+    assert torch.equal(forward_loss(state, inputs, draws).outputs["drawn"], drawn)
+    apart = accumulate(state, [inputs, inputs], draws).outputs
+    assert torch.equal(apart[0]["drawn"], drawn)
+    assert not torch.equal(apart[1]["drawn"], drawn)

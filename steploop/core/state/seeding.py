@@ -171,7 +171,7 @@ class SeededGenerators:
         else:
             python, numpy = _PYTHON.words, _NUMPY.words
             self._others_kept = _GLOBAL.gauss_next, python.copy(), numpy.copy()  # type: ignore[union-attr]  # looked at
-            self._marks = python.mark(), numpy.mark()  # type: ignore[union-attr]
+            self._marks = python.mark(), numpy.mark(), _GLOBAL.gauss_next  # type: ignore[union-attr]
         if self._coordinates:
             try:
                 self.seed(*self._coordinates)
@@ -188,7 +188,8 @@ class SeededGenerators:
         if self._others:
             random.seed(seed)
             _NUMPY.seed(seed)
-            self._marks = None if _PYTHON.words is None else _PYTHON.words.mark(), _OWN_NUMPY_WORDS.mark()
+            words = _PYTHON.words
+            self._marks = None if words is None else words.mark(), _OWN_NUMPY_WORDS.mark(), _GLOBAL.gauss_next
 
     @property
     def watched(self) -> bool:
@@ -199,7 +200,9 @@ class SeededGenerators:
         """Whether something was drawn from Python's or NumPy's generator since they were seeded or kept."""
         numpy = _OWN_NUMPY_WORDS if self._others else _NUMPY.words
         python = _PYTHON.words
-        return python is None or numpy is None or (python.mark(), numpy.mark()) != self._marks
+        if python is None or numpy is None:
+            return True
+        return (python.mark(), numpy.mark(), _GLOBAL.gauss_next) != self._marks
 
     def __exit__(self, *_: object) -> None:
         for generator, kept in zip(self._generators, self._kept, strict=True):
