@@ -334,6 +334,15 @@ def test_a_hyperparameter_that_no_checkpoint_holds_is_refused_when_the_state_is_
         TrainState.create(network(), Optimizer(torch.optim.SGD, lr=0.1, momentum=np.array(0.9)))
 
 
+@pytest.mark.parametrize("momentum", [-0.1, 1.0, 1.5, math.nan])
+def test_a_momentum_that_is_none_is_refused(momentum):
+    refused(
+        lambda: schedule(grouped(), lambda t: Rates(0.1, momentum)),
+        f"schedule: the momentum must lie in [0, 1), but is {momentum!r}.",
+    )
+    assert schedule(grouped(), lambda t: Rates(0.1, 0.0)).hyper[0]["momentum"] == 0.0
+
+
 @pytest.mark.parametrize("rate", [0, 0.0, 1, 1e-300, 1e30])
 def test_a_rate_that_is_one_is_taken_as_it_is(rate):
     (taken,) = rates(schedule(grouped(groups=()), lambda t: rate))

@@ -16,6 +16,7 @@ from keeping_modules import (
     Counting,
     GrowingQueue,
     LateBuffer,
+    LiveExtra,
     Masked,
     MaxNorm,
     Moving,
@@ -102,6 +103,16 @@ def test_a_state_whose_trained_parameters_a_pass_has_moved_is_spent_by_it(make, 
     forward_loss(state, batches()[3], square)
     if state.alive:
         assert first_difference(values_in(state), before) is None
+
+
+@pytest.mark.parametrize("make", [Counting, LiveExtra])
+def test_calling_the_model_by_hand_changes_no_extra_state(make):
+    state = step(create(make), batches()[0])
+    before = copy.deepcopy(state.tensors.extra)
+    state.machine.model(batches()[1])
+    assert first_difference(state.tensors.extra, before) is None
+    expected = values_of(by_hand(make, batches(2)))
+    assert first_difference(values_in(step(state, batches()[1])), expected) is None
 
 
 def test_hooks_and_attributes_are_on_every_copy(tmp_path):

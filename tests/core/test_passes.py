@@ -23,6 +23,7 @@ from steploop import (
     unscale_and_clip,
 )
 from steploop.core.seeds import fold_in
+from steploop.core.state import seeding
 from steploop.core.trees import first_difference
 from steploop.errors import ObjectiveError, SpentStateError
 
@@ -337,6 +338,40 @@ def test_numbers_of_pythons_and_numpys_generators_are_a_function_of_the_state():
 def failed_pass(state):
     with pytest.raises(ZeroDivisionError):
         forward_loss(state, batches()[0], fails)
+
+
+@pytest.mark.parametrize("function", [forward_loss, accumulate])
+def test_an_objective_that_begins_to_draw_later_draws_what_it_would_have_drawn(function):
+    """The generators are only watched once a pass has drawn nothing; then the pass is taken again, without a trace of it."""
+    data = batches()[0] if function is forward_loss else batches(3)
+    state, late = create(), create()
+    forward_loss(late, batches()[0], square)
+    before = callers_streams()
+    expected, found = function(state, data, numbers), function(late, data, numbers)
+    assert first_difference(found.outputs, expected.outputs) is None
+    assert found.loss == expected.loss
+    assert first_difference(dict(found.buffers), dict(expected.buffers)) is None
+    assert first_difference(callers_streams(), before) is None
+    again = function(late, data, numbers)
+    assert first_difference(again.outputs, expected.outputs) is None
+
+
+def test_pythons_generator_is_where_it_is_looked_for():
+    """In CPython its words stand behind the header of the object; where they do not, the usual way is taken."""
+    words = seeding._python_words()
+    assert words is not None
+    state, position = random.getstate()[1][:-1], random.getstate()[1][-1]
+    assert list(memoryview(words.copy()).cast("I")) == [position, *state]
+    kept, mark = words.copy(), words.mark()
+    drawn_before = random.random()
+    assert words.mark() != mark
+    words.put(kept)
+    assert random.random() == drawn_before
+    marks = set()
+    for _ in range(700):
+        marks.add(words.mark())
+        random.random()
+    assert len(marks) == 700
 
 
 PASSES = {

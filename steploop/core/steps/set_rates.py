@@ -51,14 +51,13 @@ def schedule(state: TrainState, learning_rate: Schedules) -> TrainState:
         0.5
     """
     state.check_alive("schedule")
-    taken = state.applied_steps
-    if type(taken) is int:
-        return _with_values(state, values_at(state.machine, learning_rate, taken))
-    if (trace := trace_of(state)) is not None:
-        scheduled: TrainState = trace.schedule(state, learning_rate)
-        return scheduled
-    if isinstance(taken, Tensor):
-        return _scheduled_on_device(state, learning_rate, taken)
+    taken: Any = state.applied_steps
+    if type(taken) is not int:
+        if (trace := trace_of(state)) is not None:
+            scheduled: TrainState = trace.schedule(state, learning_rate)
+            return scheduled
+        if isinstance(taken, Tensor):
+            return _scheduled_on_device(state, learning_rate, taken)
     machine = state.machine
     if machine.uniform and not isinstance(learning_rate, (Mapping, Tabulated)):
         return _uniform(state, learning_rate(taken))
