@@ -66,7 +66,7 @@ def test_a_run_that_is_killed_again_and_again_loses_nothing_that_was_saved(golde
     """Through ``steploop run`` and ``resume``: at each start the newest checkpoint is whole and no older than before."""
     whole, digests = golden
     out, rng, kills, newest = tmp_path / "run", random.Random(0), 0, 0
-    words = [*QUICK, "--checkpoint-every", "1", "--set", "step_s=0.01"]
+    words = [*QUICK, "--checkpoint-every", "1", "--set", "step_s=0.05"]
     command = ["run", POINTS, "--out", str(out), *words]
     for _ in range(100):
         child = Forked(tmp_path, *command)
