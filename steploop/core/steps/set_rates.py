@@ -59,7 +59,9 @@ def schedule(state: TrainState, learning_rate: Schedules) -> TrainState:
         if isinstance(taken, Tensor):
             return _scheduled_on_device(state, learning_rate, taken)
     machine = state.machine
-    whole = len(state.hyper) == len(machine.group_names)  # other groups than the optimizer's are refused below
+    whole = len(state.hyper) == len(
+        machine.group_names
+    )  # other groups than the optimizer's are refused below
     if machine.uniform and whole and not isinstance(learning_rate, (Mapping, Tabulated)):
         return _uniform(state, learning_rate(taken))
     return _with_values(state, values_at(machine, learning_rate, taken))
