@@ -494,3 +494,29 @@ def test_an_objective_that_begins_to_draw_elsewhere_later_draws_by_the_state_fro
     apart = accumulate(state, [inputs, inputs], draws).outputs
     assert torch.equal(apart[0]["drawn"], drawn)
     assert not torch.equal(apart[1]["drawn"], drawn)
+
+
+def test_a_skipped_step_in_the_pure_form_gives_a_state_that_shares_no_tensor_with_the_one_that_went_in():
+    """Else the next step would train the state that is left whole."""
+    model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4))
+    state = TrainState.create(
+        model, Optimizer(torch.optim.SGD, lr=0.1, momentum=0.9), carry={"h": torch.ones(2)}
+    )
+
+    def ready(state, inputs):
+        state = forward_loss(state, inputs, lambda model, batch: model(batch).square().mean())
+        return unscale_and_clip(backward_scaled(state), max_norm=1.0)
+
+    state = optimizer_step(ready(state, torch.randn(8, 3)))
+    before = copy.deepcopy(state)
+    skipped = optimizer_step(ready(state, torch.full((8, 3), float("nan"))), donate=False)
+    assert skipped.finite is False
+    held = ("params", "buffers", "slots", "carry")
+    for name in held:
+        assert first_difference(getattr(skipped, name), getattr(before, name)) is None, name
+    pairs = zip(skipped.buffers.values(), state.buffers.values(), strict=True)
+    assert all(new is not old for new, old in pairs)
+    optimizer_step(ready(skipped, torch.randn(8, 3)))
+    assert state.alive
+    for name in held:
+        assert first_difference(getattr(state, name), getattr(before, name)) is None, name

@@ -6,10 +6,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from steploop.core.state.parts import TensorValues
+from steploop.core.state.parts import Began, TensorValues
 from steploop.core.trees import map_tensors
 
-__all__ = ["carry_hooks", "copy_leaf", "copy_tensors", "lazy_clone", "leaf_like", "plain_copy"]
+__all__ = ["carry_hooks", "copy_began", "copy_leaf", "copy_tensors", "lazy_clone", "leaf_like", "plain_copy"]
 
 
 def copy_leaf(param: Tensor) -> Tensor:
@@ -64,6 +64,27 @@ def copy_tensors(values: TensorValues, trainable: tuple[str, ...]) -> TensorValu
         extra=copy.deepcopy(values.extra) if values.extra else {},
         leaves=tuple(params[name] for name in trainable),
     )
+
+
+def copy_began(began: Began, before: TensorValues, copies: TensorValues) -> Began:
+    """Copy what a step began with, for the copy of a state in the middle of it.
+
+    Args:
+        began: of the state that was copied.
+        before: the values of that state.
+        copies: their copies; what the step has not changed is taken from them.
+    """
+    held = began.tensors
+    changed = {
+        name: plain_copy(value)
+        for name, value in vars(held).items()
+        if name not in {"params", "leaves"} and value is not getattr(before, name)
+    }
+    params = {
+        name: copies.params[name] if p is before.params[name] else copy_leaf(p)
+        for name, p in held.params.items()
+    }
+    return Began(copies.replace(**changed, params=params), plain_copy(began.overwritten))
 
 
 def lazy_clone(tensor: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from steploop.core.optimizer import check_rate
 from steploop.core.precision import LossScale, Precision, check_precision
-from steploop.core.state.copying import copy_tensors, leaf_like
+from steploop.core.state.copying import copy_began, copy_tensors, leaf_like
 from steploop.core.state.creation import OptimizerDescription, initial_values
 from steploop.core.state.machine import Machine
 from steploop.core.state.ownership import Lease
@@ -343,12 +343,15 @@ class TrainState(PlainValues):
         grads = flight.grads
         if grads is not None:
             grads = Gradients([None if g is None else g.clone() for g in grads.values], grads.taken_by)
+        tensors, began = copy_tensors(self.tensors, machine.trainable), flight.began
+        if began is not None:  # a skip brings it back: as the copy's own
+            began = copy_began(began, self.tensors, tensors)
         return self.replace(
-            tensors=copy_tensors(self.tensors, machine.trainable),
+            tensors=tensors,
             hyper=tuple(map_tensors(Tensor.clone, group) for group in self.hyper),
             lease=Lease(),
             generation=0,
-            flight=flight.replace(graph=None, grads=grads),
+            flight=flight.replace(graph=None, grads=grads, began=began),
         )
 
     def settle(self) -> Self:
