@@ -225,8 +225,6 @@ class TrainingPasses:
             if machine.moved
             else None
         )
-        if not (moved or module.buffer_places or module.extras):
-            return state.flight.began or Began(tensors, self._kept(overwritten))
         changes: dict[str, Any] = {}
         if module.buffer_places:
             changes["buffers"] = module.buffers()

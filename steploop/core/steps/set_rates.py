@@ -58,21 +58,7 @@ def schedule(state: TrainState, learning_rate: Schedules) -> TrainState:
             return scheduled
         if isinstance(taken, Tensor):
             return _scheduled_on_device(state, learning_rate, taken)
-    machine = state.machine
-    whole = len(state.hyper) == len(
-        machine.group_names
-    )  # other groups than the optimizer's are refused below
-    if machine.uniform and whole and not isinstance(learning_rate, (Mapping, Tabulated)):
-        return _uniform(state, learning_rate(taken))
-    return _with_values(state, values_at(machine, learning_rate, taken))
-
-
-def _uniform(state: TrainState, value: float | Rates) -> TrainState:
-    """The same rate in every group: the usual case, and the quickest."""
-    rate, momentum = _value(value)
-    if momentum is not None:
-        return _with_values(state, [(rate, momentum)] * len(state.hyper))
-    return state.replace(hyper=tuple([{**group, "lr": rate} for group in state.hyper]))
+    return _with_values(state, values_at(state.machine, learning_rate, taken))
 
 
 def set_rates(state: TrainState, rate: float | Tensor, momentum: float | Tensor | None = None) -> TrainState:
