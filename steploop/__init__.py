@@ -12,6 +12,9 @@ if TYPE_CHECKING:
     from steploop.core.plateau import ReduceLROnPlateau as ReduceLROnPlateau
     from steploop.core.precision import LossScale as LossScale
     from steploop.core.precision import best_precision as best_precision
+    from steploop.core.ranks import Parts as Parts
+    from steploop.core.ranks import Ranks as Ranks
+    from steploop.core.ranks import split_parts as split_parts
     from steploop.core.schedules import Rates as Rates
     from steploop.core.schedules import constant as constant
     from steploop.core.schedules import cosine_annealing as cosine_annealing
@@ -50,6 +53,9 @@ _HOMES = {
     "ReduceLROnPlateau": "core.plateau",
     "LossScale": "core.precision",
     "best_precision": "core.precision",
+    "Parts": "core.ranks",
+    "Ranks": "core.ranks",
+    "split_parts": "core.ranks",
     "Rates": "core.schedules",
     "constant": "core.schedules",
     "cosine_annealing": "core.schedules",

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from steploop.core.precision import LossScale, Precision, check_precision
+from steploop.core.ranks import Ranks
 from steploop.core.state.copying import copy_leaf
 from steploop.core.state.machine import Machine
 from steploop.core.state.module_machine import ModuleMachine, module_machine
@@ -41,6 +42,7 @@ def initial_values(
     ema: bool,
     ema_buffers: bool,
     carry: Any,
+    ranks: Ranks | None,
 ) -> dict[str, Any]:
     """Make what ``TrainState.create`` passes to its constructor; see there for the arguments."""
     check_precision(precision)
@@ -72,6 +74,7 @@ def initial_values(
     live, group_names = optimizer.build(trainable)  # type: ignore[arg-type]  # leaves are Parameters here
     labels = optimizer.labels(trainable) if hasattr(optimizer, "labels") else (None,) * len(group_names)
     machine = Machine(module, live, group_names, labels, where)
+    machine.ranks = ranks
     _check_extra_state(module)
     lease = Lease()
     machine.holder.give_to(lease)

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.optim import optimizer as torch_optimizer
 
+from steploop.core.ranks import Ranks
 from steploop.core.state.module_machine import ModuleMachine
 from steploop.core.state.optimizer_state import (
     STATIC,
@@ -51,6 +52,7 @@ class Machine:
         needs_closure: whether its ``step`` evaluates the loss itself.
         moved: the names of parameters that the model's forward pass changes; None before the first pass.
         draws_elsewhere: whether forward passes draw from Python's or NumPy's generators; None before the first.
+        ranks: the processes that compute together; None if this is the only one.
         recomputes: whether a backward pass writes into buffers (activation checkpointing); None before the first.
     """
 
@@ -63,6 +65,7 @@ class Machine:
         device: torch.device,
     ) -> None:
         self.module = module
+        self.ranks: Ranks | None = None
         self.model = module.model
         self.optimizer = optimizer
         self.group_names = group_names

@@ -174,7 +174,7 @@ class InFlight(Replaceable):
     grad_norm: Tensor | None = None
     clipped_norm: float | Tensor | None = None
     finite: bool | Tensor | None = None
-    graph: Tensor | None = attrs.field(default=None, metadata=WITHIN)
+    graph: Any = attrs.field(default=None, metadata=WITHIN)
     grads: Gradients | None = attrs.field(default=None, metadata=WITHIN)
     began: Began | None = attrs.field(default=None, metadata=WITHIN)
     passes: int = attrs.field(default=0, metadata=WITHIN)

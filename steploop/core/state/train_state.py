@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from steploop.core.optimizer import check_rate
 from steploop.core.precision import LossScale, Precision, check_precision
+from steploop.core.ranks import Ranks
 from steploop.core.state.copying import copy_began, copy_tensors, leaf_like
 from steploop.core.state.creation import OptimizerDescription, initial_values
 from steploop.core.state.machine import Machine
@@ -113,6 +114,7 @@ class TrainState(PlainValues):
         ema: bool = False,
         ema_buffers: bool = False,
         carry: Any = None,
+        ranks: Ranks | None = None,
     ) -> Self:
         """Make the first state of a run, over the model's own tensors.
 
@@ -132,11 +134,13 @@ class TrainState(PlainValues):
             ema: whether to carry an exponential moving average of the weights (see ``update_ema``).
             ema_buffers: whether to average floating-point buffers too (BatchNorm's statistics); others are copied.
             carry: a first value for ``state.carry``: a tree of tensors and plain values of your own.
+            ranks: the processes that train this state together (``Ranks.here()``); each of them makes it, all go on from
+                the values of rank 0, and steps take ``Parts`` of a batch. None in the usual case, one process.
 
         Raises:
             ConfigError: a lazy or meta parameter, parameters on several devices or none to train, fp16 or bf16
-                parameters under precision="fp16", a loss scale without fp16, or an optimizer or a module that keeps
-                what a state cannot hold.
+                parameters under precision="fp16", a loss scale without fp16, an optimizer or a module that keeps
+                what a state cannot hold, or a state that other ranks make otherwise.
 
         Example:
             >>> model = torch.nn.Linear(2, 1)
@@ -156,6 +160,7 @@ class TrainState(PlainValues):
                 ema=ema,
                 ema_buffers=ema_buffers,
                 carry=_own_carry(carry),
+                ranks=ranks,
             )
         )
 
@@ -245,6 +250,11 @@ class TrainState(PlainValues):
     def device(self) -> torch.device:
         """Where the parameters are."""
         return self.machine.device
+
+    @property
+    def ranks(self) -> Ranks | None:
+        """The processes that train this state together; None if this is the only one. Never saved."""
+        return self.machine.ranks
 
     @property
     def model(self) -> nn.Module:

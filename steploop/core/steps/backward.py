@@ -4,6 +4,7 @@ from steploop.core.state.parts import Gradients
 from steploop.core.state.surroundings import shielded
 from steploop.core.state.train_state import TrainState
 from steploop.core.steps.backward_pass import gradients, recomputed, require_some, seed_of
+from steploop.core.steps.part_passes import PartGraphs, part_gradients
 from steploop.errors import StepOrderError
 
 __all__ = ["backward_scaled"]
@@ -42,9 +43,12 @@ def backward_scaled(state: TrainState, *, keep_graph: bool = False) -> TrainStat
         raise StepOrderError(
             "backward_scaled: this state has no loss to differentiate. Call forward_loss(state, batch, objective) before."
         )
-    tensors, grads = recomputed(
-        state, lambda: gradients(state, graph, seed_of(state, graph), keep_graph=keep_graph)
-    )
+    if type(graph) is PartGraphs:
+        tensors, grads = state.tensors, part_gradients(state, graph, keep_graph=keep_graph)
+    else:
+        tensors, grads = recomputed(
+            state, lambda: gradients(state, graph, seed_of(state, graph), keep_graph=keep_graph)
+        )
     require_some(grads)
     flight = state.flight.replace(graph=graph if keep_graph else None, grads=Gradients(grads))
     return state.replace(tensors=tensors, flight=flight)

@@ -4,10 +4,13 @@ from typing import Any
 
 from torch import Tensor
 
+from steploop.core.ranks import Parts
 from steploop.core.state.parts import Began, InFlight
 from steploop.core.state.surroundings import shielded
 from steploop.core.state.train_state import TrainState
 from steploop.core.steps.forward_pass import DrewElsewhere, Objective, TrainingPasses
+from steploop.core.steps.part_agreement import agree, mean_buffers
+from steploop.core.steps.part_passes import parts_of, run_parts
 
 __all__ = ["after_passes", "forward_loss"]
 
@@ -46,6 +49,8 @@ def forward_loss(
         torch.Size([])
     """
     state.check_alive("forward_loss")
+    if state.machine.ranks is not None or type(batch) is Parts:
+        return _of_parts(state, parts_of(state, batch, "forward_loss"), objective, keep_graph=keep_graph)
     try:
         passes, loss, outputs, began = _pass(state, batch, objective, keep_graph=keep_graph)
     except DrewElsewhere:  # it left no trace, and is taken again with all generators seeded
@@ -63,6 +68,21 @@ def _pass(
     with TrainingPasses(state) as passes:
         loss, outputs, _ = passes.run(batch, objective, keep_graph=keep_graph)
         return passes, loss, outputs, passes.end()
+
+
+def _of_parts(state: TrainState, parts: Parts, objective: Objective, *, keep_graph: bool) -> TrainState:
+    try:
+        ran = run_parts(state, parts, objective, keep_graph=keep_graph)
+    except DrewElsewhere:  # before anything was said to the other ranks
+        ran = run_parts(state, parts, objective, keep_graph=keep_graph)
+    agreed = agree(state, ran.ran, "forward_loss")
+    flight = type(state.flight)(
+        loss=agreed.loss, outputs=ran.outputs(), graph=ran.graphs(agreed), began=ran.began,
+        passes=state.flight.passes + parts.total, known=state.flight.known,
+    )  # fmt: skip
+    return state.replace(
+        tensors=state.tensors.replace(buffers=mean_buffers(state, agreed, ran.ran)), flight=flight
+    )
 
 
 def after_passes(state: TrainState, passes: TrainingPasses, flight: InFlight, by: str) -> TrainState:

@@ -192,6 +192,18 @@ class TrainingPasses:
             )
         return loss, outputs if keep_graph else map_tensors(Tensor.detach, outputs), weight
 
+    def begin_again(self, buffers: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Let the next pass begin from copies of these buffers, and from the state's extra state; the copies."""
+        module = self._machine.module
+        copies = {name: b.clone() for name, b in buffers.items()}
+        module.place_buffers(copies)
+        module.set_extra_state(self._state.tensors.extra)
+        return copies
+
+    def buffers(self) -> dict[str, Tensor]:
+        """The buffers after the last pass."""
+        return self._machine.module.buffers()
+
     def _look_at_draws(self) -> None:
         """Seeding Python's and NumPy's generators costs 6 us: it is done from the first pass on that draws from them."""
         machine, generators = self._machine, self._generators
