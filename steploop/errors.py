@@ -23,7 +23,7 @@ SteploopError                     anything below; exit code 1
 Each message says what was expected, what came, and what to do.
 """
 
-from typing import ClassVar
+from typing import Any, ClassVar
 
 
 class SteploopError(Exception):
@@ -77,9 +77,17 @@ class ObjectiveError(SteploopError, TypeError):
 
 
 class NonFiniteError(SteploopError, ArithmeticError):
-    """Too many steps in a row were not finite, or a parameter to be saved is not."""
+    """Too many steps in a row were not finite, or a parameter to be saved is not.
+
+    Attributes:
+        state: after the last of those steps, with the parameters of the last finite one; None where a save was refused.
+    """
 
     exit_code: ClassVar[int] = 5
+
+    def __init__(self, *said: object, state: Any = None) -> None:
+        super().__init__(*said)
+        self.state = state
 
 
 class OutOfMemoryError(SteploopError, MemoryError):

@@ -246,7 +246,8 @@ class CompiledStep:
         )
         raise NonFiniteError(
             f"{max(int(n.nonfinite_steps) for n in new)} steps in a row had gradients that were not finite when compiled; in eager "
-            "the last one is finite. Lower the learning rate, clip, or train without compiling."
+            "the last one is finite. Lower the learning rate, clip, or train without compiling.",
+            state=new[0] if isinstance(state, TrainState) else None,
         )
 
 

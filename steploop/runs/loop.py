@@ -174,7 +174,11 @@ class Loop:
             self._norms.request()
         given, epoch, number = state, lead(state).epoch, self._position
         try:
-            state = arranged(self._recipe.train_step(state, batch), self._names)
+            try:
+                state = arranged(self._recipe.train_step(state, batch), self._names)
+            except NonFiniteError as error:
+                self._skips.see_raised(error, given, batch, epoch, number)
+                raise
             self._position += 1
             state = at_position(state, self._position)
             self._pace.trained(batch)

@@ -5,9 +5,10 @@ from pathlib import Path
 from typing import Any
 
 from steploop.core.state.several import State
+from steploop.core.state.train_state import TrainState
 from steploop.data.batch_requests import listed
 from steploop.errors import NonFiniteError
-from steploop.runs.members import place_of
+from steploop.runs.members import at_position, place_of
 from steploop.runs.plan import Journal, Witness
 from steploop.runs.text_names import readable
 
@@ -52,6 +53,15 @@ class SkipReporter:
         held = {} if self._samples_of is None else {"samples": self._samples_of(epoch, number)}
         self._journal.event({"event": "skipped", **place_of(state), "capsule": capsule, **held})
 
+    def see_raised(self, error: NonFiniteError, given: State, batch: Any, epoch: int, number: int) -> None:
+        """Look at a step that raised: the first of its row, where one is enough, has left no capsule yet.
+
+        Of several states, one whose step came before may have given its tensors away, and nothing is kept.
+        """
+        after = _after(given, error.state)
+        if after is not None:
+            self.see(given, at_position(after, number + 1), batch, epoch, number, wait=True)
+
     def named(self, error: NonFiniteError, epoch: int, number: int) -> NonFiniteError:
         """The error that ends a run, with the samples of the last batch and the command that replays the first step."""
         text = str(error)
@@ -61,4 +71,12 @@ class SkipReporter:
         if self._capsule is not None:
             where = shlex.quote(readable(self._capsule))
             text += f" The first of them is kept; find the module that broke it with: steploop replay {where}"
-        return NonFiniteError(text)
+        return NonFiniteError(text, state=error.state)
+
+
+def _after(given: State, raised: TrainState | None) -> State | None:
+    """What a step that raised would have returned; None where it is not known of every state."""
+    if raised is None or isinstance(given, TrainState):
+        return raised
+    after = {name: raised if one.lease is raised.lease else one for name, one in given.items()}
+    return after if all(one.alive for one in after.values()) and raised in after.values() else None

@@ -136,7 +136,7 @@ def one_sample():
 
 
 NOT_FINITE = (
-    "1 steps in a row had gradients that were not finite (limit 1), up to attempted step 0{}. The first gradient that is "
+    "1 step had gradients that were not finite (limit 1), up to attempted step 1{}. The first gradient that is "
     "not finite: {}. The parameters are those of the last finite step. Lower the learning rate, clip, or look for a "
     "division or logarithm of 0 in the loss."
 )

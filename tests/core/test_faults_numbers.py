@@ -153,7 +153,7 @@ def test_the_run_goes_on_from_before_once_the_cause_is_gone(tmp_path):
     recipe = changed(tmp_path, lambda made, _: overflowing(made, at[0]))
     with pytest.raises(NonFiniteError):
         train(tmp_path / "run", {"precision": "fp32"}, recipe=recipe, checkpoint_every=2)
-    assert [path.name for path in (tmp_path / "run" / "capsules").iterdir()] == ["step-000000000006"]
+    assert [path.name for path in (tmp_path / "run" / "capsules").iterdir()] == ["step-000000000007"]
     at[0] = -1
     assert train(tmp_path / "run", resume=True).state == "finished"
     train(tmp_path / "whole", {"precision": "fp32"}, recipe=recipe)

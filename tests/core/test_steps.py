@@ -331,6 +331,10 @@ def test_too_many_steps_in_a_row_that_are_not_finite_end_with_the_name_of_the_fi
     assert "limit 5" in text
     assert "2.weight" in text
     assert "0.weight" not in text
+    last = caught.value.state
+    assert text.count(f"up to attempted step {last.attempted_steps}.") == 1
+    assert (last.attempted_steps, last.step, last.nonfinite_steps) == (10, 1, 5)
+    assert run_step(last, objective).step == 2  # a loop may go on from it
 
 
 def test_what_is_known_of_a_step_is_plain_where_the_host_may_look():
@@ -363,7 +367,7 @@ def test_a_skipped_step_without_a_forward_pass_before_it_keeps_the_buffers():
 
 def test_a_limit_of_0_stops_at_the_first_step_that_is_not_finite():
     state = run_step(fresh(), objective, max_nonfinite_steps=0)
-    with pytest.raises(NonFiniteError, match="1 steps in a row"):
+    with pytest.raises(NonFiniteError, match=r"^1 step had .* up to attempted step 2\."):
         run_step(state, explosive, max_nonfinite_steps=0)
 
 

@@ -7,9 +7,12 @@ import re
 import sys
 from pathlib import Path
 
+import attrs
+import points_recipe
 import pytest
 from running import POINTS, changed, lines, train
 
+from steploop import backward_scaled, forward_loss, optimizer_step, unscale_and_clip
 from steploop.runs.summary import Summary
 from steploop.tools.cli import call
 from steploop.tools.commands.endings import finish
@@ -71,6 +74,54 @@ def test_a_run_that_ends_by_steps_that_are_not_finite_names_the_command_that_rep
     )
     assert call(["replay", str(out / first["capsule"])]) == 0
     assert capsys.readouterr().out.startswith("Attempted step 9 (epoch 2, batch 2), ")
+
+
+def ending_at_once(*, members, broken):
+    """A change of a recipe: the step of ``broken`` is not finite from the fourth on, and one such step ends the run."""
+
+    def change(made, _):
+        def updated(name, state, batch):
+            def objective(model, batch):
+                loss, outputs = points_recipe.objective(model, batch)
+                return loss * (float("nan") if name == broken and state.attempted_steps > 2 else 1.0), outputs
+
+            state = unscale_and_clip(backward_scaled(forward_loss(state, batch, objective)), max_norm=1.0)
+            return optimizer_step(state, max_nonfinite_steps=1)
+
+        def train_step(states, batch):
+            return {name: updated(name, one, batch) for name, one in states.items()}
+
+        if not members:
+            return attrs.evolve(made, train_step=lambda state, batch: updated("", state, batch))
+        states = {name: made.state.clone() for name in members}
+        return attrs.evolve(made, state=states, train_step=train_step, monitor=None, evaluate=None)
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("members", "broken", "kept"),
+    [((), "", True), (("a", "b"), "a", True), (("a", "b"), "b", False)],
+    ids=str,
+)
+def test_the_only_step_that_is_not_finite_is_kept_although_it_ends_the_run(
+    members, broken, kept, tmp_path, capsys
+):
+    """Not where another state has taken its step already, whose new tensors only the step itself knows."""
+    out = tmp_path / "run"
+    recipe = changed(tmp_path, ending_at_once(members=members, broken=broken))
+    assert call(["run", recipe, "--out", str(out), "--set", "precision=fp32", *QUICK]) == 5
+    err = capsys.readouterr().err
+    assert "1 step had gradients that were not finite (limit 1), up to attempted step 4." in err
+    skipped = [line for line in lines(out) if line.get("event") == "skipped"]
+    assert len(skipped) == kept
+    assert err.endswith(f"with: steploop replay {out}/capsules/step-000000000004\n") == kept
+    if kept:
+        assert (skipped[0]["attempted"], skipped[0]["batch"]) == (4, 4)
+        assert call(["replay", str(out / skipped[0]["capsule"])]) == 0
+        said = capsys.readouterr().out
+        assert said.startswith("Attempted step 4 (epoch 1, batch 4), ")
+        assert "loss nan then, nan now" in said
 
 
 def test_nothing_is_best_before_anything_was_trained(tmp_path, capsys):

@@ -146,11 +146,12 @@ def test_a_run_that_is_not_finite_ends_with_code_5_and_keeps_finite_parameters(t
     err = capsys.readouterr().err
     assert "3 steps in a row had gradients that were not finite" in err
     order = epoch_order(28, seed=0, epoch=1).tolist()
-    # attempted step 8 is batch 2 of the second epoch; the third in a row ends the run, and is no event but its error
+    # attempted step 9 is batch 2 of the second epoch; the third in a row ends the run
+    assert "up to attempted step 11, loss scale" in err
     assert f"The last of them was batch 4 of epoch 2: samples {order[12:16]}." in err
     assert len(err.splitlines()) == 1
     skipped = [line for line in lines(out) if line.get("event") == "skipped" and line["attempted"] > 8]
-    assert [line["samples"] for line in skipped] == [order[4:8], order[8:12]]
+    assert [line["samples"] for line in skipped] == [order[4:8], order[8:12], order[12:16]]
     status = json.loads((out / "status.json").read_bytes())
     assert (status["state"], status["exit_code"]) == ("failed", 5)
     assert status["error"].startswith("NonFiniteError: ")

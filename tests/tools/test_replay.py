@@ -70,7 +70,7 @@ def explode(run: Path, *, keep_every_state=False, **fields):
 @pytest.mark.parametrize("at", [7, 13])
 def test_the_module_and_the_step_that_exploded_are_named(tmp_path, where, phase, module, operation, at):
     found, _ = explode(tmp_path, where=where, at=at)
-    assert [path.name for path in found] == [f"step-{at:012d}"]
+    assert [path.name for path in found] == [f"step-{at + 1:012d}"]
     again = replay(found[0])
     assert again.capsule.about["attempted"] == at
     assert (again.capsule.about["epoch"], again.capsule.about["batch"]) == divmod(at, 10)
@@ -181,13 +181,13 @@ def skipping_run(tmp_path, skips, *, loss=math.nan, scale=None, steps=12):
 def test_of_a_row_of_skipped_steps_the_first_is_kept(tmp_path):
     written, there = skipping_run(tmp_path, {3, 4, 5})
     assert written == [3]
-    assert there == ["step-000000000003"]
+    assert there == ["step-000000000004"]
 
 
 def test_the_first_two_capsules_and_the_newest_stay(tmp_path):
     written, there = skipping_run(tmp_path, {1, 3, 5, 7, 9})
     assert written == [1, 3, 5, 7, 9]
-    assert there == ["step-000000000001", "step-000000000003", "step-000000000009"]
+    assert there == ["step-000000000002", "step-000000000004", "step-000000000010"]
 
 
 def test_an_overflow_of_the_loss_scale_is_kept_once_and_recognised(tmp_path):

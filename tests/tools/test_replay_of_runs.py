@@ -35,7 +35,7 @@ def test_a_run_that_explodes_is_replayed(tmp_path, capsys, where, named):
     assert (summary["steps_attempted"], summary["steps_skipped"]) == (20, 1)
     record = read_run(run)
     (event,) = record.events
-    assert (event["attempted"], event["epoch"], event["capsule"]) == (14, 2, "capsules/step-000000000013")
+    assert (event["attempted"], event["epoch"], event["capsule"]) == (14, 2, "capsules/step-000000000014")
     assert record.skipped_steps() == (14,)
     assert call(["replay", str(run / event["capsule"])]) == 0
     text = capsys.readouterr().out

@@ -51,7 +51,8 @@ def optimizer_step(
     Raises:
         StepOrderError: there are no unscaled gradients: ``unscale_and_clip`` comes before.
         ConfigError: the optimizer needs a closure and got none, or its first step made what no state can hold.
-        NonFiniteError: ``max_nonfinite_steps`` in a row; names the first gradient that was not finite.
+        NonFiniteError: ``max_nonfinite_steps`` in a row; names the first gradient that was not finite. Its ``state`` is the
+            one after this step, from which a loop may go on.
         OutOfMemoryError: the update did not fit. ``state`` is intact if it was the first one, which makes the slots, and
             nothing was updated yet; otherwise it is spent, unless ``donate=False``.
 
@@ -155,10 +156,12 @@ def check_nonfinite(state: TrainState, limit: int, culprit: str) -> None:
     count = int(state.nonfinite_steps)
     if count >= limit:
         scale = "" if state.scale is None else f", loss scale {float(state.scale.scale):g}"
+        steps = "1 step" if count == 1 else f"{count} steps in a row"
         raise NonFiniteError(
-            f"{count} steps in a row had gradients that were not finite (limit {limit}), up to attempted step "
-            f"{state.attempted_steps - 1}{scale}. The first gradient that is not finite: {culprit}. The parameters are those "
-            "of the last finite step. Lower the learning rate, clip, or look for a division or logarithm of 0 in the loss."
+            f"{steps} had gradients that were not finite (limit {limit}), up to attempted step {state.attempted_steps}{scale}. "
+            f"The first gradient that is not finite: {culprit}. The parameters are those of the last finite step. Lower the "
+            "learning rate, clip, or look for a division or logarithm of 0 in the loss.",
+            state=state,
         )
 
 

@@ -137,7 +137,7 @@ class CapsuleWriter:
     def _write(
         self, before: dict[str, TrainState], after: dict[str, TrainState], skipped: list[str], batch: Any
     ) -> Path | None:
-        number = max(one.attempted_steps for one in after.values()) - 1
+        number = max(one.attempted_steps for one in after.values())  # counted from 1, as in the log
         target = self._folder / f"step-{number:012d}"
         temporary = self._folder / f".tmp-{target.name}-{os.getpid()}"
         try:

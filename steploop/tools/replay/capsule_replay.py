@@ -49,6 +49,9 @@ class Replay:
     inexact: tuple[str, ...]
 
 
+_ANY_ROW = 10**9  # is longer than any row of skipped steps that a recipe allows
+
+
 def _each(state: State, change: Callable[[TrainState], TrainState]) -> State:
     return {name: change(one) for name, one in state.items()} if isinstance(state, Mapping) else change(state)
 
@@ -88,8 +91,8 @@ def rebuild(capsule: Capsule, device: torch.device) -> tuple[Recipe, State, Any]
                 f"{capsule.path} names batch {about['batch']} of epoch {about['epoch']}, and the recipe's data have no such batch. "
                 "The capsule or the data were changed."
             )
-    # a row of skipped steps may stand just before its end: this one step is to be seen, not refused
-    return recipe, _each(state, lambda one: one.replace(nonfinite_steps=0)), to_device(batch, device)
+    # it may be the last that the step allows in a row, or the only one: it is to be seen, not refused
+    return recipe, _each(state, lambda one: one.replace(nonfinite_steps=-_ANY_ROW)), to_device(batch, device)
 
 
 def replay(path: Path, *, device: torch.device | None = None) -> Replay:
