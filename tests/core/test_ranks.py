@@ -1,22 +1,28 @@
 """Ranks are parts: the number of processes that take a step together changes no bit of it."""
 
+import copy
+
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from rank_cases import ADAMW, CASES, INF, MOMENTUM, batches, create, fast, network, objective, step, values
 from rank_processes import RankProcesses
 from torch import nn
 
 from steploop import (
     Optimizer,
+    Parts,
     Ranks,
     TrainState,
+    accumulate,
     backward_scaled,
+    fold_in,
     forward_loss,
     optimizer_step,
     split_parts,
     unscale_and_clip,
 )
-from steploop.core.ranks import Parts
 from steploop.core.trees import first_difference
 from steploop.errors import ConfigError, DataError
 
@@ -35,67 +41,13 @@ def four():
     ranks.close()
 
 
-def batches(count=4, samples=24):
-    generator = torch.Generator().manual_seed(1)
-    return [
-        (torch.randn(samples, 6, generator=generator), torch.randint(3, (samples,), generator=generator))
-        for _ in range(count)
-    ]
-
-
-def network():
-    torch.manual_seed(0)
-    return nn.Sequential(nn.Linear(6, 17), nn.BatchNorm1d(17), nn.Tanh(), nn.Dropout(0.3), nn.Linear(17, 3))
-
-
-def objective(model, batch):
-    x, y = batch
-    logits = model(x)
-    return F.cross_entropy(logits, y), logits
-
-
-def tokens(model, batch):
-    x, y = batch
-    weight = (y != 0).sum()
-    loss = F.cross_entropy(model(x), y, ignore_index=0, reduction="sum") / weight
-    return loss, None, weight
-
-
-def step(state, batch, chosen=objective):
-    state = forward_loss(state, split_parts(batch, state.ranks), chosen)
-    return optimizer_step(unscale_and_clip(backward_scaled(state), max_norm=1.0))
-
-
-def values(state):
-    """All tensors of a state, and what of it a log would show."""
-    tensors = {"params": state.params, "buffers": state.buffers, "slots": state.slots, "loss": state.loss}
-    found = {name: t.detach().clone() for name, t in first_leaves(tensors)}
-    return {**found, "steps": (state.applied_steps, state.nonfinite_steps, state.attempted_steps)}
-
-
-def first_leaves(tree, name=""):
-    if isinstance(tree, torch.Tensor):
-        yield name, tree
-    elif hasattr(tree, "items"):
-        for key, value in tree.items():
-            yield from first_leaves(value, f"{name}.{key}")
-
-
-def train(parts, optimizer, chosen, samples):
-    state = TrainState.create(network(), optimizer, ranks=Ranks.here(parts=parts))
-    for batch in batches(samples=samples):
-        state = step(state, batch, chosen)
-    return values(state)
-
-
-@pytest.mark.parametrize("samples", [24, 19])
-@pytest.mark.parametrize("chosen", [objective, tokens])
-def test_the_number_of_ranks_changes_no_bit(two, four, chosen, samples):
-    optimizer = Optimizer(torch.optim.AdamW, lr=1e-2)
-    alone = train(4, optimizer, chosen, samples)
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.__name__)
+def test_the_number_of_ranks_changes_no_bit(two, four, case):
+    """Four parts on one, two and four ranks: the same state, on every rank, bit for bit."""
+    alone = case(4)
     for ranks in (two, four):
-        for found in ranks.run(train, 4, optimizer, chosen, samples):
-            assert first_difference(found, alone) is None
+        for rank, found in enumerate(ranks.run(case, 4)):
+            assert first_difference(found, alone) is None, f"rank {rank} of {ranks.size}"
 
 
 def test_a_number_of_ranks_that_does_not_divide_the_parts_is_refused():
@@ -141,3 +93,151 @@ def test_fields_of_parts_are_parts():
     assert [field.batches for field in parts] == [(1, None, 3), (2, None, None)]
     assert parts[0].batches == (1, None, 3)
     assert parts.map(len).batches == (2, None, 1)
+
+
+def test_a_step_of_parts_is_the_one_that_is_written_by_hand():
+    """Each part's pass and backward pass, w_i g_i / W, and the mean of BatchNorm's statistics; as plain PyTorch has it."""
+    ranks = Ranks.here(parts=3)
+    state = TrainState.create(network(), MOMENTUM, ranks=ranks)
+    model = network().train()
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-2, momentum=0.9)
+    for attempted, (x, y) in enumerate(batches(samples=20)):
+        state = step(state, (x, y), max_norm=INF)
+        began = copy.deepcopy(model.state_dict())
+        ends = []
+        mean = {name: torch.zeros_like(p) for name, p in model.named_parameters()}
+        loss = 0.0
+        for number, part in enumerate(zip(x.tensor_split([6, 13]), y.tensor_split([6, 13]), strict=True)):
+            model.load_state_dict(began)
+            optimizer.zero_grad()
+            with torch.random.fork_rng():
+                torch.manual_seed(fold_in(0, attempted, number))
+                each = F.cross_entropy(model(part[0]), part[1])
+            each.backward()
+            share = len(part[1]) / 20
+            loss += share * float(each)
+            for name, p in model.named_parameters():
+                mean[name] += share * p.grad
+            ends.append((share, {name: b.clone() for name, b in model.named_buffers()}))
+        for name, p in model.named_parameters():
+            p.grad = mean[name]
+        optimizer.step()
+        for name, b in model.named_buffers():
+            b.copy_(sum(share * end[name] for share, end in ends))
+        assert float(state.loss) == pytest.approx(loss)
+        for name, p in {**dict(model.named_parameters()), **dict(model.named_buffers())}.items():
+            torch.testing.assert_close(
+                {**state.params, **state.buffers}[name], p.detach(), rtol=1e-5, atol=1e-6
+            )
+
+
+@pytest.mark.parametrize("parts", range(1, 10))
+def test_gradients_are_summed_by_a_tree_that_is_cut_in_the_middle(parts):
+    """Numbers whose sum depends on the order: none but the tree's gives these bits."""
+    numbers = [(-1.0) ** i * 10.0**i / 3 + 1e-3 for i in range(parts)]
+    state = TrainState.create(
+        nn.Linear(1, 1, bias=False), Optimizer(torch.optim.SGD, lr=0.1), ranks=Ranks.here(parts=parts)
+    )
+    batch = Parts([torch.full((1, 1), number) for number in numbers], range(parts), parts)
+    state = backward_scaled(forward_loss(state, batch, lambda model, x: model(x).sum()))
+
+    def tree(some):
+        if len(some) == 1:
+            return np.float32(some[0]) * np.float32(1 / parts)
+        middle = len(some) // 2
+        return tree(some[:middle]) + tree(some[middle:])
+
+    assert state.grads["weight"].item() == tree(numbers)
+
+
+def test_one_accumulation_of_parts_is_their_forward_and_backward_pass():
+    both = []
+    for fold in (
+        lambda s, parts: backward_scaled(forward_loss(s, parts, objective)),
+        lambda s, parts: accumulate(s, [parts], objective),
+    ):
+        state = create(network(), ADAMW, 3)
+        for batch in batches():
+            state = fold(state, split_parts(batch, state.ranks))
+            state = optimizer_step(unscale_and_clip(state, max_norm=1.0))
+        both.append(values(state))
+    assert first_difference(*both) is None
+
+
+def test_the_parts_of_one_process_are_its_micro_batches():
+    """With two parts there is one order to sum in: accumulate takes the same step without ranks."""
+    parts, alone = create(network(norm=False), ADAMW, 2), TrainState.create(network(norm=False), ADAMW)
+    for batch in batches():
+        cut = split_parts(batch, parts.ranks)
+        parts = optimizer_step(
+            unscale_and_clip(backward_scaled(forward_loss(parts, cut, objective)), max_norm=1.0)
+        )
+        alone = optimizer_step(unscale_and_clip(accumulate(alone, cut.batches, objective), max_norm=1.0))
+    assert first_difference(values(parts), values(alone)) is None
+
+
+def test_fast_ranks_equal_themselves_and_the_others_nearly(two, four):
+    alone = fast(4)
+    for ranks in (two, four):
+        found = ranks.run(fast, 4)
+        again = ranks.run(fast, 4)
+        for rank in range(ranks.size):
+            assert first_difference(found[rank], found[0]) is None
+            assert first_difference(again[rank], found[0]) is None
+        for name, value in alone.items():
+            if isinstance(value, torch.Tensor) and value.is_floating_point():
+                torch.testing.assert_close(found[0][name], value, rtol=1e-3, atol=1e-4)
+
+
+def different_start(parts):
+    rank = Ranks.here().rank
+    torch.manual_seed(rank)
+    state = TrainState.create(nn.Linear(2, 1), ADAMW, ranks=Ranks.here(parts=parts))
+    return state.params["weight"].detach()
+
+
+def test_every_rank_begins_with_the_weights_of_the_first(two):
+    first, second = two.run(different_start, 2)
+    torch.manual_seed(0)
+    assert first.equal(second)
+    assert first.equal(nn.Linear(2, 1).weight)
+
+
+def different_settings(parts):
+    ranks = Ranks.here(parts=parts)
+    return TrainState.create(nn.Linear(2, 1), ADAMW, ranks=ranks, seed=ranks.rank)
+
+
+def test_other_settings_on_another_rank_are_refused_on_all(two):
+    for fine, message in two.outcomes(different_settings, 2):
+        assert not fine
+        assert "another state is made on rank 1 than on rank 0: seed: 1 against 0" in message
+
+
+def empty(parts):
+    state = TrainState.create(nn.Linear(2, 1), ADAMW, ranks=Ranks.here(parts=parts))
+    return forward_loss(state, split_parts(torch.ones(0, 2), state.ranks), lambda m, x: m(x).mean())
+
+
+def mixed_weights(parts):
+    ranks = Ranks.here(parts=parts)
+    state = TrainState.create(nn.Linear(2, 1), ADAMW, ranks=ranks)
+    weight = 2.0 if ranks.rank else None
+    return forward_loss(state, split_parts(torch.ones(4, 2), ranks), lambda m, x: (m(x).mean(), None, weight))
+
+
+@pytest.mark.parametrize(
+    ("function", "message"),
+    [
+        (empty, "the weights of all parts sum to 0"),
+        (mixed_weights, "a weight for some parts and none for others"),
+    ],
+)
+def test_what_is_wrong_with_all_parts_together_is_an_error_on_every_rank(two, function, message):
+    assert [(fine, message in text) for fine, text in two.outcomes(function, 2)] == [(False, True)] * 2
+
+
+def test_a_wrapped_module_is_refused():
+    model = nn.Sequential(nn.DataParallel(nn.Linear(2, 1)))
+    with pytest.raises(ConfigError, match="0 is wrapped in DataParallel, which sums gradients itself"):
+        TrainState.create(model, ADAMW, ranks=Ranks.here())

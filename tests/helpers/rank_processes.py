@@ -36,7 +36,10 @@ class RankProcesses:
         self.size = size
         self._folder = tempfile.TemporaryDirectory()
         context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["torch", "steploop"])
+        # imported once, where every process is forked from
+        context.set_forkserver_preload(
+            ["pytest", "torch._dynamo", "steploop.core.steps.evaluation", "steploop.core.steps.update"]
+        )
         self._pipes, self._processes = [], []
         for rank in range(size):
             here, there = context.Pipe()

@@ -13,6 +13,7 @@ from steploop.core.state.machine import Machine
 from steploop.core.state.module_machine import ModuleMachine, module_machine
 from steploop.core.state.ownership import Lease
 from steploop.core.state.parts import TensorValues
+from steploop.core.state.same_start import check_same, refuse_wrapped, take_from_first_rank
 from steploop.core.state.shared_memory import shared_memory
 from steploop.core.trees import unkeepable
 from steploop.errors import ConfigError
@@ -49,6 +50,8 @@ def initial_values(
     if not isinstance(seed, int) or not 0 <= seed < 2**63:
         raise ConfigError(f"TrainState.create: seed must be an int in 0 .. 2**63 - 1, but is {seed!r}.")
     _refuse_unready(model)
+    if ranks is not None:
+        refuse_wrapped(model)
     _refuse_shared_memory(model)
     module = module_machine(model)
     shared = not module.holder.free()
@@ -76,6 +79,15 @@ def initial_values(
     machine = Machine(module, live, group_names, labels, where)
     machine.ranks = ranks
     _check_extra_state(module)
+    if ranks is not None:
+        made = {
+            "ranks": (ranks.size, ranks.parts, ranks.exact), "seed": seed, "precision": precision, "scale": repr(scale),
+            "values": {n: (tuple(t.shape), str(t.dtype)) for n, t in {**params, **buffers}.items()}, "groups": group_names,
+            "optimizer": (machine.optimizer_name, repr(machine.initial_hyper)), "carry": carry, "ema": (ema, ema_buffers),
+            "extra": module.extra_state(),
+        }  # fmt: skip
+        check_same(ranks, "TrainState.create: another state is made", made)
+        take_from_first_rank(ranks, {**params, **buffers}.values())
     lease = Lease()
     machine.holder.give_to(lease)
     if not shared:

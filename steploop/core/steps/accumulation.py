@@ -13,6 +13,7 @@ from steploop.core.state.train_state import TrainState
 from steploop.core.steps.backward_pass import gradients, require_some, seed_of, take_gradients
 from steploop.core.steps.forward import after_passes
 from steploop.core.steps.forward_pass import DrewElsewhere, Objective, TrainingPasses
+from steploop.core.steps.part_accumulation import accumulate_parts
 from steploop.core.trees import UNCOUNTED, count_samples
 from steploop.errors import EmptyDataError, ObjectiveError
 
@@ -35,7 +36,8 @@ def accumulate(state: TrainState, micro_batches: Iterable[Any], objective: Objec
 
     Args:
         state: any living state.
-        micro_batches: the parts; a list, or an iterable that is read once.
+        micro_batches: the parts; a list, or an iterable that is read once. Where a state has ranks, each is the ``Parts`` of
+            a global micro-batch, and processes communicate once, at the end.
         objective: as for ``forward_loss``. Its third value is the weight w_i, a number >= 0; the default is the number
             of samples, the length of the first axis of all the batch's tensors. A part of weight 0 counts for nothing.
 
@@ -53,6 +55,8 @@ def accumulate(state: TrainState, micro_batches: Iterable[Any], objective: Objec
     """
     state.check_alive("accumulate")
     parts = list(micro_batches)
+    if state.machine.ranks is not None:
+        return accumulate_parts(state, parts, objective)
     if not parts:
         raise EmptyDataError(
             "accumulate: expected at least one micro-batch, but got none. Look at how the batch is split."

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from steploop.core.interruption import check_interruption
+from steploop.core.ranks import Ranks
 from steploop.core.state.copying import lazy_clone, leaf_like
 from steploop.core.state.surroundings import shielded
 from steploop.core.state.train_state import TrainState
@@ -120,6 +121,11 @@ def evaluate(
     loss's weight is the objective's, or the number of samples; so neither the batch size nor a short last batch
     matters. The host waits once, at the end.
 
+    Where the state has ranks, every rank gives all ``batches``, the same ones in the same order, and computes every
+    size-th of them, beginning with its own number; one that it does not compute may be None. What each batch gave is
+    gathered and summed in the order of the batches: any number of ranks gives the same bits, on every rank. A
+    torchmetrics metric gathers its own state.
+
     Changes nothing: parameters, buffers, ``.grad``, the generators, train and eval modes are as they were.
 
     Args:
@@ -153,10 +159,12 @@ def evaluate(
         raise ConfigError(
             "evaluate: use_ema=True, but this state carries no average. Make it with TrainState.create(..., ema=True)."
         )
-    totals = _Totals(state.device, metrics)
+    totals = _Totals(state.device, metrics, state.ranks)
     passes = _Passes(state, objective)
     with _EvalMode(state, use_ema=use_ema) as model:
         for index, batch in enumerate(first_batches(batches, averaged=use_ema)):
+            if not totals.begins(index):
+                continue
             check_interruption()
             loss, outputs, weight = passes.run(model, index, batch)
             with torch.no_grad():
@@ -218,8 +226,13 @@ class _Passes:
 class _Totals:
     """Running sums of values and weights, in float64 on the device (float32 where it has none)."""
 
-    def __init__(self, device: torch.device, metrics: Mapping[str, Metric | TorchMetric]) -> None:
+    def __init__(
+        self, device: torch.device, metrics: Mapping[str, Metric | TorchMetric], ranks: Ranks | None
+    ) -> None:
         self._device = device
+        self._ranks = None if ranks is None or ranks.size == 1 else ranks
+        self._index = 0
+        self._told: list[tuple[int, str, Tensor, Tensor]] = []  # for the other ranks
         self._dtype = torch.float32 if device.type == "mps" else torch.float64
         self._sums: dict[str, tuple[Tensor, Tensor]] = {}
         self._good: dict[str, Any] = {}  # whether every weight was one; read at the end
@@ -229,6 +242,11 @@ class _Totals:
             if isinstance(metric, TorchMetric):
                 self._torch_metrics[name] = metric
                 metric.reset()
+
+    def begins(self, index: int) -> bool:
+        """Note which batch is next; whether it is this process's."""
+        self._index = index
+        return self._ranks is None or index % self._ranks.size == self._ranks.rank
 
     def add(self, name: str, value: Any, weight: Any) -> None:
         """Count a batch in."""
@@ -241,6 +259,9 @@ class _Totals:
                 f"{f' after sums of shape {tuple(before[0].shape)}' if before else ''}. Give two numbers, or two tensors with an "
                 "entry for each class."
             )
+        if self._ranks is not None:
+            self._told.append((self._index, name, v, w))
+            return
         self._good[name] = self._good.get(name, True) & ((w >= 0) & (w < math.inf)).all()
         # a batch without weight has a mean of 0 / 0: it counts for nothing, rather than making all of it nan
         v = torch.where(w == 0, torch.zeros_like(v), v)
@@ -262,6 +283,8 @@ class _Totals:
 
     def results(self) -> dict[str, float | None]:
         """Every value as a float, or None: the one time that the host waits."""
+        if self._ranks is not None:
+            self._hear(self._ranks)
         values: dict[str, float | None] = {"loss": None, **dict.fromkeys(self._metrics)}
         for name, (total, weight) in self._sums.items():
             if not bool(self._good[name]):
@@ -280,6 +303,13 @@ class _Totals:
             values |= _flat(name, metric.compute()) if self._sums else {name: None}
             metric.reset()
         return values
+
+    def _hear(self, ranks: Ranks) -> None:
+        """Add what every process counted, in the order of the batches."""
+        told = [(index, name, v.cpu(), w.cpu()) for index, name, v, w in self._told]
+        self._ranks, heard = None, ranks.gather_objects(told)
+        for _, name, v, w in sorted((one for some in heard for one in some), key=lambda one: one[0]):
+            self.add(name, v, w)
 
 
 def _flat(name: str, value: Any) -> dict[str, float | None]:
