@@ -115,7 +115,7 @@ def test_a_step_of_parts_is_the_one_that_is_written_by_hand():
                 each = F.cross_entropy(model(part[0]), part[1])
             each.backward()
             share = len(part[1]) / 20
-            loss += share * float(each)
+            loss += share * float(each.detach())
             for name, p in model.named_parameters():
                 mean[name] += share * p.grad
             ends.append((share, {name: b.clone() for name, b in model.named_buffers()}))

@@ -106,7 +106,7 @@ def adamw(parts, **others):
 
 
 def fast(parts):
-    return train(parts, exact=False)
+    return train(parts, optimizer=MOMENTUM, exact=False)
 
 
 def momentum_of_ragged_batches(parts):
