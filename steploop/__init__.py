@@ -7,6 +7,10 @@ from steploop.core.moved_names import install as find_moved_names
 
 if TYPE_CHECKING:
     from steploop.compilation import compile as compile  # noqa: A004  (steploop.compile, as in torch.compile)
+    from steploop.compilation.population import Population as Population
+    from steploop.compilation.population import stack as stack
+    from steploop.compilation.population import unstack as unstack
+    from steploop.compilation.population import vmap as vmap
     from steploop.core.early_stopping import EarlyStopping as EarlyStopping
     from steploop.core.optimizer import Optimizer as Optimizer
     from steploop.core.plateau import ReduceLROnPlateau as ReduceLROnPlateau
@@ -48,6 +52,10 @@ __version__ = "0.1.0"
 # Public name -> the module it is defined in.
 _HOMES = {
     "compile": "compilation",
+    "Population": "compilation.population",
+    "stack": "compilation.population",
+    "unstack": "compilation.population",
+    "vmap": "compilation.population",
     "EarlyStopping": "core.early_stopping",
     "Optimizer": "core.optimizer",
     "ReduceLROnPlateau": "core.plateau",

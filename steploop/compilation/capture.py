@@ -51,6 +51,7 @@ def trace_step(
     *,
     cycled: bool = False,
     fixed: bool = False,
+    drawn_outside: bool = False,
 ) -> StepPlan:
     """Trace ``train_step`` on fake copies of these states and this batch.
 
@@ -62,6 +63,7 @@ def trace_step(
         baked: the plain values that Python may read besides states and batch; put back as they were.
         cycled: whether the momentum is an input of the graph, because a schedule sets it.
         fixed: whether the numbers of the batch are built in.
+        drawn_outside: whether all random numbers are inputs of the graph.
 
     Raises:
         SlotsGrew: the optimizer made slots that the states do not have yet.
@@ -129,10 +131,14 @@ def trace_step(
         stack.enter_context(trace.events.watching())
         untouched = Untouched(trace.note_value)
         stack.callback(untouched.put_back)
-        graph = capture(run, fakes, mode, (trace.scalars, untouched), trace.events.all)
+        graph = capture(
+            run, fakes, mode, (trace.scalars, untouched), trace.events.all, drawn_outside=drawn_outside
+        )
         baked.check(graph.constants)
     if trace.cycles_momentum and not cycled:
-        return trace_step(train_step, states, batch, flat, baked, cycled=True, fixed=fixed)
+        return trace_step(
+            train_step, states, batch, flat, baked, cycled=True, fixed=fixed, drawn_outside=drawn_outside
+        )
     return StepPlan(
         graph=graph, mode=mode, batch_tensors=len(tensors), order=tuple(order), counters=tuple(counters), results=tuple(results),
         values=tuple(trace.values), size=trace.size(), states=plans, computed=computed, left=tuple(left),

@@ -98,8 +98,15 @@ def is_random(node: fx.Node) -> bool:
     return True
 
 
-def drawing(module: fx.GraphModule, events: Sequence[Event]) -> tuple[Draws, list[Tensor]]:
+def drawing(
+    module: fx.GraphModule, events: Sequence[Event], *, outside: bool = False
+) -> tuple[Draws, list[Tensor]]:
     """Decide how the step draws, and rewrite its graph: events' marks go, and perhaps draws become inputs.
+
+    Args:
+        module: the graph.
+        events: what the step does to the generators.
+        outside: whether all draws become inputs.
 
     Returns:
         The draws, and tensors like those that become inputs, after all other inputs.
@@ -120,7 +127,9 @@ def drawing(module: fx.GraphModule, events: Sequence[Event]) -> tuple[Draws, lis
     seed, plain = None, True
     if places:
         inside = order[places[0] : places[-1]]
-        plain = not any(n.target is mark and events[_number(n)].kind != "keep" for n in inside)
+        plain = not outside and not any(
+            n.target is mark and events[_number(n)].kind != "keep" for n in inside
+        )
         first = [events[_number(n)] for n in order[: places[0]] if events[_number(n)].kind != "keep"]
         if first and first[-1].kind == "seed":
             seed = first[-1].value

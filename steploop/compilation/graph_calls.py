@@ -20,7 +20,7 @@ from steploop.core.state.seeding import generators_of
 from steploop.core.state.train_state import TrainState
 from steploop.core.steps.set_rates import schedule
 
-__all__ = ["Bound", "CompiledGraph"]
+__all__ = ["Bound", "CompiledGraph", "positions"]
 
 _GENERATIONS = itertools.count()
 _NOTHING: list[Tensor] = []
@@ -70,7 +70,7 @@ class CompiledGraph:
         self._flags = [_flags(state) for state in states]
         self._guards = [(guard.read, guard.value) for guard in plan.guards]
         self._doubtful = [guard for guard in plan.guards if guard.after]
-        where, self._computed = _positions(plan)
+        where, self._computed = positions(plan)
         plans = [plan.states[name] for name in names]
         self._advances = [Advance(p, where) for p in plans]
         self._left = [
@@ -254,7 +254,7 @@ def _differs(guard: Guard, now: Now) -> bool:
     )
 
 
-def _positions(plan: StepPlan) -> tuple[list[int], list[Callable[[Now], Any]]]:
+def positions(plan: StepPlan) -> tuple[list[int], list[Callable[[Now], Any]]]:
     """For each reference of a plan, where its value stands: outputs, inputs passed through, numbers of the host."""
     given = plan.graph.wiring.given
     outputs = 1 + max((index for index in given if index >= 0), default=-1)

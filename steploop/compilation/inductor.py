@@ -18,7 +18,16 @@ from steploop.compilation.low_precision import in_float32
 from steploop.compilation.pruning import Wiring, constants_to_inputs, prune
 from steploop.errors import CompileError
 
-__all__ = ["CapturedGraph", "Run", "capture", "check_torch", "compile_graph", "fake_mode", "reads_a_value"]
+__all__ = [
+    "CapturedGraph",
+    "Run",
+    "capture",
+    "check_torch",
+    "compile_graph",
+    "fake_mode",
+    "reads_a_value",
+    "traced_again",
+]
 
 _TORCH = "2.14"
 _CACHE_TAG = (
@@ -114,6 +123,8 @@ def capture(
     mode: Any,
     surroundings: Sequence[AbstractContextManager[Any]],
     events: Sequence[Event],
+    *,
+    drawn_outside: bool = False,
 ) -> CapturedGraph:
     """Trace ``function`` twice: with autograd, and then without mutation and decomposed.
 
@@ -126,6 +137,7 @@ def capture(
         mode: of ``fake_mode``.
         surroundings: entered for the first pass.
         events: what the function does to random generators, when it has run.
+        drawn_outside: whether all random numbers become inputs.
     """
     # torch registers some of its decompositions and lowerings late
     import torch._inductor.lowering
@@ -144,7 +156,7 @@ def capture(
     _refuse_sparse(first)
     constants = constants_to_inputs(first)
     with mode:
-        draws, drawn = drawing(first, events)
+        draws, drawn = drawing(first, events, outside=drawn_outside)
     with mode, torch.no_grad(), enable_python_dispatcher(), config.patch(_options(cpp_wrapper=False)):
         table = _decompositions_on_cpu() if _on_cpu(inputs) else _decompositions()
         plain = [t.detach() for t in inputs]
@@ -162,6 +174,26 @@ def capture(
         any(is_random(node) for node in functional.graph.nodes if node.op == "call_function"),
         written, f"{functional.code}{shapes}",
     )  # fmt: skip
+
+
+def traced_again(
+    make: Callable[[dict[Any, Callable[..., Any]]], Callable[..., Any]], inputs: Sequence[Tensor], mode: Any
+) -> fx.GraphModule:
+    """Trace a function of tensors that neither writes nor differentiates into a graph of decomposed calls.
+
+    Args:
+        make: makes the function; it is given every decomposition that there is, call -> function.
+        inputs: fake tensors of ``mode``.
+        mode: of ``fake_mode``.
+    """
+    from torch._decomp import decomposition_table
+    from torch._inductor import config
+    from torch.fx.experimental.proxy_tensor import make_fx
+
+    with mode, torch.no_grad(), config.patch(_options(cpp_wrapper=False)):
+        table = _decompositions_on_cpu() if _on_cpu(inputs) else _decompositions()
+        function = make({**decomposition_table, **_decompositions()})
+        return make_fx(function, decomposition_table=table)(*inputs)
 
 
 def _refuse_sparse(graph: fx.GraphModule) -> None:

@@ -20,6 +20,7 @@ from steploop import (
 )
 from steploop.compilation import compiled_step
 from steploop.compilation.inductor import check_torch
+from steploop.compilation.population import vmapped_step
 from steploop.core.trees import named_leaves
 from steploop.errors import CompileError
 
@@ -104,6 +105,7 @@ def run_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
         return run
 
     monkeypatch.setattr(compiled_step, "compile_graph", interpret)
+    monkeypatch.setattr(vmapped_step, "compile_graph", interpret)
 
 
 def assert_alike(a: TrainState, b: TrainState, tolerance: float) -> None:
