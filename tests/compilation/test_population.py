@@ -94,7 +94,7 @@ CASES = {
         torch.optim.SGD,
         [{"momentum": 0.9}, {"momentum": 0.8, "weight_decay": 1e-2}, {"momentum": 0.5}],
     ),
-    "attention and AdamW": (TinyAttention, torch.optim.AdamW, [{}, {}, {}]),
+    "attention and SGD": (TinyAttention, torch.optim.SGD, [{}, {}]),
 }
 RATES = [0.01, 0.003, 0.02]
 
@@ -103,7 +103,7 @@ def members(case="dropout and AdamW"):
     """Three states with weights, seeds and rates of their own."""
     make, kind, settings = CASES[case]
     states = []
-    for seed, (rate, more) in enumerate(zip(RATES, settings, strict=True)):
+    for seed, (rate, more) in enumerate(zip(RATES, settings, strict=False)):
         model = make()
         torch.manual_seed(seed)
         for parameter in model.parameters():
@@ -151,10 +151,9 @@ def bits(state):
 @pytest.mark.parametrize("case", CASES)
 def test_a_member_equals_its_single_run(case):
     """Values, rates, decay, schedule, clipping by its own norm and draws are each member's own."""
-    given, steps = (
-        batches(STEPS),
-        [step_of(rate, norm) for rate, norm in zip(RATES, (1.0, 0.3, 0.1), strict=True)],
-    )
+    given = batches(STEPS)
+    steps = [step_of(rate, norm) for rate, norm in zip(RATES, (1.0, 0.3, 0.1), strict=True)]
+    steps = steps[: len(CASES[case][2])]
     with warnings.catch_warnings():
         warnings.simplefilter(
             "error"
@@ -170,6 +169,23 @@ def test_a_member_equals_its_single_run(case):
                 rtol=TOLERANCE,
                 atol=TOLERANCE,
             )
+
+
+def test_muon_orthogonalizes_each_members_matrix():
+    """In bfloat16, whose products torch sums in another order for a batch of matrices."""
+
+    def states():
+        return [
+            TrainState.create(nn.Linear(6, 4, bias=False), Optimizer(torch.optim.Muon, lr=rate), seed=0)
+            for rate in (0.02, 0.05)
+        ]
+
+    torch.manual_seed(0)
+    population = functools.reduce(vmap(one_step_for_all), batches(5), stack(states()))
+    torch.manual_seed(0)
+    for state, member in zip(states(), population, strict=True):
+        single = functools.reduce(one_step_for_all, batches(5), state)
+        torch.testing.assert_close(member.params["weight"], single.params["weight"], rtol=1e-2, atol=1e-2)
 
 
 def test_draws_are_each_members_own():
