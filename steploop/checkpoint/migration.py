@@ -66,10 +66,12 @@ def differences(saved: Migrated, like: TrainState) -> list[str]:
         )
     elif saved.ema is not None and like.tensors.ema is not None:
         found += _tensor_differences("ema", saved.ema, like.tensors.ema, ordered=False)
-    extra = saved.others.get("extra", {})
+    extra, module = saved.others.get("extra", {}), machine.module
+    ours_only = {name for name in like.tensors.extra if name not in module.attributes.known}
+    saved_only = {name for name in extra if not module.attributes.is_one(name)}
     found += [
         f"extra state of {name or 'the model'}: {'in the checkpoint only' if name in extra else 'not in the checkpoint'}"
-        for name in sorted(extra.keys() ^ like.tensors.extra.keys())
+        for name in sorted(ours_only ^ saved_only)
     ]
     strays = [name for name in saved.slots if name not in machine.trainable]
     return found or [f"slots: saved for {name}, which is not trained" for name in strays]

@@ -236,6 +236,7 @@ def _build(part: Migrated, like: TrainState) -> TrainState:
         return map_tensors(lambda t: t.to(device), tree)
 
     averages = [*like.tensors.params, *like.tensors.buffers]
+    machine.module.attributes.know(part.others.get("extra", {}))
     tensors = type(like.tensors)(
         params=params,
         buffers={

@@ -222,7 +222,60 @@ class Spectral(nn.Module):
         return self.body(x)
 
 
+# -- plain attributes -------------------------------------------------------------------------------------------------
+
+
+class Annealed(nn.Module):
+    """A number that every pass changes, and that decides what comes out; a layer below has one too."""
+
+    def __init__(self):
+        super().__init__()
+        self.body, self.calls = nn.Sequential(nn.Linear(3, 3), Faded()), 0
+
+    def forward(self, x):
+        self.calls += 1
+        return self.body(x) * min(1.0, self.calls / 4)
+
+
+class Faded(nn.Module):
+    factor = 1.0  # of the class, until the first pass
+
+    def forward(self, x):
+        self.factor = self.factor * 0.75
+        return x + self.factor
+
+
+class Remembering(nn.Module):
+    """A hidden state carried from pass to pass, which is None first, and a list that grows."""
+
+    def __init__(self):
+        super().__init__()
+        self.body, self.hidden, self.sums = nn.GRUCell(3, 3), None, []
+
+    def forward(self, x):
+        hidden = self.body(x, self.hidden)
+        self.hidden = hidden.detach()
+        self.sums.append(float(x.sum()))
+        self.result = hidden  # with its graph: of this pass alone
+        return hidden + torch.tanh(torch.tensor(self.sums).sum())
+
+
+class Overwriting(nn.Module):
+    """A running mean that is written in place, and is no buffer."""
+
+    def __init__(self):
+        super().__init__()
+        self.body, self.mean = nn.Linear(3, 3), {"rows": torch.zeros(3)}
+
+    def forward(self, x):
+        with torch.no_grad():
+            self.mean["rows"].lerp_(x.mean(0), 0.5)
+        return self.body(x) - self.mean["rows"]
+
+
+PLAINLY = [Annealed, Remembering, Overwriting]
 KEEPING = [
+    *PLAINLY,
     Masked, OfAnotherClass, OnAFrozenOne, Counting, LiveExtra, Nested, LateBuffer, GrowingQueue, Ranges, Spectral,
 ]  # fmt: skip
 MOVING = [Moving, MovingByData, MovingByNewData, MovingByCopy, MaxNorm, Clamped, ClampedByData]

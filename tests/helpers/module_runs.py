@@ -54,7 +54,14 @@ def values_of(model):
         for n, m in model.named_modules()
         if type(m).get_extra_state is not nn.Module.get_extra_state
     }
-    return {"tensors": named, "extra": extra}
+    plain = {
+        f"{n}.{key}".removeprefix("."): value
+        for n, m in model.named_modules()
+        if type(m).get_extra_state is nn.Module.get_extra_state
+        for key, value in vars(m).items()
+        if key in {"calls", "factor", "hidden", "sums", "mean"}
+    }
+    return {"tensors": named, "extra": {**extra, **plain}}
 
 
 def values_in(state):

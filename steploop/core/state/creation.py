@@ -99,7 +99,7 @@ def initial_values(
             buffers=buffers,
             slots={name: live.state[params[name]] for name in machine.trainable},
             beside=machine.initial_beside(),
-            extra=module.extra_state() if module.extras else {},
+            extra=module.extra_state() if module.keeps_extra_state() else {},
             ema={n: p.detach().clone() for n, p in averaged.items()} if ema or ema_buffers else None,
             carry=carry,
             leaves=tuple(params[name] for name in machine.trainable),

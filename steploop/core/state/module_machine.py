@@ -7,6 +7,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from steploop.core.state.ownership import Holder, Lease
+from steploop.core.state.plain_attributes import PlainAttributes
 from steploop.errors import ConfigError
 
 __all__ = ["ModuleMachine", "module_machine"]
@@ -23,6 +24,7 @@ class ModuleMachine:
         holder: whose values it holds.
         placed: the parameters that were put into the places last.
         extras: name and module of each that overrides ``get_extra_state``.
+        attributes: the plain attributes that passes change.
         training: the submodules that train in training mode.
         frozen: those that were put into eval mode on purpose, under a training root (frozen BatchNorm).
     """
@@ -47,6 +49,7 @@ class ModuleMachine:
         self._children = [(m._modules, dict(m._modules)) for m in modules.values() if m._modules]
         plain = nn.Module.get_extra_state
         self.extras = [(name, m) for name, m in modules.items() if type(m).get_extra_state is not plain]
+        self.attributes = PlainAttributes(modules)
         self.own_train = any(type(m).train is not nn.Module.train for m in modules.values())
         # A model left in eval mode is put back into training.
         self.training = [m for m in modules.values() if m.training or not model.training]
@@ -102,11 +105,14 @@ class ModuleMachine:
         """A function that puts the module back as it is now: its values, its modes, and whose they are."""
         placed, buffers, modes = self.placed, self.buffers(), [(m, m.training) for m in self.model.modules()]
         extra, owner = self.extra_state() if self.extras else {}, self.holder.owner()
+        attributes = self.attributes.seen()
 
         def restore() -> None:
             self.place_params(placed)
             self.place_buffers(buffers)
-            self.set_extra_state(extra)
+            for name, module in self.extras:
+                module.set_extra_state(copy.deepcopy(extra[name]))
+            self.attributes.put_back(attributes)
             self.holder.restore(owner)
             for module, training in modes:
                 module.training = training
@@ -162,15 +168,21 @@ class ModuleMachine:
 
     # -- extra state ----------------------------------------------------------------------------------------------
 
+    def keeps_extra_state(self) -> bool:
+        """Whether the model keeps anything besides parameters and buffers."""
+        return bool(self.extras or self.attributes.known)
+
     def extra_state(self) -> dict[str, Any]:
-        """A copy of what each module's ``get_extra_state`` gives."""
-        return {name: copy.deepcopy(module.get_extra_state()) for name, module in self.extras}
+        """A copy of what each module's ``get_extra_state`` gives, and of the plain attributes that passes change."""
+        own = {name: copy.deepcopy(module.get_extra_state()) for name, module in self.extras}
+        return {**own, **self.attributes.values()}
 
     def set_extra_state(self, extra: Mapping[str, Any]) -> None:
-        """Give each module a copy of its extra state."""
+        """Give each module a copy of its extra state and of its plain attributes."""
         for name, module in self.extras:
             if name in extra:
                 module.set_extra_state(copy.deepcopy(extra[name]))
+        self.attributes.put(extra)
 
     # -- modes ---------------------------------------------------------------------------------------------------
 

@@ -81,7 +81,7 @@ class TrainingPasses:
     """
 
     __slots__ = (
-        "_before", "_buffers_before", "_copies", "_drawing", "_generators", "_machine", "_own_params", "_state", "_untouched",
+        "_attributes", "_before", "_buffers_before", "_copies", "_drawing", "_generators", "_machine", "_own_params", "_state", "_untouched",
         "_versions", "tensors", "updated_in_place",
     )  # fmt: skip
 
@@ -98,6 +98,7 @@ class TrainingPasses:
         )
         self._copies: dict[str, Tensor] = {}
         self._before: Mapping[str, Tensor] | None = None
+        self._attributes: Any = None
         self.tensors: TensorValues = state.tensors
         self.updated_in_place = False
 
@@ -118,8 +119,10 @@ class TrainingPasses:
             module.place_buffers({name: b.clone() for name, b in tensors.buffers.items()})
         elif module.buffer_places:
             module.place_buffers({})
-        if module.extras:
+        if module.keeps_extra_state():
             module.set_extra_state(tensors.extra)
+        if self._drawing:
+            self._attributes = module.attributes.look()
         module.set_training(training=True)
         self._versions = [leaf._version for leaf in tensors.leaves]
         self._generators.__enter__()
@@ -158,6 +161,8 @@ class TrainingPasses:
         elif module.placed is not self.tensors.params:
             module.place_params(self.tensors.params)
         if failure is not None:
+            if self._attributes is not None:
+                module.attributes.put_back(self._attributes)
             # the parts before have left gradients, which may be what there is no room for
             for leaf in self._state.tensors.leaves:
                 leaf.grad = None
@@ -242,7 +247,9 @@ class TrainingPasses:
             changes["buffers"] = module.buffers()
         if moved:
             changes["params"] = {**tensors.params, **moved}
-        if module.extras:
+        if self._attributes is not None:
+            module.attributes.learn(self._attributes)
+        if module.keeps_extra_state():
             changes["extra"] = module.extra_state()
         self.tensors = tensors.replace(**changes) if changes else tensors
         return state.flight.began or Began(tensors, self._kept(overwritten))
