@@ -27,6 +27,7 @@ class Migrated:
         ema: name -> average, or None.
         others: further fields of TensorValues that are not empty: extra state, carry.
         grown: buffer name -> its first shape (None: it was None), of those that have another one.
+        held_back: the parameters among the trained ones that were frozen by hand.
     """
 
     plain: Mapping[str, Any]
@@ -39,6 +40,7 @@ class Migrated:
     ema: Mapping[str, Tensor] | None
     others: Mapping[str, Any]
     grown: Mapping[str, tuple[int, ...] | None]
+    held_back: tuple[str, ...]
 
 
 def differences(saved: Migrated, like: TrainState) -> list[str]:

@@ -156,6 +156,8 @@ def _collect_one(
             values[name] = encode(value, name, held)
     if left_out:
         values["left_out"] = dict(left_out)
+    if held_back := [name for name in machine.trainable if not state.tensors.params[name].requires_grad]:
+        values["held_back"] = held_back
     if grown := _grown(machine, buffers):
         values["grown"] = grown
     rest |= {prefix + name: tensor for name, tensor in held.items()}

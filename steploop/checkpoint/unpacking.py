@@ -102,7 +102,12 @@ def _read_part(
     types = get_type_hints(type(like))
     optional = [name for name in field_names(type(like.tensors)) if name not in OWN_FIELDS]
     known = {*plain, *fields}
-    if not isinstance(values, dict) or not known <= values.keys() <= known | {*optional, "grown", "left_out"}:
+    if not isinstance(values, dict) or not known <= values.keys() <= known | {
+        *optional,
+        "grown",
+        "held_back",
+        "left_out",
+    }:
         raise CheckpointDamagedError("A state in the manifest has other fields than steploop writes.")
     held = {
         n.removeprefix(prefix): t for n, t in tensors.get(OPTIMIZER_FILE, {}).items() if n.startswith(prefix)
@@ -157,7 +162,15 @@ def _read_part(
         ema=ema,
         others=others,
         grown=_shapes(values.get("grown", {})),
+        held_back=_texts(values.get("held_back", [])),
     )
+
+
+def _texts(value: Any) -> tuple[str, ...]:
+    """The names of parameters that were frozen by hand."""
+    if not isinstance(value, list) or not all(isinstance(name, str) for name in value):
+        raise CheckpointDamagedError("A list of names in the manifest is not a list of texts.")
+    return tuple(value)
 
 
 def _shapes(value: Any) -> dict[str, tuple[int, ...] | None]:
@@ -219,6 +232,8 @@ def _build(part: Migrated, like: TrainState) -> TrainState:
     """Build a state with its own lease, in the order of ``like``, in which norms are summed."""
     device, machine = like.device, like.machine
     params = {name: leaf_like(p, part.params[name].to(p.device)) for name, p in like.tensors.params.items()}
+    for name in machine.trainable:  # one may have been frozen by hand, in the run that was saved or here
+        params[name].requires_grad_(name not in part.held_back)
     fused = {
         n: _counts_on_device(group)
         for names, group in zip(machine.group_names, part.hyper, strict=True)

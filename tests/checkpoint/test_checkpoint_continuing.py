@@ -36,6 +36,7 @@ from steploop import (
 from steploop.checkpoint import InexactResumeWarning
 from steploop.checkpoint.format.manifest import seal
 from steploop.checkpoint.provenance import _EXACT
+from steploop.core.trees import first_difference
 from steploop.errors import CheckpointIncompatibleError, CheckpointUnsupportedError, ConfigError
 
 STEPS = 9
@@ -178,3 +179,35 @@ def test_parameters_added_after_the_start_are_none_of_the_state(tmp_path):
     assert len(wider.params) == 4
     with pytest.raises(CheckpointIncompatibleError, match=r"parameter 1\.weight: not in the checkpoint"):
         checkpoint.load(tmp_path / "a", like=wider)
+
+
+def test_what_was_frozen_by_hand_stays_frozen_after_a_load_and_what_was_thawed_stays_thawed(tmp_path):
+    """A layer frozen in the middle of a run, as people do in fine-tuning; the oracle is the run that never stopped."""
+
+    def objective(model, batch):
+        return model(batch).square().mean()
+
+    def step(state, batch):
+        state = unscale_and_clip(backward_scaled(forward_loss(state, batch, objective)), max_norm=1.0)
+        return optimizer_step(state)
+
+    def make():
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))
+        return TrainState.create(model, Optimizer(torch.optim.SGD, lr=0.1, momentum=0.9))
+
+    batches = torch.randn(6, 4, 3, generator=torch.Generator().manual_seed(1))
+    state = reduce(step, batches[:2], make())
+    checkpoint.save(state, tmp_path / "thawed")
+    state.model[0].requires_grad_(requires_grad=False)
+    state = step(state, batches[2])
+    checkpoint.save(state, tmp_path / "frozen")
+    first = state.params["0.weight"].clone()
+    state = reduce(step, batches[3:], state)
+    assert torch.equal(state.params["0.weight"], first)
+
+    resumed = reduce(step, batches[3:], checkpoint.load(tmp_path / "frozen", like=make()))
+    assert first_difference(resumed.params, state.params) is None
+    # ``like`` is of the frozen run: the checkpoint decides
+    again = step(checkpoint.load(tmp_path / "thawed", like=state), batches[2])
+    assert not torch.equal(again.params["0.weight"], first)

@@ -9,7 +9,7 @@ from module_runs import SGD, batches, create, made, square, step
 from torch import nn
 from torch.nn.utils import prune
 
-from steploop import TrainState, accumulate, backward_scaled, checkpoint, forward_loss
+from steploop import TrainState, accumulate, backward_scaled, checkpoint, evaluate, forward_loss
 from steploop.core.trees import first_difference
 from steploop.errors import ConfigError, ObjectiveError
 
@@ -73,6 +73,14 @@ def adds_a_buffer(model):
     model.register_buffer("mask", torch.ones(3))
 
 
+def gives_a_buffer(model):
+    model[1].running_mean = torch.ones(3)
+
+
+def registers_a_buffer_anew(model):
+    model[1].register_buffer("running_mean", torch.ones(3))
+
+
 def removes_a_layer(model):
     del model[2]
 
@@ -109,6 +117,8 @@ BEHIND_THE_STATE = [
     (adds_a_layer, "it has new layers, parameters or buffers: 3.weight, 3.bias"),
     (adds_a_layer_without_values, "it has new layers, parameters or buffers: 3"),
     (adds_a_buffer, "it has new layers, parameters or buffers: mask"),
+    (gives_a_buffer, "its buffer 1.running_mean was replaced by another tensor"),
+    (registers_a_buffer_anew, "its buffer 1.running_mean was replaced by another tensor"),
     (removes_a_layer, "layers, parameters or buffers were removed: 2.weight, 2.bias"),
     (removes_a_parameter, "its parameter 2.bias was removed"),
     (sets_a_parameter_to_none, "2.bias"),
@@ -135,6 +145,57 @@ def test_a_module_that_is_changed_behind_the_state_is_refused_by_name_at_the_nex
         step(state, batches()[1])
     assert says in str(caught.value), str(caught.value)
     assert "TrainState.create(model" in str(caught.value)
+
+
+def test_a_buffer_replaced_before_an_evaluation_is_refused_there():
+    state = step(TrainState.create(made(chain), SGD), batches()[0])
+    gives_a_buffer(state.model)
+    with pytest.raises(ConfigError, match=r"its buffer 1\.running_mean was replaced"):
+        evaluate(state, batches(1), square)
+
+
+def test_a_cache_that_a_call_by_hand_makes_anew_is_no_change():
+    """As rotary embeddings do for a longer text: a buffer that no state_dict holds."""
+
+    class Cached(nn.Linear):
+        def __init__(self):
+            super().__init__(3, 3)
+            self.register_buffer("cache", torch.ones(4, 1), persistent=False)
+
+        def forward(self, x):
+            if len(x) > len(self.cache):
+                self.cache = torch.ones(len(x), 1)
+            return super().forward(x) * self.cache[: len(x)]
+
+    data = batches()
+    called, expected = (step(TrainState.create(made(Cached), SGD), data[0]) for _ in range(2))
+    called.model(torch.ones(9, 3))
+    called, expected = step(called, data[1]), step(expected, data[1])
+    assert first_difference(called.params, expected.params) is None
+
+
+def test_after_a_pass_that_failed_a_step_goes_on_as_if_it_had_not_been():
+    """The module makes its buffer anew in each pass, and the failed one has done so too."""
+
+    class Moving(nn.Linear):
+        def __init__(self):
+            super().__init__(3, 3)
+            self.register_buffer("mean", torch.zeros(3))
+
+        def forward(self, x):
+            self.mean = self.mean * 0.5 + x.mean(0)
+            return super().forward(x) - self.mean
+
+    def fails(model, batch):
+        square(model, batch)
+        raise ValueError("not today")
+
+    data = batches()
+    interrupted, expected = (step(TrainState.create(made(Moving), SGD), data[0]) for _ in range(2))
+    with pytest.raises(ValueError, match="not today"):
+        forward_loss(interrupted, data[2], fails)
+    interrupted, expected = step(interrupted, data[1]), step(expected, data[1])
+    assert first_difference(interrupted.buffers, expected.buffers) is None
 
 
 def test_values_that_are_copied_into_the_module_are_the_states():

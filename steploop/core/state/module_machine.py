@@ -40,6 +40,15 @@ class ModuleMachine:
         self.buffer_places = _registered(
             modules, "_buffers", {id(b): name for name, b in model.named_buffers()}, empty=True
         )
+        # the others are caches, which a call by hand may make anew
+        self._persistent = [
+            (module._buffers, key)
+            for module in modules.values()
+            for key in module._buffers
+            if key not in module._non_persistent_buffers_set
+        ]
+        # None: not known, as after a pass that failed
+        self._buffers_placed: list[Tensor | None] | None = [where[key] for where, key in self._persistent]
         self.placed: Mapping[str, Tensor] = params
         self._placing: Mapping[str, Tensor] = params
         self._dicts = [where for m in modules.values() for where in (m._modules, m._parameters, m._buffers)]
@@ -68,6 +77,26 @@ class ModuleMachine:
         """Point the module at these buffers; one that is not among them is None."""
         for where, key, name in self.buffer_places:
             where[key] = buffers.get(name)
+        self._buffers_placed = [where[key] for where, key in self._persistent]
+
+    def take_buffers(self) -> dict[str, Tensor]:
+        """The buffers after a pass, which are the state's from now on."""
+        self._buffers_placed = [where[key] for where, key in self._persistent]
+        return self.buffers()
+
+    def forget_buffers(self) -> None:
+        """After a pass that failed half-way the module holds any buffers."""
+        self._buffers_placed = None
+
+    def check_buffers(self) -> None:
+        """Raise ConfigError if somebody put another tensor in the place of a persistent buffer."""
+        placed = self._buffers_placed
+        if placed is None:
+            return
+        for (where, key), tensor in zip(self._persistent, placed, strict=True):
+            if where[key] is not tensor:
+                name = next(n for at, k, n in self.buffer_places if at is where and k == key)
+                raise _changed(f"its buffer {name} was replaced by another tensor")
 
     def buffers(self) -> dict[str, Tensor]:
         """The buffers that the module points at: a forward pass may have replaced them."""
@@ -160,6 +189,7 @@ class ModuleMachine:
 
     def adopt(self) -> None:
         """Take the parameters that stand in the module as those that were placed: a new state begins with them."""
+        self._buffers_placed = [where[key] for where, key in self._persistent]
         now = {name: where[key] for where, key, name in self.param_places}
         self._kind = _kind_of(next(iter(now.values()), None))  # model.to() changes parameters in place
         if any(now[name] is not tensor for name, tensor in self.placed.items()):

@@ -343,6 +343,7 @@ class _EvalMode:
     def __enter__(self) -> nn.Module:
         module = self._module
         module.check()
+        module.check_buffers()
         self._put_back = module.keep()
         module.place_params(self._params)
         module.place_buffers(self._buffers)

@@ -114,6 +114,8 @@ class TrainingPasses:
         self._before = module.point(state.lease, self._own_params)
         if self._before is not None:
             self._buffers_before = module.buffers()
+        if module.buffer_places:
+            module.check_buffers()
         if tensors.buffers:
             # BatchNorm updates its statistics in place: the old state keeps its own
             module.place_buffers({name: b.clone() for name, b in tensors.buffers.items()})
@@ -161,6 +163,7 @@ class TrainingPasses:
         elif module.placed is not self.tensors.params:
             module.place_params(self.tensors.params)
         if failure is not None:
+            module.forget_buffers()
             if self._attributes is not None:
                 module.attributes.put_back(self._attributes)
             # the parts before have left gradients, which may be what there is no room for
@@ -244,7 +247,7 @@ class TrainingPasses:
         )
         changes: dict[str, Any] = {}
         if module.buffer_places:
-            changes["buffers"] = module.buffers()
+            changes["buffers"] = module.take_buffers()
         if moved:
             changes["params"] = {**tensors.params, **moved}
         if self._attributes is not None:
