@@ -27,6 +27,7 @@ CPU = torch.device("cpu")
 SMALL = {
     "char_lm": {"max_characters": 6000, "context": 16, "width": 16, "batch_size": 8, "sample_characters": 12},
     "cifar_amp": {"data": "synthetic", "widths": (4, 8), "batch_size": 16},
+    "cifar_fast": {"data": "synthetic", "widths": (4, 8), "batch_size": 16, "epochs": 2},
     "gan": {"width": 4, "noise": 4, "batch_size": 20},
     "line_search": {"hidden": 8},
     "lr_schedules": {"hidden": 8, "epochs": 2},
@@ -58,7 +59,7 @@ def _shortened_library():
 def loaded(name):
     """The module of a shipped recipe, a new one every time; making 12,000 synthetic images would take seconds."""
     module = load_recipe_file(find_recipe(name)).module
-    if name == "cifar_amp":
+    if name in {"cifar_amp", "cifar_fast"}:
         module.load_images = partial(module.load_images, train_samples=80, test_samples=20)
     return module
 
@@ -504,3 +505,45 @@ def test_a_rate_too_low_is_raised_and_one_too_high_lowered():
     state = fold(high.train_step, some_batches(high, 3), high.state)
     assert state.learning_rate == pytest.approx(125.0)
     assert all(torch.equal(p, before[n]) for n, p in state.params.items())
+
+
+# -- cifar_fast ---------------------------------------------------------------------------------------------
+
+
+def test_cifar_fast_whitens_patches():
+    """The covariance of what the first convolution gives of 2x2 patches is the identity, up to its small constant."""
+    module = loaded("cifar_fast")
+    images = torch.rand(200, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    images = images.cumsum(3) + images.flip(1)  # neighbours and channels that depend on each other
+    filters = module.whitening(images)
+    assert filters.shape == (24, 3, 2, 2)
+    assert torch.equal(filters[:12], -filters[12:])
+    given = F.conv2d(images, filters[:12]).transpose(0, 1).reshape(12, -1)
+    torch.testing.assert_close(torch.cov(given), torch.eye(12), atol=0.02, rtol=0.0)
+
+
+def test_cifar_fast_mirrors_every_image_in_one_of_two_epochs():
+    module, recipe = built("cifar_fast", padding=0)
+    seen = []
+    recipe.state.model.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].clone()))
+    images = torch.rand(16, 3, 32, 32).contiguous(memory_format=torch.channels_last)
+    coins = torch.arange(16) % 2 == 0
+    state = recipe.state
+    for epoch in (0, 1, 2):
+        state = recipe.train_step(attrs.evolve(state, epoch=epoch), (images, torch.arange(16) % 10, coins))
+    assert torch.equal(seen[0], module.mirrored(images, coins))
+    assert torch.equal(seen[1], module.mirrored(images, ~coins))
+    assert torch.equal(seen[2], seen[0])
+    assert torch.equal(seen[0][0], images[0].flip(2))
+
+
+def test_the_biases_of_cifar_fast_learn_faster_and_decay_alike():
+    _, recipe = built("cifar_fast", bias_factor=8.0)
+    (batch,) = some_batches(recipe, 1)
+    slow, quick = recipe.train_step(recipe.state, batch).hyper
+    assert quick["lr"] == pytest.approx(8 * slow["lr"])
+    assert quick["lr"] * quick["weight_decay"] == pytest.approx(slow["lr"] * slow["weight_decay"])
+    names = recipe.state.machine.group_names
+    assert len(names[1]) == 4  # two norms in each of two groups
+    assert all(name.endswith(".bias") for name in names[1])
+    assert not any(name.endswith(".bias") and "0.bias" not in name for name in names[0])
