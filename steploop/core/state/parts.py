@@ -115,7 +115,8 @@ class TensorValues(Replaceable):
         slots: parameter name -> slot name -> what the optimizer keeps for the parameter.
         beside: what the optimizer keeps besides parameters and groups: "state" (keys that are no parameters) and
             "attributes" (of the optimizer itself); empty for torch's own optimizers.
-        extra: module name -> what its ``get_extra_state`` gave.
+        extra: module name -> what its ``get_extra_state`` gave; module and attribute name -> a plain attribute that
+            passes change.
         ema: parameter (or buffer) name -> its average, or None.
         carry: the user's own tree of tensors and plain values, or None.
         leaves: the trainable parameters, in the order of ``params``.
