@@ -144,9 +144,11 @@ def build(config: Config, device: torch.device) -> Recipe:
         height = 0.2 + 0.8 * part / 0.23 if part < 0.23 else 1.0 - 0.93 * (part - 0.23) / 0.77
         return config.learning_rate * height
 
-    def objective(model: nn.Module, batch: Batch) -> tuple[Tensor, Mapping[str, Tensor]]:
-        inputs, labels, *_ = batch
-        logits = model(inputs)  # (B, classes)
+    def objective(
+        model: nn.Module, batch: Batch, *, odd: bool = False
+    ) -> tuple[Tensor, Mapping[str, Tensor]]:
+        inputs, labels, coin = batch
+        logits = model(mirrored(inputs, coin ^ odd))  # (B, classes)
         return F.cross_entropy(logits, labels, label_smoothing=config.label_smoothing), {"logits": logits}
 
     def judge(model: nn.Module, batch: tuple[Tensor, Tensor]) -> tuple[Tensor, Mapping[str, Tensor]]:
@@ -155,9 +157,8 @@ def build(config: Config, device: torch.device) -> Recipe:
         return F.cross_entropy(logits, labels), {"logits": logits}
 
     def train_step(state: TrainState, batch: Batch) -> TrainState:
-        inputs, labels, coin = batch
-        inputs = mirrored(inputs, coin ^ (state.epoch % 2 == 1))  # every image both ways in two epochs
-        state = forward_loss(state, (inputs, labels), objective)
+        odd = state.epoch % 2 == 1  # in two epochs every image is seen both ways
+        state = forward_loss(state, batch, partial(objective, odd=odd))
         state = backward_scaled(state)
         state = unscale_and_clip(state, max_norm=config.max_norm)
         state = optimizer_step(state)
