@@ -8,7 +8,8 @@ convolutions begin as identities; BatchNorm has a bias alone, which learns 64 ti
 mirrored in every second epoch instead of by chance; the weights that are judged are an average; a test image is seen twice,
 once mirrored. (The manner of Keller Jordan's airbench94 and of David Page's "How to Train Your ResNet".)
 
-MEASURED
+Measured: 66.3% test accuracy after the first of eight epochs with widths 16,64,64 and batches of 512 on CIFAR-10 as JPEG files, seed 0,
+fp32, 2 CPU cores (AMD EPYC, AVX2, one of them used), torch 2.14.1, 109 s of processor time; nothing was run on a GPU yet.
 """
 
 import math
