@@ -67,7 +67,7 @@ class Norm(nn.BatchNorm2d):
 
     def __init__(self, channels: int) -> None:
         super().__init__(channels, momentum=0.4)
-        self.weight.requires_grad_(requires_grad=False)
+        self.weight.requires_grad = False
 
 
 class Group(nn.Sequential):
@@ -80,18 +80,20 @@ class Group(nn.Sequential):
         super().__init__(first, nn.MaxPool2d(2), Norm(outer), nn.GELU(), second, Norm(outer), nn.GELU())
 
 
-class FastNet(nn.Sequential):
+class FastNet(nn.Module):
     """Whitening, groups, and one linear layer: (B, 3, H, W) -> (B, classes)."""
 
     def __init__(self, widths: tuple[int, ...], classes: int, images: Tensor) -> None:
+        super().__init__()
         whiten = nn.Conv2d(3, 24, kernel_size=2)
         whiten.weight = nn.Parameter(whitening(images), requires_grad=False)
         groups = [Group(*sizes) for sizes in zip((24, *widths), widths, strict=False)]
         head = [nn.AdaptiveMaxPool2d(1), nn.Flatten(), nn.Linear(widths[-1], classes, bias=False)]
-        super().__init__(whiten, nn.GELU(), *groups, *head)
+        self.layers = nn.Sequential(whiten, nn.GELU(), *groups, *head)
 
     def forward(self, images: Tensor) -> Tensor:
-        return super().forward(images) / 9
+        logits: Tensor = self.layers(images)
+        return logits / 9
 
 
 def whitening(images: Tensor) -> Tensor:
