@@ -126,8 +126,9 @@ def test_a_step_of_parts_is_the_one_that_is_written_by_hand():
             b.copy_(sum(share * end[name] for share, end in ends))
         assert float(state.loss) == pytest.approx(loss)
         for name, p in {**dict(model.named_parameters()), **dict(model.named_buffers())}.items():
+            found = {**state.params, **state.buffers}[name].detach()
             torch.testing.assert_close(
-                {**state.params, **state.buffers}[name], p.detach(), rtol=1e-5, atol=1e-6
+                found, p.detach(), rtol=1e-5, atol=1e-6, msg=lambda m, n=name: f"{n}: {m}"
             )
 
 

@@ -26,6 +26,7 @@ __all__ = [
     "seeded_generators",
     "surroundings",
     "translated",
+    "unchanged",
 ]
 
 # objective(model, batch) -> loss | (loss, outputs) | (loss, outputs, weight)
@@ -200,13 +201,11 @@ class TrainingPasses:
             )
         return loss, outputs if keep_graph else map_tensors(Tensor.detach, outputs), weight
 
-    def begin_again(self, buffers: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Let the next pass begin from copies of these buffers, and from the state's extra state; the copies."""
+    def begin_again(self, buffers: Mapping[str, Tensor]) -> None:
+        """Let the next pass begin from copies of these buffers, and from the state's extra state."""
         module = self._machine.module
-        copies = {name: b.clone() for name, b in buffers.items()}
-        module.place_buffers(copies)
+        module.place_buffers({name: lazy_clone(b) for name, b in buffers.items()})
         module.set_extra_state(self._state.tensors.extra)
-        return copies
 
     def buffers(self) -> dict[str, Tensor]:
         """The buffers after the last pass."""
@@ -264,13 +263,13 @@ class TrainingPasses:
     def _moved(self) -> tuple[str, ...]:
         """The names of the parameters that the first pass has changed."""
         before, now = self._copies, self._own_params
-        frozen = [n for n in self._machine.not_trained if not _unchanged(now[n], before[n])]
+        frozen = [n for n in self._machine.not_trained if not unchanged(now[n], before[n])]
         trained = [
             name
             for name, leaf, version in zip(
                 self._machine.trainable, self._state.tensors.leaves, self._versions, strict=True
             )
-            if leaf._version != version or not _unchanged(leaf, before[name])
+            if leaf._version != version or not unchanged(leaf, before[name])
         ]
         return (*frozen, *trained)
 
@@ -292,7 +291,7 @@ def _moves(name: str) -> CompileError:
     )
 
 
-def _unchanged(now: Tensor, before: Tensor) -> bool:
+def unchanged(now: Tensor, before: Tensor) -> bool:
     """Whether a copy has its first value; one whose memory is still shared lazily was never written to."""
     if hasattr(torch._C, "_is_cow_tensor") and torch._C._is_cow_tensor(now):
         return True

@@ -12,7 +12,7 @@ from steploop.core.ranks import Parts, Ranks
 from steploop.core.state.parts import Began
 from steploop.core.state.train_state import TrainState
 from steploop.core.steps.backward_pass import gradients, recomputed, seed_of
-from steploop.core.steps.forward_pass import Objective, TrainingPasses
+from steploop.core.steps.forward_pass import Objective, TrainingPasses, unchanged
 from steploop.core.steps.part_agreement import Agreed, Ran, counts
 from steploop.core.steps.part_sums import PartSum
 from steploop.core.trees import UNCOUNTED, count_samples, first_difference
@@ -145,12 +145,11 @@ def run_part(
     keep_graph: bool = False,
 ) -> Ran:
     """The pass of one part, from copies of ``buffers``."""
-    placed = passes.begin_again(buffers)
-    versions = {name: b._version for name, b in placed.items()}
+    passes.begin_again(buffers)
     loss, outputs, weight = passes.run(batch, objective, draw=draw, keep_graph=keep_graph)
     found = passes.buffers()
-    changed = {n for n, b in found.items() if placed.get(n) is not b or b._version != versions[n]}
-    changed |= placed.keys() - found.keys()
+    changed = {n for n, b in found.items() if n not in buffers or not unchanged(b, buffers[n])}
+    changed |= buffers.keys() - found.keys()
     own = weight is not None
     weight = _checked(weight if own else count_samples(batch), by)
     return Ran(loss, outputs, weight, own, found, frozenset(changed))
