@@ -11,6 +11,7 @@ SteploopError                     anything below; exit code 1
 ├── DataError (RuntimeError)      a dataset, worker or loader failed
 │   └── EmptyDataError (ValueError)       there is nothing to train or evaluate on
 ├── CompileError (RuntimeError)   a train step cannot be captured as one graph
+├── RankFailedError (RuntimeError) another rank of the run failed, died or hangs; exit code 7
 ├── RunLockedError (RuntimeError) another process owns the run directory; exit code 6
 ├── RunExistsError (FileExistsError)      the run directory holds a run already; exit code 2
 └── CheckpointError (RuntimeError) exit code 3
@@ -118,6 +119,20 @@ class EmptyDataError(DataError, ValueError):
 
 class CompileError(SteploopError, RuntimeError):
     """A train step cannot be captured as one graph."""
+
+
+class RankFailedError(SteploopError, RuntimeError):
+    """Another rank of the run failed, died or hangs; this one ends with it.
+
+    Attributes:
+        said: whether another rank says so already.
+    """
+
+    exit_code: ClassVar[int] = 7
+
+    def __init__(self, message: str, *, said: bool = False) -> None:
+        super().__init__(message)
+        self.said = said
 
 
 class RunLockedError(SteploopError, RuntimeError):

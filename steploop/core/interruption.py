@@ -22,20 +22,30 @@ class Interrupted(BaseException):  # no Exception: like KeyboardInterrupt, it mu
         self.signum = signum
 
 
-_watchers: list[Callable[[], None]] = []
+_watchers: list[tuple[Callable[[], None], Callable[[], None]]] = []
 
 
-def check_interruption() -> None:
-    """Raise Interrupted if the run was asked to stop; do nothing without a run."""
-    for watcher in _watchers:
-        watcher()
+def check_interruption(*, together: bool = False) -> None:
+    """Raise Interrupted if the run was asked to stop; do nothing without a run.
+
+    Args:
+        together: whether all ranks of a run ask here, equally often, so that they can agree to stop.
+    """
+    for alone, agreed in _watchers:
+        (agreed if together else alone)()
 
 
 @contextmanager
-def watched_by(watcher: Callable[[], None]) -> Iterator[None]:
-    """Call ``watcher`` at every ``check_interruption()`` inside; it raises Interrupted to stop."""
-    _watchers.append(watcher)
+def watched_by(watcher: Callable[[], None], agreed: Callable[[], None] | None = None) -> Iterator[None]:
+    """Call ``watcher`` at every ``check_interruption()`` inside; it raises Interrupted to stop.
+
+    Args:
+        watcher: called by a process on its own.
+        agreed: called where all ranks ask together; ``watcher`` too unless given.
+    """
+    entry = watcher, agreed or watcher
+    _watchers.append(entry)
     try:
         yield
     finally:
-        _watchers.remove(watcher)
+        _watchers.remove(entry)

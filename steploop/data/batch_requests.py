@@ -28,6 +28,7 @@ __all__ = [
     "Failure",
     "Fetcher",
     "MapDataset",
+    "PartRequests",
     "Request",
     "Transform",
     "ambient_generators_restored",
@@ -94,6 +95,33 @@ class EpochRequests(Sequence[Request]):
             world_size=self.world_size,
         )
         return Request(epoch=self.epoch, batch=self.start + n, indices=rows.tolist())
+
+
+@attrs.frozen
+class PartRequests(Sequence[Request]):
+    """The requests of an epoch, each cut into those for the parts of one rank, part after part.
+
+    Attributes:
+        whole: the requests for whole batches.
+        mine: the numbers of the rank's parts.
+        total: how many parts a batch has.
+    """
+
+    whole: EpochRequests
+    mine: range
+    total: int
+
+    def __len__(self) -> int:
+        return len(self.whole) * len(self.mine)
+
+    def __getitem__(self, n: Any) -> Any:
+        if not 0 <= n < len(self):
+            raise IndexError(n)
+        batch, at = divmod(n, len(self.mine))
+        request: Request = self.whole[batch]
+        samples, part = len(request.indices), self.mine[at]
+        first, end = part * samples // self.total, (part + 1) * samples // self.total
+        return attrs.evolve(request, indices=request.indices[first:end])
 
 
 @attrs.frozen
@@ -188,6 +216,8 @@ class Fetcher(Dataset[Any]):
         return {"_modules": SentModules(), **self.__dict__}
 
     def __getitem__(self, request: Request) -> Any:
+        if not request.indices:  # a part of a short last batch may have no samples
+            return None
         info = get_worker_info()
         at, collating = request.indices, False
         try:

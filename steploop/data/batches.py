@@ -18,6 +18,7 @@ from torch.utils.data import (
     default_collate,
 )
 
+from steploop.core.ranks import Ranks, split_parts
 from steploop.core.seeds import fold_in
 from steploop.data.batch_requests import ambient_generators_restored, seed_ambient_generators
 from steploop.data.loader import Loader
@@ -26,7 +27,7 @@ from steploop.data.sampling import weighted_order
 from steploop.data.stream import Stream
 from steploop.errors import ConfigError, DataError, EmptyDataError
 
-__all__ = ["Batches", "as_batches"]
+__all__ = ["Batches", "as_batches", "epoch_of_parts"]
 
 
 @runtime_checkable
@@ -95,6 +96,25 @@ def as_batches(value: Any, *, seed: int) -> Batches:
         )
     loader = _as_loader(value, seed) if type(value) is DataLoader else None
     return loader or Stream(partial(_read, value, seed), length=length)
+
+
+def epoch_of_parts(batches: Batches, ranks: Ranks | None, epoch: int, start: int) -> Iterable[Any]:
+    """The batches of an epoch, each as the parts of one rank; whole ones without ranks.
+
+    Batches that have no ``in_parts`` are read whole by every rank, which keeps its parts.
+
+    Args:
+        batches: the batches.
+        ranks: whose parts; None: no ranks.
+        epoch: the number of the epoch.
+        start: its first batch.
+    """
+    if ranks is None:
+        return batches.epoch(epoch, start)
+    if (in_parts := getattr(batches, "in_parts", None)) is not None:
+        parts: Iterable[Any] = in_parts(ranks, epoch, start)
+        return parts
+    return (split_parts(batch, ranks) for batch in batches.epoch(epoch, start))
 
 
 def _no_batches(value: Any) -> ConfigError:

@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable, Iterator
+from itertools import islice
 from typing import Any
 
 import torch
@@ -10,7 +11,9 @@ from torch import Tensor
 from steploop.core.trees import map_tensors, to_device
 from steploop.errors import ConfigError, DataError
 
-__all__ = ["EpochBatches", "ahead_of_use", "as_device"]
+__all__ = ["EpochBatches", "ahead_of_use", "as_device", "grouped"]
+
+_END = object()
 
 
 def as_device(device: torch.device | str | None) -> torch.device | None:
@@ -42,7 +45,7 @@ class EpochBatches(Iterator[Any]):
         (tensor([2, 3]), 2)
     """
 
-    def __init__(self, batches: Iterator[Any], *, start: int, close: Callable[[], None]) -> None:
+    def __init__(self, batches: Iterator[Any], close: Callable[[], None], *, start: int) -> None:
         self._batches = batches
         self._close = close
         self.position = start
@@ -83,6 +86,12 @@ def _nothing() -> None:
     pass
 
 
+def grouped(values: Iterator[Any], size: int) -> Iterator[tuple[Any, ...]]:
+    """Group the values by so many."""
+    while group := tuple(islice(values, size)):
+        yield group
+
+
 def ahead_of_use(
     batches: Iterator[Any], device: torch.device, finish: Callable[[Any, int], Any], depth: int
 ) -> Iterator[Any]:
@@ -107,8 +116,8 @@ def ahead_of_use(
 
     def take_off(n: int) -> bool:
         with torch.cuda.stream(stream):  # data that lie on the device are gathered on it, too
-            host = next(batches, None)
-            if host is None:
+            host = next(batches, _END)
+            if host is _END:
                 return False
             flying.append((finish(to_device(host, device), n), stream.record_event()))
         return True

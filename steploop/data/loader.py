@@ -7,14 +7,15 @@ import attrs
 import torch
 
 from steploop.core.interruption import check_interruption
+from steploop.core.ranks import Parts, Ranks
 from steploop.core.seeds import fold_in
 from steploop.core.steps.trial import in_trial
 from steploop.core.trees import map_tensors
 from steploop.core.validators import boolean, integer, require_int, to_integer
 from steploop.data.accepted import accepted, is_tensors
-from steploop.data.batch_requests import EpochRequests, Failure, Fetcher, Request, Transform
+from steploop.data.batch_requests import EpochRequests, Failure, Fetcher, PartRequests, Request, Transform
 from steploop.data.dataset_size import count_dataset, on_device
-from steploop.data.epochs import EpochBatches, ahead_of_use, as_device
+from steploop.data.epochs import EpochBatches, ahead_of_use, as_device, grouped
 from steploop.data.order import BATCH, batches_per_epoch, epoch_order
 from steploop.data.sampling import Order, checked_order
 from steploop.data.workers import WorkerPool
@@ -23,7 +24,7 @@ from steploop.errors import ConfigError, EmptyDataError
 __all__ = ["Augment", "Loader"]
 
 Augment = Callable[[Any, torch.Generator], Any]
-"""``(batch, generator) -> batch``; the generator (CPU) is seeded by (seed, epoch, batch number, rank)."""
+"""``(batch, generator) -> batch``; the generator (CPU) is seeded by (seed, epoch, batch number, part)."""
 
 
 @attrs.frozen(kw_only=True, eq=False)
@@ -56,7 +57,7 @@ class Loader:
 
     Args:
         dataset: the samples, as in the table.
-        batch_size: samples in a batch, of one process.
+        batch_size: samples in a batch: in all its parts together, however many ranks share them (see ``in_parts``).
         seed: the run's seed.
         shuffle: whether every epoch has an order of its own; else the order of the dataset.
         order: ``(seed=, epoch=) -> indices`` of the samples to visit, instead of a shuffle: `weighted_order`,
@@ -73,7 +74,8 @@ class Loader:
         collate: makes a batch of a list of samples; ``torch.utils.data.default_collate`` unless given.
         device: where the batches go; None leaves them where they are.
         prefetch: batches that each worker makes ahead, and transfers to CUDA in flight.
-        rank: this process among those that share the data.
+        rank: this process among those that share the data in a loop without `Ranks`, as around
+            ``DistributedDataParallel``. There, ``batch_size`` is that of one process.
         world_size: number of those processes. Every one gets as many batches as every other.
 
     Raises:
@@ -157,24 +159,64 @@ class Loader:
             ConfigError: there is no such position.
             DataError: workers could not be started; later, from the iterator: a dataset or a worker failed.
         """
-        require_int("epoch", epoch, minimum=0)
-        require_int("start", start, minimum=0, maximum=len(self))
-        requests: Sequence[Request] = self._requests(epoch, start)
-        if in_trial():  # an evaluation with a loop of its own
-            requests = [requests[n] for n in range(min(1, len(requests)))]
+        return EpochBatches(
+            *self._started(epoch, start, self._requests(epoch, start), None, poll), start=start
+        )
+
+    def in_parts(
+        self, ranks: Ranks, epoch: int = 0, start: int = 0, *, poll: Callable[[], None] | None = None
+    ) -> EpochBatches:
+        """The same batches as ``epoch`` gives, each as the `Parts` of one rank: nothing else is read.
+
+        Part p of P holds the samples ``[p * n // P, (p + 1) * n // P)`` of the n of a batch, and has an augmentation of
+        its own, seeded by (seed, epoch, batch number, p). Neither depends on the number of ranks. A part of a last batch of
+        fewer than P samples may have none: it is None.
+
+        Args:
+            ranks: whose parts.
+            epoch: as for ``epoch``; the rest too.
+            start: the first batch.
+            poll: called while workers make us wait.
+
+        Raises:
+            ConfigError: there is no such position.
+            DataError: as from ``epoch``.
+
+        Example:
+            >>> loader = Loader(torch.arange(6), batch_size=4, seed=0, shuffle=False)
+            >>> [parts.batches for parts in loader.in_parts(Ranks(parts=2))]
+            [(tensor([0, 1]), tensor([2, 3])), (tensor([4]), tensor([5]))]
+        """
+        mine, total = ranks.mine, ranks.parts
+        requests = PartRequests(self._requests(epoch, start), mine, total)
+        batches, close = self._started(epoch, start, requests, mine, poll)
+        parts = (Parts(some, mine, total) for some in grouped(batches, len(mine)))
+        return EpochBatches(parts, close, start=start)
+
+    def _started(
+        self,
+        epoch: int,
+        start: int,
+        requests: Sequence[Request],
+        parts: Sequence[int] | None,
+        poll: Callable[[], None] | None,
+    ) -> tuple[Iterator[Any], Callable[[], None]]:
+        """Begin to make the batches that are asked for, or their parts; also what ends that."""
+        numbers = (self.rank,) if parts is None else parts
         pool = self._pool() if self.num_workers > 0 and len(requests) > 0 else None
         if pool is not None:
             pool.begin(requests)
         batches: Iterator[Any] = self._batches(requests, pool, poll)
 
         def finish(batch: Any, n: int) -> Any:
-            return self._augmented(batch, epoch, start + n)
+            ahead, at = divmod(n, len(numbers))
+            return self._augmented(batch, epoch, start + ahead, numbers[at])
 
         if self.device is None:
             batches = (finish(batch, n) for n, batch in enumerate(batches))
         else:
-            batches = ahead_of_use(batches, self.device, finish, self.prefetch)
-        return EpochBatches(batches, start=start, close=lambda: self._release(pool))
+            batches = ahead_of_use(batches, self.device, finish, self.prefetch * len(numbers))
+        return batches, lambda: self._release(pool)
 
     def samples_of(self, epoch: int, batch: int) -> list[int]:
         """The indices of the samples in a batch of an epoch, in their order.
@@ -188,11 +230,14 @@ class Loader:
         return found
 
     def _requests(self, epoch: int, start: int) -> EpochRequests:
+        require_int("epoch", epoch, minimum=0)
+        require_int("start", start, minimum=0, maximum=len(self))
         return EpochRequests(
             self._order(epoch, self.samples_per_epoch),
             epoch=epoch,
             start=start,
-            batches=len(self),
+            # an evaluation with a loop of its own needs one for a trial
+            batches=min(start + 1, len(self)) if in_trial() else len(self),
             batch_size=self.batch_size,
             drop_last=self.drop_last,
             rank=self.rank,
@@ -263,8 +308,8 @@ class Loader:
                 batch = map_tensors(lambda t: t if t.is_cuda else t.pin_memory(), batch)
             yield batch
 
-    def _augmented(self, batch: Any, epoch: int, number: int) -> Any:
-        if self.augment is None:
+    def _augmented(self, batch: Any, epoch: int, number: int, part: int) -> Any:
+        if self.augment is None or batch is None:
             return batch
-        generator = torch.Generator().manual_seed(fold_in(self.seed, BATCH, epoch, number, self.rank))
+        generator = torch.Generator().manual_seed(fold_in(self.seed, BATCH, epoch, number, part))
         return self.augment(batch, generator)

@@ -6,6 +6,7 @@ from typing import Any
 import attrs
 import torch
 
+from steploop.core.ranks import Ranks, split_parts
 from steploop.core.validators import boolean, integer, require_int
 from steploop.data.epochs import EpochBatches, ahead_of_use, as_device
 from steploop.errors import ConfigError, DataError, EmptyDataError
@@ -89,7 +90,27 @@ class Stream:
         batches = self._checked(epoch, start, poll)
         if self.device is not None:
             batches = ahead_of_use(batches, self.device, lambda batch, _: batch, depth=2)
-        return EpochBatches(batches, start=start, close=lambda: None)
+        return EpochBatches(batches, lambda: None, start=start)
+
+    def in_parts(
+        self, ranks: Ranks, epoch: int = 0, start: int = 0, *, poll: Callable[[], None] | None = None
+    ) -> EpochBatches:
+        """The same batches as ``epoch`` gives, each as the `Parts` of one rank.
+
+        Every rank reads every batch and keeps its own parts of it: the function has to give the same batches on all.
+
+        Args:
+            ranks: whose parts.
+            epoch: as for ``epoch``; the rest too.
+            start: the first batch.
+            poll: called before every batch.
+
+        Raises:
+            ConfigError: there is no such position.
+            DataError: as from ``epoch``; later, from the iterator: a batch cannot be cut.
+        """
+        whole = self.epoch(epoch, start, poll=poll)
+        return EpochBatches((split_parts(batch, ranks) for batch in whole), whole.close, start=start)
 
     def _checked(self, epoch: int, start: int, poll: Callable[[], None] | None) -> Iterator[Any]:
         position = start

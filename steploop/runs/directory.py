@@ -300,19 +300,25 @@ def open_directory(path: Path) -> RunDirectory:
 
 
 class Status:
-    """status.json: written at the start, after each evaluation and checkpoint, and at the end."""
+    """status.json: written at the start, after each evaluation and checkpoint, and at the end.
 
-    def __init__(self, directory: RunDirectory, **values: Any) -> None:
-        self._path = directory.status
+    Args:
+        directory: of the run; None: nothing is written, as by all ranks but one.
+        values: the first entries.
+    """
+
+    def __init__(self, directory: RunDirectory | None, **values: Any) -> None:
+        self._path = None if directory is None else directory.status
         self._values: dict[str, Any] = {
             "state": "running",
             "pid": os.getpid(),
             "host": socket.gethostname(),
             **values,
         }
-        write_json(self._path, self._values)
+        self.update()
 
     def update(self, **values: Any) -> None:
         """Change some entries."""
         self._values |= values
-        write_json(self._path, self._values)
+        if self._path is not None:
+            write_json(self._path, self._values)

@@ -13,6 +13,7 @@ from steploop.runs.metric_values import read_metrics
 from steploop.runs.monitoring import fold_metrics, stopped
 from steploop.runs.pace import Pace
 from steploop.runs.plan import Journal, Keeper
+from steploop.runs.ranks.team import Team
 from steploop.runs.signals import StopFlag
 
 __all__ = ["Evaluations"]
@@ -27,6 +28,7 @@ class Evaluations:
         keeper: given the state where an evaluation fails.
         stop: ends an evaluation between two of its batches.
         pace: the watch of training, which stands meanwhile.
+        team: the ranks that train together; what rank 0 measured decides for all.
 
     Attributes:
         metrics: of the last one; empty before the first.
@@ -34,7 +36,10 @@ class Evaluations:
         due: the digest of the state whose evaluation did not come to its end, where its cursor does not say so.
     """
 
-    def __init__(self, recipe: Recipe, journal: Journal, keeper: Keeper, stop: StopFlag, pace: Pace) -> None:
+    def __init__(
+        self, recipe: Recipe, journal: Journal, keeper: Keeper, stop: StopFlag, pace: Pace, *, team: Team
+    ) -> None:
+        self._team = team
         self._recipe = recipe
         self._journal = journal
         self._keeper = keeper
@@ -64,7 +69,8 @@ class Evaluations:
         begun = time.perf_counter()
         try:
             with self._stop.interruption_allowed():
-                metrics = read_metrics(self._recipe.evaluate(state))
+                measured = read_metrics(self._recipe.evaluate(state))
+                metrics = self._team.by_first(lambda: measured)
         except (Interrupted, Exception) as error:
             if between_steps:
                 self.due = digest(state)  # once it is folded, the digest is another

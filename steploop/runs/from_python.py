@@ -20,7 +20,8 @@ from steploop.runs.initial_weights import InitialWeights
 from steploop.runs.logs.notebook_screen import NotebookScreen, in_notebook
 from steploop.runs.logs.screens import PlainScreen, QuietScreen, Screen, choose_screen
 from steploop.runs.members import lead
-from steploop.runs.requests import make_request, resume_request
+from steploop.runs.ranks.team import assembled
+from steploop.runs.requests import Request, make_request, resume_request
 from steploop.runs.signals import StopFlag, exit_code_of
 from steploop.runs.summary import Summary
 from steploop.runs.trust import require_trust
@@ -51,6 +52,9 @@ def run(
     require_exact: bool = False,
     restart_epoch: bool = False,
     trust: bool = False,
+    parts: int | None = None,
+    ranks: Literal["exact", "fast"] | None = None,
+    rank_timeout: float | None = None,
     **config: Any,
 ) -> Summary:
     """Train a recipe; the run directory, the exactness and the errors are those of ``steploop run``.
@@ -80,6 +84,10 @@ def run(
         require_exact: refuse to resume where the bits may come out differently.
         restart_epoch: resume at the beginning of an epoch instead of in its middle, with the data that there are now.
         trust: resume a run whose files belong to another user.
+        parts: that each batch is cut into, shared by the ranks that torchrun has started; None: one for each rank. With the same
+            parts, the number of ranks changes no bit; a resume keeps it.
+        ranks: "exact", or "fast", which sums over ranks in the quickest order; None: exact, or as before a resume.
+        rank_timeout: seconds that a rank waits for the others before the run ends; 600 unless given.
         config: settings of the recipe, checked by name and type.
 
     Returns:
@@ -102,6 +110,7 @@ def run(
         "device": device, "limit_steps": limit_steps, "checkpoint_every": checkpoint_every, "log_every": log_every,
         "compile": compile, "tensorboard": tensorboard, "csv": csv, "mlflow": mlflow, "wandb": wandb,
         "layer_norms": layer_norms, "require_exact": require_exact, "restart_epoch": restart_epoch,
+        "parts": parts, "ranks": ranks, "rank_timeout": rank_timeout,
         "init": init if init is None or isinstance(init, InitialWeights) else InitialWeights(path=init),
     }  # fmt: skip
     file: RecipeFile | None
@@ -183,6 +192,8 @@ def launch(
     stop: StopFlag | None = None,
     loggers: Sequence[Logger] = (),
     trust: bool = False,
+    ranks: Literal["exact", "fast"] | None = None,
+    rank_timeout: float | None = None,
     **options: Any,
 ) -> Summary:
     """Begin a run or go on with one: what the command line and ``steploop.run`` share.
@@ -196,11 +207,36 @@ def launch(
         stop: the flag that signals set.
         loggers: in addition to those of the recipe.
         trust: go on with a run whose files belong to another user.
+        ranks: how sums over parts are taken; None: exact, or as before a resume.
+        rank_timeout: seconds that a rank waits for the others.
         options: fields of Plan and of Request.
 
     Raises:
         SteploopError: see ``carry_out``, ``make_request`` and ``resume_request``.
     """
+    if ranks not in {None, "exact", "fast"}:
+        raise ConfigError(f'ranks must be "exact" or "fast", but is {ranks!r}.')
+    options["fast"] = None if ranks is None else ranks == "fast"
+    with assembled(limit_s=rank_timeout) as team:
+        if not team.first:
+            screen, loggers = QuietScreen(), ()
+        if resume is None and (begun := team.begun_before()) is not None:
+            # torchrun has started the ranks again: they go on with the run that they began, by the copy of its recipe
+            recipe, values, out, resume = None if isinstance(recipe, str) else recipe, {}, None, begun
+            options |= {"init": None, "restart_epoch": False}
+        request = _request(recipe, values, out=out, resume=resume, trust=trust, team=team, **options)
+        return carry_out(request, screen, stop, loggers, team)
+
+
+def _request(
+    recipe: str | RecipeFile | None,
+    values: Mapping[str, Any],
+    *,
+    out: Path | None,
+    resume: Path | None,
+    trust: bool,
+    **options: Any,
+) -> Request:
     if resume is not None:
         if out is not None:
             raise ConfigError(
@@ -211,13 +247,11 @@ def launch(
                 "--init and --resume are both given. A resumed run goes on with its own weights: leave --init out."
             )
         require_trust(resume, trust=trust, command="resume")
-        request = resume_request(resume, recipe, values, **options)
-    elif recipe is None:
+        return resume_request(resume, recipe, values, **options)
+    if recipe is None:
         raise ConfigError(
             "Which recipe? Give a file or a name, as in steploop run cifar_amp, or --resume DIR."
         )
-    elif options.get("restart_epoch"):
+    if options.get("restart_epoch"):
         raise ConfigError("--restart-epoch is about a run that was begun. Give it to steploop resume DIR.")
-    else:
-        request = make_request(recipe, values, out=out, **options)
-    return carry_out(request, screen, stop, loggers)
+    return make_request(recipe, values, out=out, **options)

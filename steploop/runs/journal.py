@@ -5,7 +5,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
-from steploop.runs.logs import JsonLines, Loggers
+from steploop.runs.logs import Loggers
 from steploop.runs.logs.screens import Screen
 
 __all__ = ["LoggedSteps", "RunJournal"]
@@ -60,7 +60,7 @@ class RunJournal:
 
     def __init__(
         self,
-        lines: JsonLines,
+        lines: Callable[[Mapping[str, Any]], None],
         loggers: Loggers,
         logged: LoggedSteps,
         screen: Screen,

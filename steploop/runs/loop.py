@@ -12,6 +12,7 @@ from typing import Any
 
 from steploop.core.interruption import Interrupted
 from steploop.core.state.several import State, members
+from steploop.data.batches import epoch_of_parts
 from steploop.errors import EmptyDataError, NonFiniteError
 from steploop.recipe.recipe import Recipe
 from steploop.runs.evaluations import Evaluations
@@ -27,6 +28,7 @@ from steploop.runs.members import (
 from steploop.runs.monitoring import ending_of, stopped
 from steploop.runs.pace import Pace
 from steploop.runs.plan import Ending, Journal, Keeper, Plan, Witness, lines_every
+from steploop.runs.ranks.team import Team
 from steploop.runs.signals import StopFlag
 from steploop.runs.skips import SkipReporter
 from steploop.runs.step_metrics import read_step
@@ -50,6 +52,7 @@ class Loop:
         stop: looked at between two steps.
         begun_s: ``time.perf_counter()`` at the start of the run, for the times in the journal.
         witness: shown each step; None: steps that are skipped are only counted.
+        team: the ranks that train together.
     """
 
     def __init__(
@@ -62,7 +65,9 @@ class Loop:
         stop: StopFlag,
         begun_s: float,
         witness: Witness | None = None,
+        team: Team | None = None,
     ) -> None:
+        self._team = team or Team()
         self._recipe = recipe
         self._plan = plan
         self._journal = journal
@@ -82,7 +87,7 @@ class Loop:
         self._position = 0
         self._attempted = 0
         self._taken = False
-        self.evaluations = Evaluations(recipe, journal, keeper, stop, self._pace)
+        self.evaluations = Evaluations(recipe, journal, keeper, stop, self._pace, team=self._team)
 
     def run(self, state: State, *, evaluation_due: bool = False) -> tuple[State, Ending]:
         """Train to the end, or until the run is asked to stop.
@@ -119,7 +124,7 @@ class Loop:
         epoch, start = lead(state).epoch, lead(state).batch
         self._position = start
         if start < self._steps_per_epoch:
-            batches = self._recipe.batches.epoch(epoch, start)
+            batches = epoch_of_parts(self._recipe.batches, lead(state).ranks, epoch, start)
             self._pace.go()
             try:
                 state = reduce(self._step, self._until_told(batches), state)
@@ -166,6 +171,7 @@ class Loop:
             finally:
                 self._stop.interruptible = False
             self._pace.waited(time.perf_counter() - begun)
+            self._team.at(self._attempted + 1)
             yield batch
 
     def _step(self, state: State, batch: Any) -> State:
@@ -202,6 +208,7 @@ class Loop:
             _crossed(self._plan.checkpoint_every, before, now) and self._position < self._steps_per_epoch
         ):
             self._keeper.save(state, best=improved)
+        self._stop.agree()
         if self._stop.signum is not None:
             self._ending = "interrupted"
         elif self._reached_limit(now) and self._position < self._steps_per_epoch:

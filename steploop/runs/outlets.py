@@ -19,11 +19,29 @@ from steploop.runs.requests import Request
 __all__ = ["Outlets", "open_outlets"]
 
 
+class _NoLines:
+    """The log of a rank that writes nothing."""
+
+    missing = None
+
+    def __call__(self, line: Mapping[str, Any]) -> None:
+        """Drop a line."""
+
+    def keep(self, *_: Any) -> list[Mapping[str, Any]]:
+        """There is none."""
+        return []
+
+    def flush(self) -> None:
+        """Nothing is held back."""
+
+    close = flush
+
+
 @attrs.frozen
 class Outlets:
     """The open files of a run's record."""
 
-    lines: JsonLines
+    lines: JsonLines | _NoLines
     loggers: Loggers
     status: Status
     recorded: Mapping[str, Any] = attrs.field(factory=dict)  # config.json as it was before a resume
@@ -67,7 +85,12 @@ class Outlets:
 
 
 def open_outlets(
-    request: Request, status: Status, note: Callable[[str], None], loggers: Sequence[Logger]
+    request: Request,
+    status: Status,
+    note: Callable[[str], None],
+    loggers: Sequence[Logger],
+    *,
+    writes: bool = True,
 ) -> Outlets:
     """Open the files of a run's record.
 
@@ -76,8 +99,9 @@ def open_outlets(
         status: of the run.
         note: called with a sentence if a logger fails, or a file cannot be written for a time.
         loggers: those of ``open_services``.
+        writes: False for a rank whose record another one writes.
     """
-    lines = JsonLines(request.directory.metrics, note)
+    lines = JsonLines(request.directory.metrics, note) if writes else _NoLines()
     return Outlets(lines, Loggers(loggers, note), status, request.recorded)
 
 

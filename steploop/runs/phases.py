@@ -17,8 +17,9 @@ from steploop.runs.loop import Loop
 from steploop.runs.members import place_of
 from steploop.runs.outlets import Outlets
 from steploop.runs.plan import Ending
+from steploop.runs.ranks.team import Team
 from steploop.runs.requests import Request
-from steploop.runs.run_checkpoints import CheckpointKeeper
+from steploop.runs.run_checkpoints import CheckpointKeeper, NoKeeper
 from steploop.runs.signals import StopFlag
 from steploop.runs.start_record import record_phase
 
@@ -55,6 +56,7 @@ class Phases:
         loggers: besides those of the recipe.
         zero_s: ``time.perf_counter()`` when the run began; before a resume lies the time of the process before.
         form: whether the step was compiled before a resume, where ``auto`` has chosen.
+        team: the ranks that train together.
     """
 
     def __init__(
@@ -67,7 +69,9 @@ class Phases:
         *,
         zero_s: float,
         form: bool | None,
+        team: Team,
     ) -> None:
+        self._team = team
         self._request = request
         self._loggers = loggers
         self._outlets = outlets
@@ -85,20 +89,16 @@ class Phases:
             recipe = folded.recipe
             if recipe.then is None or folded.ending == "interrupted":
                 return attrs.evolve(folded, idle=idle, metrics=metrics)
-            beginning = begin(recipe.then(folded.state), phase=beginning.phase + 1)
-            record_phase(self._request.directory, beginning)
+            following = self._request.with_ranks(recipe.then(folded.state))
+            beginning = begin(following, phase=beginning.phase + 1)
+            if self._team.first:
+                record_phase(self._request.directory, beginning)
 
     def _phase(self, beginning: Beginning) -> Folded:
         recipe, phase, screen, outlets = beginning.recipe, beginning.phase, self._screen, self._outlets
-        outlets.loggers.add((*self._loggers, *recipe.loggers), self._request.directory.path)
-        keeper = CheckpointKeeper(
-            self._request.directory.checkpoints(phase),
-            before_save=outlets.flush,
-            frozen=recipe.save_frozen,
-            on_saved=lambda path, best: outlets.say(
-                checkpoint=path.name, **({"best_checkpoint": path.name} if best else {})
-            ),
-        )
+        if self._team.first:
+            outlets.loggers.add((*self._loggers, *recipe.loggers), self._request.directory.path)
+        keeper = self._keeper(recipe, phase)
         journal = RunJournal(
             outlets.lines,
             outlets.loggers,
@@ -126,6 +126,7 @@ class Phases:
             stop=self._stop,
             begun_s=self._zero_s,
             witness=CapsuleWriter(self._request.directory.path, phase=phase, report=screen.note),
+            team=self._team,
         )
         if beginning.loaded:
             self._go_on(beginning, journal, loop)
@@ -141,11 +142,24 @@ class Phases:
             state=state, recipe=recipe, ending=ending, metrics=loop.evaluations.metrics, idle=loop.idle
         )
 
-    def _save_first(self, beginning: Beginning, keeper: CheckpointKeeper) -> None:
+    def _keeper(self, recipe: Recipe, phase: int) -> CheckpointKeeper | NoKeeper:
+        if not self._team.first:
+            return NoKeeper()
+        return CheckpointKeeper(
+            self._request.directory.checkpoints(phase),
+            before_save=self._outlets.flush,
+            frozen=recipe.save_frozen,
+            on_saved=lambda path, best: self._outlets.say(
+                checkpoint=path.name, **({"best_checkpoint": path.name} if best else {})
+            ),
+        )
+
+    def _save_first(self, beginning: Beginning, keeper: CheckpointKeeper | NoKeeper) -> None:
         """Save what a resume has changed before anything else, so that a kill or a signal does not undo it."""
         keeper.save(beginning.recipe.state, best=False)
         keeper.settle()
-        record_phase(self._request.directory, beginning)
+        if self._team.first:
+            record_phase(self._request.directory, beginning)
         if beginning.owed:
             self._outlets.say(evaluation_due=digest(beginning.recipe.state))
 

@@ -7,6 +7,9 @@ from typing import Any, Literal
 import attrs
 import torch
 
+from steploop.core.ranks import Ranks
+from steploop.core.state.several import members
+from steploop.core.state.with_ranks import with_ranks
 from steploop.recipe.config_values import configure, fields_of, refuse_unrecordable, settled_paths, to_json
 from steploop.recipe.imported_modules import imported_modules
 from steploop.recipe.recipe import Recipe
@@ -17,6 +20,8 @@ from steploop.runs.directory import RunDirectory, make_directory, open_directory
 from steploop.runs.environment import find_device
 from steploop.runs.initial_weights import InitialWeights
 from steploop.runs.plan import Plan
+from steploop.runs.ranks.parts_of_run import recorded_ranks, refuse_uncuttable, settled_ranks
+from steploop.runs.ranks.team import Team, shared_directory
 from steploop.runs.text_names import native
 
 __all__ = ["Request", "make_request", "resume_request"]
@@ -46,6 +51,7 @@ class Request:
         recorded: what config.json says of the run; empty for a new one.
         changes: what is not as it says, by the settings and the code.
         command: the words of the command line, for the record.
+        ranks: this process among those that train together, and the parts of a batch; None: one process, and whole batches.
     """
 
     recipe: RecipeFile
@@ -67,6 +73,7 @@ class Request:
     recorded: Mapping[str, Any] = attrs.field(factory=dict)
     changes: tuple[Change, ...] = ()
     command: Sequence[str] = ()
+    ranks: Ranks | None = None
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -80,7 +87,15 @@ class Request:
 
     def build(self) -> Recipe:
         """Build the recipe."""
-        return self.recipe.build(self.config, self.device)
+        return self.with_ranks(self.recipe.build(self.config, self.device))
+
+    def with_ranks(self, recipe: Recipe) -> Recipe:
+        """The recipe with its states trained by the ranks of the run."""
+        if self.ranks is None:
+            return recipe
+        refuse_uncuttable(recipe.batches, self.ranks)
+        states = {name: with_ranks(one, self.ranks) for name, one in members(recipe.state).items()}
+        return attrs.evolve(recipe, state=states if isinstance(recipe.state, Mapping) else states[""])
 
 
 def _known(recorded: Mapping[str, Any], file: RecipeFile) -> dict[str, Any]:
@@ -103,6 +118,9 @@ def make_request(
     *,
     out: Path | None = None,
     device: str = "auto",
+    team: Team | None = None,
+    parts: int | None = None,
+    fast: bool | None = None,
     **options: Any,
 ) -> Request:
     """A request for a new run; makes its directory, last of all.
@@ -112,6 +130,9 @@ def make_request(
         values: Config field -> text or value.
         out: the directory; None: the next ``runs/<recipe>-<n>``.
         device: "auto", or a device's name.
+        team: the ranks that train together.
+        parts: that each batch is cut into; None: one for each rank.
+        fast: whether sums over parts may depend on the number of ranks.
         options: fields of Plan and of Request.
 
     Raises:
@@ -125,12 +146,15 @@ def make_request(
     refuse_unrecordable(config, where=file.name)
     plan = _plan(options)
     where = find_device(device)
+    team = team or Team()
+    ranks = settled_ranks(team.ranks, parts=parts, fast=bool(fast))
     return Request(
         recipe=file,
         config=config,
-        directory=make_directory(out, file.name),
+        directory=shared_directory(team, lambda: make_directory(out, file.name)),
         device=where,
         plan=plan,
+        ranks=ranks,
         modules=imported_modules(file.source, file.path.resolve().parent),
         **options,
     )
@@ -142,6 +166,9 @@ def resume_request(
     values: Mapping[str, Any],
     *,
     device: str = "auto",
+    team: Team | None = None,
+    parts: int | None = None,
+    fast: bool | None = None,
     **options: Any,
 ) -> Request:
     """A request to go on with a run.
@@ -151,6 +178,9 @@ def resume_request(
         recipe: the recipe file, if it is to be another than the copy in the run's directory.
         values: Config fields that are to change.
         device: "auto": as before; or a device's name.
+        team: the ranks that train together.
+        parts: that each batch is cut into: as many as before.
+        fast: whether sums over parts may depend on the number of ranks; None: as before.
         options: fields of Plan and of Request.
 
     Raises:
@@ -184,7 +214,9 @@ def resume_request(
         changes.append(Change("--compile", was, options["compile"], "compile"))
     init = None if recorded.get("init") is None else InitialWeights.from_json(recorded["init"])
     where = find_device(recorded["device"] if device == "auto" else device)
+    ranks, others = recorded_ranks((team or Team()).ranks, recorded, parts=parts, fast=fast)
+    changes += others
     return Request(
         recipe=file, config=config, directory=opened, device=where, plan=plan, resume=True, modules=modules,
-        recorded=recorded, changes=tuple(changes), init=init, **options,
+        recorded=recorded, changes=tuple(changes), init=init, ranks=ranks, **options,
     )  # fmt: skip

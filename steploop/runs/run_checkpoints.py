@@ -8,7 +8,7 @@ from steploop.checkpoint.store import step_of
 from steploop.core.state.several import State
 from steploop.runs.members import attempted_steps, lead
 
-__all__ = ["CheckpointKeeper"]
+__all__ = ["CheckpointKeeper", "NoKeeper"]
 
 
 class CheckpointKeeper:
@@ -73,6 +73,19 @@ class CheckpointKeeper:
         last, self._begun = self._begun, None
         self._store.wait()
         self._tell(last)
+
+
+class NoKeeper:
+    """Keeps nothing: another rank does."""
+
+    def save(self, state: State, *, best: bool) -> None:
+        """Leave it to the other rank."""
+
+    def goes_on_from(self, state: State) -> None:
+        """Nothing to note."""
+
+    def settle(self) -> None:
+        """Nothing to wait for."""
 
 
 def _place(state: State) -> tuple[object, ...]:

@@ -46,6 +46,7 @@ class StopFlag:
         at_once: whether the handler itself raises: before the first step, when there is nothing to save.
         second_raises: whether a second Ctrl-C raises KeyboardInterrupt, as a notebook needs it, which would lose all
             its values with the process; else it ends the process.
+        ends_at: the Ctrl-C that ends the process at once.
     """
 
     # no attrs class: whoever imports this module wants to catch signals soon
@@ -54,6 +55,19 @@ class StopFlag:
         self.interruptible = False
         self.at_once = at_once
         self.second_raises = second_raises
+        self.ends_at = 2
+
+    @property
+    def heard(self) -> int | None:
+        """The first signal that came to this process; ``signum`` says which one counts for the run."""
+        return self.signum
+
+    def agree(self) -> None:
+        """Ask between two steps whether the run is to stop: several ranks have to agree (see ``AgreedStop``)."""
+
+    def check_together(self) -> None:
+        """The same as ``check``, called by all ranks at once."""
+        self.check()
 
     def check(self) -> None:
         """Raise Interrupted if a signal has come and this is a moment for it."""
@@ -63,8 +77,12 @@ class StopFlag:
     def handle(self, signum: int, _: FrameType | None = None) -> None:
         """Note a signal; the first one counts."""
         first = self.signum is None
-        if self.signum is None:
+        if first:
             self.signum = signum
+        self.raise_at_once(signum, first=first)
+
+    def raise_at_once(self, signum: int, *, first: bool) -> None:
+        """Raise in the handler where this is asked for."""
         if self.at_once:
             self.at_once = False  # what is cleaned up now must not be interrupted by the next one
             raise Interrupted(signum)
@@ -81,12 +99,12 @@ class StopFlag:
             self.interruptible = False
 
 
-def _stop_at_second(reader: "socket.socket") -> None:
+def _stop_at_second(reader: "socket.socket", ends_at: int) -> None:
     """End the process at the second Ctrl-C, even within a step that takes minutes."""
     seen = 0
     while data := reader.recv(64):
         seen += data.count(signal.SIGINT)
-        if seen > 1:
+        if seen >= ends_at:
             with suppress(OSError, ValueError, AttributeError):  # the terminal may be gone
                 if sys.stdout.isatty():
                     os.write(sys.stdout.fileno(), _SHOW_CURSOR.encode())
@@ -126,11 +144,11 @@ def signals_as(flag: StopFlag) -> Iterator[None]:
 
     Python allows handlers in the main thread only; in any other one, this only lets ``flag`` be checked.
     """
-    with watched_by(flag.check):
+    with watched_by(flag.check, flag.check_together):
         if threading.current_thread() is not threading.main_thread():
             yield
             return
-        with nullcontext() if flag.second_raises else _second_ends():
+        with nullcontext() if flag.second_raises else _second_ends(flag.ends_at):
             before: dict[int, Any] = {s: signal.signal(s, flag.handle) for s in _listened_to()}
             try:
                 yield
@@ -140,7 +158,7 @@ def signals_as(flag: StopFlag) -> Iterator[None]:
 
 
 @contextmanager
-def _second_ends() -> Iterator[None]:
+def _second_ends(ends_at: int) -> Iterator[None]:
     """Inside, a second Ctrl-C ends the process."""
     import socket
 
@@ -148,7 +166,9 @@ def _second_ends() -> Iterator[None]:
     writer.setblocking(False)  # noqa: FBT003  (its only parameter)
     # the kernel's signal is written here at once, also while the main thread is inside a long call of torch
     old_fd = signal.set_wakeup_fd(writer.fileno(), warn_on_full_buffer=False)
-    thread = threading.Thread(target=_stop_at_second, args=(reader,), daemon=True, name="second Ctrl-C")
+    thread = threading.Thread(
+        target=_stop_at_second, args=(reader, ends_at), daemon=True, name="second Ctrl-C"
+    )
     thread.start()
     try:
         yield

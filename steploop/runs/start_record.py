@@ -13,6 +13,7 @@ from steploop.runs.environment import git_commit, versions
 from steploop.runs.logger_options import LOGGER_OPTIONS
 from steploop.runs.logs.screens import Screen
 from steploop.runs.members import lead
+from steploop.runs.ranks.parts_of_run import ranks_record
 from steploop.runs.recorded_phases import recorded_phase
 from steploop.runs.requests import Request
 
@@ -52,6 +53,7 @@ def record(request: Request, beginning: Beginning, tuning: Mapping[str, int]) ->
         "tuning": dict(tuning),
         "compile": recipe.compile if request.compile is None else request.compile,
         "watching": watching(request),
+        **ranks_record(request.ranks),
     }
     if request.resume and directory.recipe.exists():
         if directory.recipe.read_bytes() != request.recipe.source:

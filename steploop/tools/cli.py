@@ -6,7 +6,8 @@ Little is imported at the top: a signal that comes before ``main`` ends the proc
 import sys
 
 from steploop.core.interruption import Interrupted
-from steploop.errors import SteploopError
+from steploop.errors import RankFailedError, SteploopError
+from steploop.runs.ranks.launcher import rank_here
 from steploop.runs.signals import catch_signals, exit_soon_with
 from steploop.runs.standard_streams import settle_streams, watched_streams
 
@@ -45,6 +46,8 @@ def call(arguments: list[str]) -> int:
 
         app(args=arguments, prog_name="steploop")  # ends in SystemExit, usage errors with their message and 2
     except SteploopError as error:
+        if isinstance(error, RankFailedError) and error.said and not debug:
+            return error.exit_code
         if debug:
             import traceback
 
@@ -52,7 +55,8 @@ def call(arguments: list[str]) -> int:
         else:
             from steploop.runs.safe_text import safe_lines
 
-            sys.stderr.write(f"steploop: {safe_lines(error)}\n")
+            who = f"rank {rank_here()}: " if rank_here() and not isinstance(error, RankFailedError) else ""
+            sys.stderr.write(f"steploop: {who}{safe_lines(error)}\n")
         return error.exit_code
     except Interrupted as interrupted:
         from steploop.tools.commands.endings import interrupted_early

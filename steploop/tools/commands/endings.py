@@ -6,6 +6,7 @@ import sys
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+from steploop.runs.ranks.launcher import rank_here
 from steploop.runs.safe_text import safe_text
 
 if TYPE_CHECKING:
@@ -24,6 +25,8 @@ def finish(summary: "Summary") -> int:
     """
     import attrs
 
+    if rank_here() > 0:  # rank 0 speaks
+        return summary.exit_code
     interrupted = summary.state == "interrupted"
     if sys.stdout.isatty():
         go_on = interrupted or summary.ending == "limit"
@@ -60,6 +63,8 @@ def interrupted_early(signum: int, arguments: list[str]) -> int:
     """
     from steploop.runs.signals import exit_code_of
 
+    if rank_here() > 0:
+        return exit_code_of(signum)
     command = next((word for word in arguments if not word.startswith("-")), None)
     if command not in _TRAINING:
         _say(sys.stderr, "steploop: interrupted.")

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from steploop.errors import ConfigError
+from steploop.runs.ranks.launcher import rank_here
 from steploop.runs.safe_text import safe_text
 from steploop.runs.standard_streams import lasting_streams
 from steploop.tools.commands.command_class import Command
@@ -28,7 +29,10 @@ from steploop.tools.commands.run_options import (
     MLFLOW,
     OTHER_RECIPE,
     OUT,
+    PARTS,
     QUIET,
+    RANK_TIMEOUT,
+    RANKS,
     RECIPE,
     RESTART,
     RESUME,
@@ -39,6 +43,7 @@ from steploop.tools.commands.run_options import (
     TUNE,
     WANDB,
     CompileMode,
+    RanksMode,
 )  # fmt: skip
 
 __all__ = ["RunCommand", "resume", "run"]
@@ -83,6 +88,9 @@ def run(
     require_exact: Annotated[bool, EXACT] = False,
     restart_epoch: Annotated[bool, RESTART] = False,
     trust: Annotated[bool, TRUST] = False,
+    parts: Annotated[int | None, PARTS] = None,
+    ranks: Annotated[RanksMode | None, RANKS] = None,
+    rank_timeout: Annotated[float | None, RANK_TIMEOUT] = None,
 ) -> None:
     """Train RECIPE; write a run directory.
 
@@ -103,10 +111,11 @@ def run(
         "device": device, "limit_steps": limit_steps, "checkpoint_every": checkpoint_every, "log_every": log_every,
         "tensorboard": tensorboard, "csv": csv, "mlflow": mlflow, "wandb": wandb, "layer_norms": layer_norms,
         "compile": COMPILE_MODES[compile], "tune": not no_tune, "require_exact": require_exact,
-        "restart_epoch": restart_epoch,
+        "restart_epoch": restart_epoch, "parts": parts, "ranks": None if ranks is None else ranks.value,
+        "rank_timeout": rank_timeout,
     }  # fmt: skip
     with lasting_streams():
-        if not quiet:
+        if not quiet and rank_here() == 0:
             _say_what_takes_long(resume_from or recipe)
         from steploop.runs.from_python import launch
         from steploop.runs.initial_weights import InitialWeights

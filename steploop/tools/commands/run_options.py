@@ -9,10 +9,11 @@ from steploop.tools.commands.completion import complete_recipe, complete_run, co
 
 __all__ = [
     "CHECKPOINT", "COMPILE", "COMPILE_MODES", "CSV", "DEVICE", "DIRECTORY", "EPOCHS", "EXACT", "INIT", "INIT_PARTIAL", "INIT_RENAME", "LAYERS", "LIMIT", "LOG", "MLFLOW", "OTHER_RECIPE", "OUT",
-    "QUIET", "RECIPE", "RESTART", "RESUME", "SEED", "SET", "TENSORBOARD", "TRUST", "TUNE", "WANDB", "CompileMode",
+    "PARTS", "QUIET", "RANKS", "RANK_TIMEOUT", "RECIPE", "RESTART", "RESUME", "SEED", "SET", "TENSORBOARD", "TRUST", "TUNE", "WANDB", "CompileMode", "RanksMode",
 ]  # fmt: skip
 
 _RUN, _LOGS, _RESUME, _WEIGHTS = "Run directory", "Logs", "Going on with a run", "First weights"
+_RANKS = "Ranks"
 
 RECIPE = typer.Argument(
     help="A recipe file, or the name of a shipped recipe (see steploop recipes).", show_default=False,
@@ -107,6 +108,20 @@ TRUST = typer.Option(
     rich_help_panel=_RESUME,
 )
 
+PARTS = typer.Option(
+    min=1, metavar="P", show_default=False, rich_help_panel=_RANKS,
+    help="Cut each batch into P parts, which the ranks that torchrun starts share: their number has to divide P and changes no "
+    "bit. Default: one for each rank; a resume keeps it.",
+)  # fmt: skip
+RANKS = typer.Option(
+    show_default=False, rich_help_panel=_RANKS,
+    help="fast: sum over ranks in the quickest order, which differs by their number. Default: exact.",
+)  # fmt: skip
+RANK_TIMEOUT = typer.Option(
+    min=1, metavar="SECONDS", show_default=False, rich_help_panel=_RANKS,
+    help="How long a rank waits for the others before the run ends. Default: 600.",
+)  # fmt: skip
+
 COMPILE_MODES = {"on": True, "off": False, "auto": "auto", None: None}
 
 
@@ -116,3 +131,10 @@ class CompileMode(StrEnum):
     on = "on"
     off = "off"
     auto = "auto"
+
+
+class RanksMode(StrEnum):
+    """What may follow ``--ranks``."""
+
+    exact = "exact"
+    fast = "fast"
