@@ -11,6 +11,7 @@ from steploop.core.early_stopping import StoppingState
 from steploop.core.plateau import PlateauState
 from steploop.core.state.several import State, members
 from steploop.core.state.train_state import TrainState
+from steploop.data.batches import epoch_of_parts
 from steploop.errors import ConfigError, NonFiniteError, SteploopError
 from steploop.recipe.recipe import Recipe
 from steploop.runs.contract import as_json
@@ -195,7 +196,7 @@ def _set_by_step(recipe: Recipe, load: Callable[[], State]) -> dict[str, list[di
 
 def _after_a_step(recipe: Recipe, states: Mapping[str, TrainState]) -> dict[str, TrainState]:
     given: State = states if isinstance(recipe.state, Mapping) else states[""]
-    batches = recipe.batches.epoch(lead(given).epoch)
+    batches = epoch_of_parts(recipe.batches, lead(given).ranks, lead(given).epoch, 0)
     try:
         with generators_kept(), warnings.catch_warnings():
             warnings.simplefilter("ignore")

@@ -4,6 +4,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+from steploop.core.ranks import Parts
 from steploop.core.trees import count_samples
 
 __all__ = ["Pace"]
@@ -44,6 +45,10 @@ class Pace:
 
     def trained(self, batch: Any) -> None:
         """Count a step on ``batch``."""
+        if type(batch) is Parts:  # what this rank sees of it, for all ranks
+            own = sum(count_samples(part) or 0 for part in batch.batches)
+            self._samples += own * batch.total // len(batch.batches)
+            return
         self._samples += count_samples(batch) or 0
 
     def read(self) -> dict[str, float]:

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.utils.data import Dataset
 
-from steploop.core.ranks import Ranks
+from steploop import Ranks
 from steploop.core.trees import first_difference
 from steploop.data import Loader, Stream
 from steploop.data.batches import epoch_of_parts

@@ -15,7 +15,6 @@ import attrs
 
 from steploop.core.interruption import Interrupted
 from steploop.core.ranks import Ranks
-from steploop.core.validators import require_int
 from steploop.errors import ConfigError, RankFailedError, SteploopError
 from steploop.runs.directory import RunDirectory
 from steploop.runs.ranks.agreed_stop import AgreedStop
@@ -219,7 +218,8 @@ def assembled(*, exact: bool = True, limit_s: float | None = None) -> Iterator[T
     if not several_ranks():
         yield Team(limit_s=limit_s)
         return
-    require_int("rank_timeout", limit_s, minimum=1)
+    if not limit_s >= 1:
+        raise ConfigError(f"rank_timeout must be a number of seconds >= 1, but is {limit_s!r}.")
     from torch import distributed
 
     ranks = Ranks.here(exact=exact, timeout_s=limit_s)
