@@ -147,7 +147,8 @@ class Parts:
 
     A part is what the objective takes; None, or one without samples, counts for nothing and is not computed. What a
     step does to a batch before it gives it to ``forward_loss`` it can do to parts: ``parts[key]`` and unpacking give the
-    parts of a field, ``map`` applies any function to each part, and fields may be put together again.
+    parts of a field, ``parts.chunk(2)`` and other methods act on each part, ``map`` applies any function to each part, and
+    fields may be put together again.
 
     Attributes:
         batches: the parts, in memory of their own: a view into a larger tensor may compute other bits.
@@ -176,6 +177,16 @@ class Parts:
     def __getitem__(self, key: Any) -> "Parts":
         """The parts of a field."""
         return self.map(lambda batch: batch[key])
+
+    def __getattr__(self, name: str) -> "Parts":
+        """An attribute of each part, or its method: ``parts.chunk(2)`` is what it gives for each."""
+        if name.startswith("_"):
+            raise AttributeError(name)
+        return self.map(lambda batch: getattr(batch, name))
+
+    def __call__(self, *args: Any, **kwargs: Any) -> "Parts":
+        """What the method of each part gives."""
+        return self.map(lambda method: method(*args, **kwargs))
 
     def __iter__(self) -> Iterator["Parts"]:
         """The parts of each field; a part that has fewer has None in the place of the others."""

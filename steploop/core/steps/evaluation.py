@@ -163,9 +163,9 @@ def evaluate(
     passes = _Passes(state, objective)
     with _EvalMode(state, use_ema=use_ema) as model:
         for index, batch in enumerate(first_batches(batches, averaged=use_ema)):
+            check_interruption(together=True)
             if not totals.begins(index):
                 continue
-            check_interruption()
             loss, outputs, weight = passes.run(model, index, batch)
             with torch.no_grad():
                 totals.add("loss", loss.double() * weight, weight)
