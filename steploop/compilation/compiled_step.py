@@ -105,7 +105,8 @@ class CompiledStep:
         try:
             tensors, key, numbers = flat = flatten(batch)
         except Exception as error:  # noqa: BLE001  (raised again unless mode is "auto")
-            self._give_up(type(batch), error)
+            if not self._has_ranks(states):
+                self._give_up(type(batch), error)
             return self.train_step(state, batch)
         for one in states:
             if one.generation != one.lease.generation:
@@ -113,7 +114,7 @@ class CompiledStep:
         now = Now(states, numbers, _FINITE if single else [True] * len(states))
         graph = self._store.current.get(key)
         if graph is None or not self._bound.holds(states) or not graph.holds(now):
-            graph = self._find(state, now, batch, flat)
+            graph = None if self._has_ranks(states) else self._find(state, now, batch, flat)
             if graph is None:
                 return self.train_step(state, batch)
         new = graph(self._bound, now, tensors)
@@ -150,6 +151,18 @@ class CompiledStep:
         if not self._bound.holds(states):
             self._bound.take(states, same_tensors=False)
         return graph
+
+    def _has_ranks(self, states: Sequence[TrainState]) -> bool:
+        """Whether a state has ranks: its steps run in eager; CompileError unless mode is "auto"."""
+        if all(state.ranks is None for state in states):
+            return False
+        why = "a step with ranks cannot be compiled: a graph would sum the parts of a batch in another order, and ranks have to agree"
+        if self.mode is True:
+            raise CompileError(
+                f"The train step: {why}. Run it in eager, without steploop.compile or with mode='auto'."
+            )
+        self._go_on_in_eager(why)
+        return True
 
     def _give_up(self, key: Any, error: Exception) -> None:
         """Under mode="auto", run batches of this form in eager and say so once; else raise."""

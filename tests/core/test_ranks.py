@@ -10,6 +10,7 @@ from rank_cases import ADAMW, CASES, INF, MOMENTUM, batches, create, fast, netwo
 from rank_processes import RankProcesses
 from torch import nn
 
+import steploop
 from steploop import (
     Optimizer,
     Parts,
@@ -24,7 +25,7 @@ from steploop import (
     unscale_and_clip,
 )
 from steploop.core.trees import first_difference
-from steploop.errors import ConfigError, DataError
+from steploop.errors import CompileError, ConfigError, DataError
 
 
 @pytest.fixture(scope="module")
@@ -177,6 +178,28 @@ def test_the_parts_of_one_process_are_its_micro_batches():
     assert first_difference(values(parts), values(alone)) is None
 
 
+def in_a_group_of_three(parts):
+    group = torch.distributed.new_group([0, 1, 2])
+    rank = torch.distributed.get_rank()
+    if rank == 3:
+        return None
+    ranks = Ranks(rank=rank, size=3, parts=parts, group=group)
+    state = TrainState.create(network(norm=False), ADAMW, ranks=ranks)
+    for batch in batches():
+        state = step(state, batch)
+    return values(state)
+
+
+@pytest.mark.parametrize("parts", [3, 6, 12])
+def test_ranks_whose_parts_are_no_single_node_of_the_tree_change_no_bit(four, parts):
+    """Six parts are halves of three; of three ranks each has two, and the middle one some of either half."""
+    state = TrainState.create(network(norm=False), ADAMW, ranks=Ranks.here(parts=parts))
+    for batch in batches():
+        state = step(state, batch)
+    for found in four.run(in_a_group_of_three, parts)[:3]:
+        assert first_difference(found, values(state)) is None
+
+
 def test_fast_ranks_equal_themselves_and_the_others_nearly(two, four):
     alone = fast(4)
     for ranks in (two, four):
@@ -236,6 +259,23 @@ def mixed_weights(parts):
 )
 def test_what_is_wrong_with_all_parts_together_is_an_error_on_every_rank(two, function, message):
     assert [(fine, message in text) for fine, text in two.outcomes(function, 2)] == [(False, True)] * 2
+
+
+def test_a_step_with_ranks_is_not_compiled():
+    state = create(network(), ADAMW, 2)
+    cut = split_parts(batches()[0], state.ranks)
+
+    def plain(state, parts):
+        state = backward_scaled(forward_loss(state, parts, objective))
+        return optimizer_step(unscale_and_clip(state, max_norm=1.0))
+
+    with pytest.raises(CompileError, match=r"a step with ranks cannot be compiled.*in eager"):
+        steploop.compile(plain)(state, cut)
+    said = []
+    automatic = steploop.compile(plain, mode="auto", report=said.append)
+    assert automatic(state, cut).step == 1
+    assert automatic.figures.form == "eager"
+    assert len(said) == 1
 
 
 def test_a_wrapped_module_is_refused():

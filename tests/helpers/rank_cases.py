@@ -2,6 +2,7 @@
 
 import random
 from functools import partial
+from unittest.mock import patch
 
 import torch
 import torch.nn.functional as F
@@ -24,6 +25,7 @@ from steploop import (
     update_ema,
     warmup_cosine,
 )
+from steploop.core.steps import part_exchange
 from steploop.core.trees import named_leaves
 
 ADAMW = Optimizer(torch.optim.AdamW, lr=1e-2)
@@ -124,6 +126,26 @@ def fewer_samples_than_parts(parts):
 def muon_and_adamw(parts):
     groups = [(lambda name, p: p.dim() == 2, Optimizer(torch.optim.Muon, lr=1e-2))]
     return train(parts, optimizer=Optimizer(torch.optim.AdamW, lr=1e-2, groups=groups))
+
+
+def many_buckets(parts):
+    """Every tensor but the smallest in a bucket of its own, sent while the backward pass goes on."""
+    with patch.multiple(part_exchange, BUCKET_BYTES=200, SMALL_BYTES=0):
+        return train(parts, samples=19)
+
+
+def many_buckets_of_unused_parameters(parts):
+    with patch.multiple(part_exchange, BUCKET_BYTES=100, SMALL_BYTES=0):
+        return train(parts, model=Branches, samples=19)
+
+
+def half_parameters(parts):
+    with patch.multiple(part_exchange, SMALL_BYTES=0):
+        return train(parts, model=lambda: network(norm=False).bfloat16(), chosen=in_bfloat16)
+
+
+def in_bfloat16(model, batch):
+    return objective(model, (batch[0].bfloat16(), batch[1]))
 
 
 def bfloat16(parts):
@@ -314,7 +336,7 @@ def evaluated(parts):
 
 
 CASES = (
-    adamw, momentum_of_ragged_batches, tokens_as_weights, fewer_samples_than_parts, muon_and_adamw, bfloat16,
+    adamw, many_buckets, many_buckets_of_unused_parameters, half_parameters, momentum_of_ragged_batches, tokens_as_weights, fewer_samples_than_parts, muon_and_adamw, bfloat16,
     float16_that_overflows_first, clipped_by_value, clipped_by_unit, nan_in_one_part, averages_and_rates,
     clones_and_pure_steps, accumulated, accumulated_tokens, accumulated_tokens_in_float16, accumulated_by_unpacking,
     several_passes, two_passes_of_one_state, unused_parameters, channels_last, draws_from_python, closure, evaluated,

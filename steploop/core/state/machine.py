@@ -89,6 +89,7 @@ class Machine:
         self.generators: tuple[torch.Generator, ...] | None = None  # those that a forward pass may draw from
         self.draws_elsewhere: bool | None = None
         self.seeds: dict[Any, Tensor] = {}  # kept by the backward pass: what the loss is differentiated with
+        self.buckets: dict[Any, Any] = {}  # kept by the sums over ranks: how tensors are sent
         self.rate_table: object = None  # kept by ``schedule``: a schedule's values on the device
         self._hyper: tuple[Mapping[str, Any], ...] | None = None
         self._pointed: Mapping[str, Tensor] | None = None  # the parameters that the optimizer holds

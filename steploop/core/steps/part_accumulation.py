@@ -94,7 +94,7 @@ class _Run:
         self._micros = micros
         self._units = units
         self._outputs: list[list[Any]] = [[] for _ in micros]
-        self.total = PartSum(ranks, state.tensors.leaves)
+        self.total = PartSum(ranks, state.tensors.leaves, state.machine.buckets)
         with TrainingPasses(state) as passes:
             self.ran = [
                 self._part(passes, objective, place, number) for place, number in enumerate(ranks.mine)

@@ -138,7 +138,7 @@ def mean_buffers(state: TrainState, agreed: Agreed, ran: Sequence[Ran]) -> dict[
             _check_shape(name, r.buffers.get(name), before.get(name))
     if not agreed.changed:
         return before
-    total = PartSum(ranks, [before[name] for name in agreed.changed])
+    total = PartSum(ranks, [before[name] for name in agreed.changed], state.machine.buckets, agreed.changed)
     with torch.no_grad():
         for number, r in zip(ranks.mine, ran, strict=True):
             share, first = agreed.shares[number], number == agreed.first

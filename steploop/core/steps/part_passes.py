@@ -192,12 +192,13 @@ def ended(state: TrainState, passes: TrainingPasses, ran: tuple[Ran, ...]) -> Be
 
 def part_gradients(state: TrainState, graphs: PartGraphs, *, keep_graph: bool) -> list[Tensor | None]:
     """The gradients of the mean loss: a backward pass for each part, and their sum over all processes."""
-    total = PartSum(cast("Ranks", state.machine.ranks), state.tensors.leaves)
+    total = PartSum(cast("Ranks", state.machine.ranks), state.tensors.leaves, state.machine.buckets)
     for number, loss, share in zip(graphs.numbers, graphs.losses, graphs.shares, strict=True):
         grads: list[Tensor | None] = [None] * len(state.tensors.leaves)
         if loss is not None:
             seed = seed_of(state, loss, share)
             # what a recomputed forward pass writes into buffers is dropped: the mean has what the first one wrote
-            _, grads = recomputed(state, partial(gradients, state, loss, seed, keep_graph=keep_graph))
+            with total.sending(number, state.tensors.leaves):
+                _, grads = recomputed(state, partial(gradients, state, loss, seed, keep_graph=keep_graph))
         total.add(number, grads)
     return total.result()
