@@ -7,6 +7,7 @@ again as the state.
 
 import threading
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Self
 
@@ -15,8 +16,10 @@ import torch
 from torch import Tensor
 
 from steploop.checkpoint.packing import Collected, collect
-from steploop.checkpoint.saving import device_of, write_collected
+from steploop.checkpoint.rank_saving import RankSave
+from steploop.checkpoint.saving import check_name, device_of, write_collected
 from steploop.checkpoint.storage.local import LOCAL, Fs
+from steploop.checkpoint.votes import Votes, votes_of
 from steploop.core.state.several import State
 
 __all__ = ["BackgroundSaver"]
@@ -25,12 +28,14 @@ __all__ = ["BackgroundSaver"]
 class BackgroundSaver:
     """Save states in a thread, one at a time and in order, while training goes on.
 
+    Of ranks every rank saves at the same steps. Ranks with a process group of their own wait for each save.
+
     A failure is raised by the next ``save``, by ``wait`` or at the end of the ``with`` block: in the training loop, as
     the error that ``steploop.checkpoint.save`` would have raised.
 
     Args:
         fs: where to write; tests put another in its place.
-        after: called by the thread after each checkpoint that is on the disk.
+        after: called by the thread after each checkpoint that is on the disk; of ranks by that of rank 0.
         frozen: False leaves out the parameters that are not trained (see ``save``).
 
     Example::
@@ -79,14 +84,26 @@ class BackgroundSaver:
             StepOrderError: it holds gradients that no optimizer step has used.
         """
         self.wait()
-        snapshot, device = self._snapshot(collect(state, frozen=self._frozen)), device_of(state)
-        self._thread = threading.Thread(
-            target=self._write,
-            args=(snapshot, Path(directory), device),
-            kwargs={"overwrite": overwrite, "require_finite": require_finite},
-            name="steploop-save",
-        )
+        target, device = Path(directory), device_of(state)
+        check_name(target)
+        how = {"overwrite": overwrite, "require_finite": require_finite}
+        votes = votes_of(state)
+        if votes is None:
+            snapshot = self._snapshot(collect(state, frozen=self._frozen))
+            work: Callable[[], str] = partial(self._write_one, target, snapshot, device, **how)
+        else:
+            save = self._of_ranks(votes, state)
+            work = partial(save.write, self._fs, target, device, after=self._after, **how)
+        self._thread = threading.Thread(target=self._work, args=(work,), name="steploop-save")
         self._thread.start()
+        if votes is not None and not votes.apart:
+            self._thread.join()
+
+    def _of_ranks(self, votes: Votes, state: State) -> RankSave:
+        """Copy what this rank writes: sharded tensors are put together now, and the thread only writes."""
+        save, kept = RankSave.begin(votes, partial(collect, state, frozen=self._frozen)), self._kept
+        self._kept = {}
+        return save.copied(lambda table, name, tensor: self._copy(kept, table, name, tensor))
 
     def wait(self) -> str | None:
         """Wait until every save is on the disk; return the last digest, None before the first.
@@ -118,11 +135,15 @@ class BackgroundSaver:
         elif self._thread is not None:
             self._thread.join()
 
-    def _write(self, snapshot: Collected, target: Path, device: torch.device, **how: bool) -> None:
+    def _write_one(self, target: Path, snapshot: Collected, device: torch.device, **how: bool) -> str:
+        digest = write_collected(self._fs, target, snapshot, device, **how)
+        if self._after is not None:
+            self._after()
+        return digest
+
+    def _work(self, work: Callable[[], str]) -> None:
         try:
-            self._digest = write_collected(self._fs, target, snapshot, device, **how)
-            if self._after is not None:
-                self._after()
+            self._digest = work()
         except BaseException as failure:  # noqa: BLE001  (any failure is raised again in the training loop)
             self._failure = failure
 
@@ -135,14 +156,23 @@ class BackgroundSaver:
             tensors[file] = {}
             for name, tensor in table.items():
                 source = tensor.detach().resolve_conj().resolve_neg()
-                copy = kept.get((file, name))
-                if copy is None or not _alike(copy, source):
-                    copy = torch.empty_like(source, device="cpu")
-                self._kept[file, name] = tensors[file][name] = copy
+                tensors[file][name] = copy = self._room(kept, file, name, source)
                 sources.append(source)
                 targets.append(copy)
         torch._foreach_copy_(targets, sources)
         return attrs.evolve(collected, tensors=tensors)
+
+    def _room(self, kept: dict[tuple[str, str], Tensor], file: str, name: str, source: Tensor) -> Tensor:
+        """Memory on the host for a copy: that of the copy before, if it is alike."""
+        copy = kept.get((file, name))
+        if copy is None or not _alike(copy, source):
+            copy = torch.empty_like(source, device="cpu")
+        self._kept[file, name] = copy
+        return copy
+
+    def _copy(self, kept: dict[tuple[str, str], Tensor], file: str, name: str, tensor: Tensor) -> Tensor:
+        source = tensor.detach().resolve_conj().resolve_neg()
+        return self._room(kept, file, name, source).copy_(source)
 
 
 def _alike(kept: Tensor, source: Tensor) -> bool:

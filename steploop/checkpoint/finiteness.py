@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from steploop.checkpoint.packing import MODEL_FILE, Collected
+from steploop.core.state.sharded import local_part
 from steploop.errors import NonFiniteError
 
 __all__ = ["refuse_nonfinite"]
@@ -18,6 +19,8 @@ _SUMMED_AS = {torch.float16: torch.float32, torch.bfloat16: torch.float32}
 def refuse_nonfinite(collected: Collected) -> None:
     """Raise if a trained parameter is not finite; buffers and frozen parameters are not checked.
 
+    Of sharded parameters the parts on this rank are looked at; parameters that are not among the tensors are not.
+
     Costs one pass at the speed of memory: the sum of finite numbers is finite, unless it overflows, and only where it
     is not are the numbers looked at one by one.
 
@@ -25,7 +28,7 @@ def refuse_nonfinite(collected: Collected) -> None:
         NonFiniteError: names the first of them.
     """
     table = collected.tensors[MODEL_FILE]
-    found = first_nonfinite({name: table[name] for name in collected.trained})
+    found = first_nonfinite({name: local_part(table[name]) for name in collected.trained if name in table})
     if found is None:
         return
     name, count = found

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
+from steploop.core.state.sharded import is_sharded
 from steploop.core.state.train_state import TrainState
 from steploop.errors import CheckpointDamagedError, CheckpointIncompatibleError
 
@@ -29,7 +30,9 @@ def _digest(tensor: Tensor) -> str:
     found: tuple[int, str] | None = _known.get(tensor)  # type: ignore[no-untyped-call]
     if found is None or found[0] != tensor._version:
         sha256 = hashlib.sha256(f"{tuple(tensor.shape)} {tensor.dtype}".encode())
-        for block in torch.split(tensor.detach().reshape(-1), _BLOCK):
+        # of a sharded one every rank asks at the same time
+        whole = tensor.detach().full_tensor() if is_sharded(tensor) else tensor.detach()  # type: ignore[attr-defined]
+        for block in torch.split(whole.reshape(-1), _BLOCK):
             plain = block.resolve_conj().resolve_neg().cpu().contiguous()
             sha256.update(plain.view(torch.uint8).numpy().data)
         found = _known[tensor] = tensor._version, sha256.hexdigest()

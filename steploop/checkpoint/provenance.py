@@ -16,8 +16,10 @@ from typing import Any, Final
 import torch
 
 import steploop
-from steploop.checkpoint.format.manifest import read_small, seal, unseal
+from steploop.checkpoint.format.manifest import read_small
+from steploop.checkpoint.format.sealing import seal, unseal
 from steploop.checkpoint.storage.local import Fs
+from steploop.core.ranks import Ranks
 from steploop.errors import CheckpointIncompatibleError
 
 __all__ = [
@@ -34,7 +36,7 @@ _LIMIT: Final = 64 << 10  # bytes
 # What the last bits of a result were seen to depend on (thread counts and vector units give other sums).
 _EXACT: Final = (
     "torch", "python", "machine", "cpu_capability", "threads", "world_size", "device", "default_dtype", "deterministic",
-    "matmul_precision",
+    "matmul_precision", "parts",
 )  # fmt: skip
 
 
@@ -47,9 +49,10 @@ class InexactResumeWarning(UserWarning):
     """
 
 
-def describe_environment(device: torch.device) -> dict[str, Any]:
+def describe_environment(device: torch.device, ranks: Ranks | None = None) -> dict[str, Any]:
     """Describe what results depend on in this process."""
-    return {
+    parts = {} if ranks is None else {"parts": ranks.parts}
+    return parts | {
         "steploop": steploop.__version__,
         "torch": torch.__version__,
         "python": platform.python_version(),
@@ -68,14 +71,14 @@ def _distributed() -> bool:
     return torch.distributed.is_available() and torch.distributed.is_initialized()
 
 
-def environment_bytes(device: torch.device) -> bytes:
+def environment_bytes(device: torch.device, ranks: Ranks | None = None) -> bytes:
     """Write ``environment.json``: the environment, the time and the writer."""
     writer = {
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
         "host": socket.gethostname().encode("ascii", "replace").decode(),
         "pid": os.getpid(),
     }
-    return seal({**describe_environment(device), **writer})[0]
+    return seal({**describe_environment(device, ranks), **writer})[0]
 
 
 def read_environment(fs: Fs, directory: Path) -> dict[str, Any]:
@@ -88,15 +91,27 @@ def read_environment(fs: Fs, directory: Path) -> dict[str, Any]:
     return unseal(text, str(directory / ENVIRONMENT), limit=_LIMIT)
 
 
-def check_environment(written: Mapping[str, Any], device: torch.device, *, require_exact: bool) -> None:
-    """Warn of differences to the checkpoint's environment that may change the last bits.
+def check_environment(
+    written: Mapping[str, Any],
+    device: torch.device,
+    *,
+    require_exact: bool,
+    ranks: Ranks | None = None,
+    sharded: bool = False,
+) -> None:
+    """Warn of differences to the checkpoint's environment that may change the last bits; of ranks rank 0 does.
+
+    With a fixed number of parts and exact sums the number of processes is no difference.
 
     Raises:
         CheckpointIncompatibleError: there are some, and ``require_exact``.
     """
-    here = describe_environment(device)
+    here = {"parts": 1} | describe_environment(device, ranks)
+    there = {"parts": 1} | dict(written)
+    if ranks is not None and ranks.exact and not sharded:
+        there["world_size"] = here["world_size"]
     differences = [
-        f"{key} {written.get(key)} there, {here[key]} here" for key in _EXACT if written.get(key) != here[key]
+        f"{key} {there.get(key)} there, {here[key]} here" for key in _EXACT if there.get(key) != here[key]
     ]
     if not differences:
         return
@@ -105,6 +120,8 @@ def check_environment(written: Mapping[str, Any], device: torch.device, *, requi
         raise CheckpointIncompatibleError(
             message + "An exact resume was required: go on where it was written."
         )
+    if ranks is not None and ranks.rank > 0:
+        return
     warnings.warn(
         message + "The run goes on, but its last bits may differ from those of an uninterrupted one.",
         InexactResumeWarning,

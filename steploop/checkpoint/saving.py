@@ -1,8 +1,9 @@
 """Save a state: take it apart, write temporary files, flush them, rename."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -11,12 +12,14 @@ from steploop.checkpoint.format.manifest import MANIFEST, Manifest
 from steploop.checkpoint.format.tensor_files import FileRecord, hash_tensors, write_tensors
 from steploop.checkpoint.packing import Collected, collect, named_members
 from steploop.checkpoint.provenance import ENVIRONMENT, environment_bytes
+from steploop.checkpoint.rank_saving import RankSave, rank_digest
 from steploop.checkpoint.storage.commit import commit, write_bytes, write_file
 from steploop.checkpoint.storage.local import LOCAL, FileWriter, Fs
+from steploop.checkpoint.votes import votes_of
 from steploop.core.state.several import State
 from steploop.errors import CheckpointWriteError
 
-__all__ = ["digest", "save", "write_collected"]
+__all__ = ["check_name", "device_of", "digest", "save", "save_state", "write_collected"]
 
 
 def save(
@@ -32,6 +35,9 @@ def save(
     When this returns, the checkpoint is on the disk and outlives a power loss; while it runs, and if it fails, there
     is none of that name (or the one that was there). Changes nothing in the state. Needs no more memory than the
     largest tensor that does not lie row-major on the CPU.
+
+    Of a state that has ranks, every rank calls this at the same step, with the same arguments, on a disk that all see: each
+    writes the tensors that it owns, and a rank that fails makes it fail on all.
 
     Args:
         state: between two steps; or a mapping of names to states, stored as ``name.parameter``.
@@ -57,14 +63,32 @@ def save(
         >>> sorted(path.name for path in (folder / "half").iterdir())
         ['environment.json', 'model.safetensors', 'optimizer.safetensors', 'state.json']
     """
-    return write_collected(
-        LOCAL,
-        Path(directory),
-        collect(state, frozen=frozen),
-        device_of(state),
-        overwrite=overwrite,
-        require_finite=require_finite,
+    return save_state(
+        LOCAL, state, Path(directory), overwrite=overwrite, require_finite=require_finite, frozen=frozen
     )
+
+
+def save_state(
+    fs: Fs, state: State, target: Path, *, frozen: bool, after: Callable[[], None] | None = None, **how: Any
+) -> str:
+    """Like ``save``, to any storage; ``after`` is called when the checkpoint is on the disk, of ranks on rank 0."""
+    check_name(target)
+    if (votes := votes_of(state)) is not None:
+        save = RankSave.begin(votes, partial(collect, state, frozen=frozen))
+        return save.write(fs, target, device_of(state), after=after, **how)
+    found = write_collected(fs, target, collect(state, frozen=frozen), device_of(state), **how)
+    if after is not None:
+        after()
+    return found
+
+
+def check_name(target: Path) -> None:
+    """Raise CheckpointWriteError if no checkpoint can have that name."""
+    if not target.name or target.name.startswith("."):
+        raise CheckpointWriteError(
+            f"{target} cannot be a checkpoint: its name must not begin with a dot, which marks unfinished ones. "
+            "Give it another name."
+        )
 
 
 def device_of(state: State) -> torch.device:
@@ -89,11 +113,7 @@ def write_collected(
         NonFiniteError: a trained parameter is not finite, and ``require_finite``.
         CheckpointWriteError: it could not be written.
     """
-    if not target.name or target.name.startswith("."):
-        raise CheckpointWriteError(
-            f"{target} cannot be a checkpoint: its name must not begin with a dot, which marks unfinished ones. "
-            "Give it another name."
-        )
+    check_name(target)
     if require_finite:
         refuse_nonfinite(collected)
 
@@ -122,7 +142,8 @@ def digest(state: State) -> str:
     """Return the digest that ``save`` would return, without writing; equal states have equal ones.
 
     Everything a checkpoint holds is in it: parameters, buffers, slots, counters, cursor, folds. Where and when it was
-    computed is not.
+    computed is not, nor on how many ranks. A state that has ranks has another digest than the same values without: that
+    of version 2 of the format. Of a sharded one every rank has to ask at the same time.
 
     Raises:
         CheckpointUnsupportedError: the state holds something that a checkpoint cannot.
@@ -133,6 +154,8 @@ def digest(state: State) -> str:
         >>> checkpoint.digest(state) == checkpoint.digest(state.clone())
         True
     """
+    if (votes := votes_of(state)) is not None:
+        return rank_digest(votes, partial(collect, state))
     collected = collect(state)
     files = {
         file: hash_tensors(tensors, collected.specs[file], collected.metadata[file])

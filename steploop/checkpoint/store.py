@@ -6,17 +6,21 @@ Order is that of the steps as numbers, never of names or clocks. Nothing points 
 import itertools
 import re
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Final
 
 from steploop.checkpoint.background import BackgroundSaver
-from steploop.checkpoint.loading import Checkpoint, load_from, open_checkpoint
-from steploop.checkpoint.packing import collect, named_members
-from steploop.checkpoint.saving import device_of, write_collected
+from steploop.checkpoint.loading import load_from
+from steploop.checkpoint.opening import Checkpoint, open_checkpoint
+from steploop.checkpoint.packing import named_members
+from steploop.checkpoint.rank_loading import open_on_ranks
+from steploop.checkpoint.saving import save_state
 from steploop.checkpoint.storage.commit import write_error
 from steploop.checkpoint.storage.litter import discard, make_directories, probe, sweep
 from steploop.checkpoint.storage.local import LOCAL, Fs
+from steploop.checkpoint.votes import Votes, votes_of
+from steploop.core.ranks import Ranks
 from steploop.core.state.several import State
 from steploop.errors import CheckpointDamagedError, ConfigError
 
@@ -85,10 +89,13 @@ class CheckpointStore:
         self._best: int | None = None
         self._saver = BackgroundSaver(fs=fs, after=self._prune, frozen=frozen) if background else None
 
-    def prepare(self) -> list[str]:
+    def prepare(self, *, ranks: Ranks | None = None) -> list[str]:
         """Create the directory, check that it is writable, and remove what crashed runs left.
 
         Call it before the first step, with the run locked.
+
+        Args:
+            ranks: those that will save here, every one of which calls this; rank 0 does it.
 
         Returns:
             The names of what was removed.
@@ -96,6 +103,10 @@ class CheckpointStore:
         Raises:
             CheckpointWriteError: no checkpoint can be written here; ``errno`` says why.
         """
+        votes = Votes(ranks)
+        return votes.agreed(self._prepare) if votes.leads else votes.agreed(list)
+
+    def _prepare(self) -> list[str]:
         make_directories(self._fs, self.directory)
         probe(self._fs, self.directory)
         return sweep(self._fs, self.directory)
@@ -133,10 +144,7 @@ class CheckpointStore:
         if self._saver is not None:
             self._saver.save(state, target, overwrite=True)
         else:
-            write_collected(
-                self._fs, target, collect(state, frozen=self._frozen), device_of(state), overwrite=True
-            )
-            self._prune()
+            save_state(self._fs, state, target, frozen=self._frozen, after=self._prune, overwrite=True)
 
     def wait(self) -> None:
         """Wait until every save is on the disk.
@@ -180,27 +188,38 @@ class CheckpointStore:
             CheckpointIncompatibleError: it does not fit ``like``.
             CheckpointVersionError: it is of a format that this version does not read.
         """
-        checkpoint = self.newest() if step is None else open_checkpoint(self.path(step), fs=self._fs)
+        votes = votes_of(like)
+
+        def opened(path: Path) -> Checkpoint:
+            if votes is None:
+                return open_checkpoint(path, fs=self._fs)
+            return open_on_ranks(path, like=like, votes=votes, fs=self._fs)
+
+        checkpoint = self._newest(votes or Votes(), opened) if step is None else opened(self.path(step))
         if checkpoint is None:
             return None
-        return load_from(checkpoint, like=like, migrate=migrate, require_exact=require_exact)
+        return load_from(checkpoint, like=like, migrate=migrate, require_exact=require_exact, votes=votes)
 
     def newest(self) -> Checkpoint | None:
-        """Read the newest checkpoint that verifies; None if there is none at all.
+        """Read the newest checkpoint that verifies, in one process; None if there is none at all.
 
         Raises:
             CheckpointDamagedError: there are some, and none verifies. Beginning anew is for the caller to decide.
             CheckpointVersionError: the newest is of a format that this version does not read.
         """
-        steps = self.steps()
+        return self._newest(Votes(), lambda path: open_checkpoint(path, fs=self._fs))
+
+    def _newest(self, votes: Votes, opened: Callable[[Path], Checkpoint]) -> Checkpoint | None:
+        steps: list[int] = votes.from_first({"steps": self.steps() if votes.leads else None})["steps"]
         for step in reversed(steps):
             try:
-                return open_checkpoint(self.path(step), fs=self._fs)
+                return opened(self.path(step))
             except CheckpointDamagedError as error:
-                aside = self._put_aside(self.path(step))
-                warnings.warn(
-                    f"{error} It was renamed to {aside.name}.", DamagedCheckpointWarning, stacklevel=3
-                )
+                aside = votes.agreed(lambda: self._put_aside(self.path(step)) if votes.leads else None)  # noqa: B023
+                if aside is not None:
+                    warnings.warn(
+                        f"{error} It was renamed to {aside.name}.", DamagedCheckpointWarning, stacklevel=4
+                    )
         if steps:
             raise CheckpointDamagedError(
                 f"None of the {len(steps)} checkpoints in {self.directory} verifies. They were renamed to .corrupt-*; to "

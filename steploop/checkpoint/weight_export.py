@@ -9,7 +9,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from steploop.checkpoint.loading import Checkpoint
+from steploop.checkpoint.opening import Checkpoint
 from steploop.checkpoint.weight_files import weights_of
 from steploop.errors import (
     CheckpointIncompatibleError,

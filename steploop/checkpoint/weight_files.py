@@ -13,7 +13,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from steploop.checkpoint.format.manifest import MANIFEST
-from steploop.checkpoint.loading import Checkpoint, open_checkpoint
+from steploop.checkpoint.opening import Checkpoint, open_checkpoint
 from steploop.checkpoint.packing import MODEL_FILE, OPTIMIZER_FILE
 from steploop.errors import CheckpointDamagedError, CheckpointIncompatibleError, ConfigError
 

@@ -76,7 +76,8 @@ class Evaluations:
                 self.due = digest(state)  # once it is folded, the digest is another
             if isinstance(error, Interrupted):
                 return None
-            self._keeper.save(state, best=False)  # a mistake in an evaluation costs no training
+            if not self._team.several:  # ranks save together, and the others may not have failed
+                self._keeper.save(state, best=False)  # a mistake in an evaluation costs no training
             raise
         taken = time.perf_counter() - begun
         if trained:

@@ -19,7 +19,7 @@ from steploop.runs.outlets import Outlets
 from steploop.runs.plan import Ending
 from steploop.runs.ranks.team import Team
 from steploop.runs.requests import Request
-from steploop.runs.run_checkpoints import CheckpointKeeper, NoKeeper
+from steploop.runs.run_checkpoints import CheckpointKeeper
 from steploop.runs.signals import StopFlag
 from steploop.runs.start_record import record_phase
 
@@ -142,19 +142,19 @@ class Phases:
             state=state, recipe=recipe, ending=ending, metrics=loop.evaluations.metrics, idle=loop.idle
         )
 
-    def _keeper(self, recipe: Recipe, phase: int) -> CheckpointKeeper | NoKeeper:
-        if not self._team.first:
-            return NoKeeper()
-        return CheckpointKeeper(
-            self._request.directory.checkpoints(phase),
-            before_save=self._outlets.flush,
-            frozen=recipe.save_frozen,
-            on_saved=lambda path, best: self._outlets.say(
-                checkpoint=path.name, **({"best_checkpoint": path.name} if best else {})
-            ),
-        )
+    def _keeper(self, recipe: Recipe, phase: int) -> CheckpointKeeper:
+        told: dict[str, Any] = {}
+        if self._team.first:
+            told = {
+                "before_save": self._outlets.flush,
+                "on_saved": lambda path, best: self._outlets.say(
+                    checkpoint=path.name, **({"best_checkpoint": path.name} if best else {})
+                ),
+            }
+        directory, ranks = self._request.directory.checkpoints(phase), self._request.ranks
+        return CheckpointKeeper(directory, frozen=recipe.save_frozen, ranks=ranks, **told)
 
-    def _save_first(self, beginning: Beginning, keeper: CheckpointKeeper | NoKeeper) -> None:
+    def _save_first(self, beginning: Beginning, keeper: CheckpointKeeper) -> None:
         """Save what a resume has changed before anything else, so that a kill or a signal does not undo it."""
         keeper.save(beginning.recipe.state, best=False)
         keeper.settle()

@@ -5,10 +5,11 @@ from pathlib import Path
 
 from steploop.checkpoint import CheckpointStore
 from steploop.checkpoint.store import step_of
+from steploop.core.ranks import Ranks
 from steploop.core.state.several import State
 from steploop.runs.members import attempted_steps, lead
 
-__all__ = ["CheckpointKeeper", "NoKeeper"]
+__all__ = ["CheckpointKeeper"]
 
 
 class CheckpointKeeper:
@@ -19,6 +20,7 @@ class CheckpointKeeper:
         on_saved: called with each checkpoint's directory, and whether it is the best, once it is on the disk.
         frozen: whether parameters that are not trained are kept too.
         before_save: called before each: what was logged up to there is to be written before it.
+        ranks: those that save together, each of which has a keeper.
 
     Raises:
         CheckpointWriteError: no checkpoint can be written there.
@@ -31,9 +33,10 @@ class CheckpointKeeper:
         before_save: Callable[[], None] = lambda: None,
         *,
         frozen: bool = True,
+        ranks: Ranks | None = None,
     ) -> None:
         self._store = CheckpointStore(directory, background=True, frozen=frozen)
-        self._store.prepare()
+        self._store.prepare(ranks=ranks)
         self._on_saved = on_saved
         self._before_save = before_save
         self._saved: tuple[object, ...] | None = None
@@ -73,19 +76,6 @@ class CheckpointKeeper:
         last, self._begun = self._begun, None
         self._store.wait()
         self._tell(last)
-
-
-class NoKeeper:
-    """Keeps nothing: another rank does."""
-
-    def save(self, state: State, *, best: bool) -> None:
-        """Leave it to the other rank."""
-
-    def goes_on_from(self, state: State) -> None:
-        """Nothing to note."""
-
-    def settle(self) -> None:
-        """Nothing to wait for."""
 
 
 def _place(state: State) -> tuple[object, ...]:

@@ -34,7 +34,7 @@ from steploop import (
     warmup_stable_decay,
 )
 from steploop.checkpoint import InexactResumeWarning
-from steploop.checkpoint.format.manifest import seal
+from steploop.checkpoint.format.sealing import seal
 from steploop.checkpoint.provenance import _EXACT
 from steploop.core.trees import first_difference
 from steploop.errors import CheckpointIncompatibleError, CheckpointUnsupportedError, ConfigError

@@ -15,7 +15,7 @@ from state_helpers import take_step
 from torch import nn
 
 from steploop import EarlyStopping, LossScale, Optimizer, ReduceLROnPlateau, TrainState, checkpoint
-from steploop.checkpoint.format.manifest import seal
+from steploop.checkpoint.format.sealing import seal
 from steploop.checkpoint.provenance import InexactResumeWarning
 from steploop.core.early_stopping import Best
 from steploop.core.state.parts import plain_names

@@ -18,7 +18,7 @@ import torch
 from checkpoint_helpers import MemoryFs, listed, make_batches, make_linear, make_state, train_step
 
 from steploop import checkpoint
-from steploop.checkpoint.format.manifest import seal
+from steploop.checkpoint.format.sealing import seal
 from steploop.checkpoint.loading import load_from, open_checkpoint
 from steploop.checkpoint.storage.local import LOCAL
 from steploop.errors import CheckpointDamagedError, CheckpointError

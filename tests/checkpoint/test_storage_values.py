@@ -19,7 +19,8 @@ from steploop.checkpoint.format.json_values import (
     write_json,
 )
 from steploop.checkpoint.format.layout import TensorSpec
-from steploop.checkpoint.format.manifest import MAX_MANIFEST_BYTES, Manifest, parse_manifest, seal, unseal
+from steploop.checkpoint.format.manifest import MAX_MANIFEST_BYTES, Manifest, parse_manifest
+from steploop.checkpoint.format.sealing import seal, unseal
 from steploop.checkpoint.format.tensor_files import FileRecord
 from steploop.errors import (
     CheckpointDamagedError,
@@ -234,11 +235,12 @@ def test_a_hostile_manifest_with_a_digest_that_is_right_is_refused(kind):
     assert said in str(e.value)
 
 
-@pytest.mark.parametrize("version", [0, 2, 99, "1", True, 1.0, None], ids=repr)
+@pytest.mark.parametrize("version", [0, 3, 99, "1", "2", True, 1.0, None], ids=repr)
 def test_another_format_version_is_refused_with_both_versions(version):
     body = body_of(manifest().seal()[0]) | {"version": version}
     with pytest.raises(
-        CheckpointVersionError, match=f"has the format version {version}, and this steploop reads version 1"
+        CheckpointVersionError,
+        match=f"has the format version {version}, and this steploop reads the versions 1",
     ) as e:
         parse_manifest(seal(body)[0])
     assert e.value.exit_code == 3

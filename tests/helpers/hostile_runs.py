@@ -11,7 +11,7 @@ from pathlib import Path
 from running import train
 from sample_runs import make_run
 
-from steploop.checkpoint.format.manifest import seal
+from steploop.checkpoint.format.sealing import seal
 
 SECRET = "TOPSECRET"
 RECORDS = ("config.json", "status.json", "run.owner.json")

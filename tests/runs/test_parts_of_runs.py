@@ -27,7 +27,8 @@ def test_a_run_in_parts_takes_the_steps_of_a_loop_over_parts(tmp_path):
         for parts in recipe.batches.in_parts(ranks, epoch):
             state = recipe.train_step(state, parts)
     newest = max((tmp_path / "run" / "checkpoints").glob("step-*"))
-    loaded = checkpoint.load(newest, like=parted_recipe.build(parted_recipe.Config(), CPU).state)
+    like = with_ranks(parted_recipe.build(parted_recipe.Config(), CPU).state, ranks)
+    loaded = checkpoint.load(newest, like=like)
     assert all(torch.equal(loaded.params[name], value) for name, value in state.params.items())
     assert all(torch.equal(loaded.buffers[name], value) for name, value in state.buffers.items())
     assert json.loads((tmp_path / "run" / "config.json").read_bytes())["parts"] == 4

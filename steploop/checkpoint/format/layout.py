@@ -13,6 +13,7 @@ import attrs
 import torch
 from torch import Tensor
 
+from steploop.core.state.sharded import is_sharded
 from steploop.errors import CheckpointDamagedError, CheckpointUnsupportedError
 
 __all__ = ["TensorSpec", "file_order", "header_bytes", "spec_from_json", "spec_of"]
@@ -110,6 +111,8 @@ def spec_of(name: str, tensor: Tensor) -> TensorSpec:
             f"A tensor is named {name!r}, but safetensors needs names that are text in UTF-8 other than "
             "'__metadata__'. Rename the parameter or the buffer."
         )
+    if is_sharded(tensor):  # stored whole, row-major
+        return TensorSpec(_NAMES[tensor.dtype], tuple(tensor.shape))
     if (problem := _problem(tensor)) is not None:
         raise CheckpointUnsupportedError(
             f"{name!r} is {problem}, which a checkpoint cannot hold. Expected a dense tensor of one of "

@@ -1,37 +1,31 @@
-"""Write and check ``state.json``, the manifest of a checkpoint's files and their digests.
+"""Write and check ``state.json``, the manifest of a checkpoint's files and their digests."""
 
-The digest stands in the file it digests: it is the SHA-256 of the file with 64 zeros in the digest's place. A file
-is taken only if its bytes are exactly those that would be written for its content, so no byte in it is free.
-"""
-
-import hashlib
 import re
 from collections.abc import Mapping
 from typing import Any, Final
 
 import attrs
 
-from steploop.checkpoint.format.json_values import read_json, write_json
-from steploop.checkpoint.format.layout import MAX_TENSORS, TensorSpec, spec_from_json
+from steploop.checkpoint.format.layout import TensorSpec
+from steploop.checkpoint.format.sealing import SHA256, ZEROS, seal, unseal
+from steploop.checkpoint.format.shard_manifest import ShardManifest, shard_manifest_of
+from steploop.checkpoint.format.table_entries import FORMAT, json_object, read_table, write_table
 from steploop.checkpoint.format.tensor_files import FileRecord
 from steploop.checkpoint.storage.local import Fs
 from steploop.errors import CheckpointDamagedError, CheckpointVersionError
 
-__all__ = ["FORMAT_VERSION", "MANIFEST", "Manifest", "parse_manifest", "seal", "unseal"]
+__all__ = ["MANIFEST", "Manifest", "parse_manifest", "read_small"]
 
-FORMAT: Final = "steploop checkpoint"
-FORMAT_VERSION: Final = 1
 MANIFEST: Final = "state.json"
-MAX_MANIFEST_BYTES: Final = 32 << 20  # twice the longest header of tensors
+MAX_MANIFEST_BYTES: Final = 64 << 20  # four times the longest header of tensors
+_SHARDED: Final = 2
 MAX_FILES: Final = 16
 FILE_NAME: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
-_SHA256: Final = re.compile(r"[0-9a-f]{64}")
-_ZEROS: Final = "0" * 64
 
 
 @attrs.frozen(kw_only=True)
 class Manifest:
-    """The content of ``state.json``.
+    """The content of ``state.json``, version 1.
 
     Attributes:
         files: size and digest of each safetensors file.
@@ -45,53 +39,47 @@ class Manifest:
     tensors: Mapping[str, Mapping[str, TensorSpec]]
     state: Any
     metadata: Mapping[str, str]
-    sha256: str = _ZEROS
+    sha256: str = ZEROS
 
     def seal(self) -> tuple[bytes, str]:
         """Return the bytes of the file, and the digest it contains."""
         body = {
             "format": FORMAT,
-            "version": FORMAT_VERSION,
-            "files": {name: attrs.asdict(record) for name, record in self.files.items()},
-            "tensors": {
-                file: {name: spec.to_json() for name, spec in table.items()}
-                for file, table in self.tensors.items()
-            },
+            "version": 1,
+            "files": self.records(),
+            "tensors": {file: write_table(table) for file, table in self.tensors.items()},
             "metadata": dict(self.metadata),
             "state": self.state,
         }
         return seal(body)
 
+    @property
+    def digest(self) -> str:
+        """The digest of the state."""
+        return self.sha256
 
-def seal(body: Mapping[str, Any]) -> tuple[bytes, str]:
-    """Write ``body`` as JSON with its own SHA-256 in it; return the bytes and the digest."""
-    blank = write_json({**body, "sha256": _ZEROS})
-    digest = hashlib.sha256(blank).hexdigest()
-    return blank.replace(f'"sha256": "{_ZEROS}"'.encode(), f'"sha256": "{digest}"'.encode()), digest
+    def others(self) -> set[str]:
+        """The names of the files that a checkpoint has besides ``state.json`` and ``environment.json``."""
+        return set(self.files)
 
+    def table_of(self, file: str) -> str:
+        """The table that stands in a file: the one of its name."""
+        return file
 
-def unseal(text: bytes, name: str, *, limit: int) -> dict[str, Any]:
-    """Read a sealed file and verify its digest.
+    def specs_of(self, file: str) -> Mapping[str, TensorSpec]:
+        """The table of one file."""
+        return self.tensors[file]
 
-    Raises:
-        CheckpointDamagedError: it is not what ``seal`` writes, byte for byte.
-    """
-    body = read_json(text, name, limit=limit)
-    found = body.get("sha256")
-    if not isinstance(found, str) or not _SHA256.fullmatch(found):
-        raise CheckpointDamagedError(
-            f"{name} has no SHA-256 of its own: it is damaged or was written by another program."
-        )
-    expected, digest = seal(body)
-    if text != expected:
-        raise CheckpointDamagedError(
-            f"{name} says its SHA-256 is {found}, but its content has {digest}: its bytes have changed. "
-            "Use another checkpoint."
-        )
-    return body
+    def records(self) -> dict[str, Any]:
+        """What is known of each file of tensors, as JSON."""
+        return {name: attrs.asdict(record) for name, record in self.files.items()}
+
+    def listing(self) -> list[tuple[str, int, int]]:
+        """Name, bytes and number of tensors of each file of tensors."""
+        return [(name, record.size, len(self.tensors[name])) for name, record in self.files.items()]
 
 
-def parse_manifest(text: bytes, name: str = MANIFEST) -> Manifest:
+def parse_manifest(text: bytes, name: str = MANIFEST) -> Manifest | ShardManifest:
     """Check and return the content of ``state.json``; messages call it ``name``.
 
     Raises:
@@ -104,41 +92,36 @@ def parse_manifest(text: bytes, name: str = MANIFEST) -> Manifest:
             f"{name} is of the format {str(body.get('format'))[:80]!r}; expected {FORMAT!r}."
         )
     version = body.get("version")
-    if type(version) is not int or version != FORMAT_VERSION:
+    if type(version) is not int or version not in {1, _SHARDED}:
         raise CheckpointVersionError(
-            f"{name} has the format version {str(version)[:80]}, and this steploop reads version {FORMAT_VERSION}. "
+            f"{name} has the format version {str(version)[:80]}, and this steploop reads the versions 1 and 2. "
             "Install the version of steploop that wrote it, or a newer one."
         )
+    return _manifest_of(body, name) if version == 1 else shard_manifest_of(body, name)
+
+
+def _manifest_of(body: Mapping[str, Any], name: str) -> Manifest:
     if body.keys() != {"format", "version", "sha256", "files", "tensors", "metadata", "state"}:
         raise CheckpointDamagedError(
-            f"{name} has the keys {str(sorted(body))[:200]}, which are not those of version {version}."
+            f"{name} has the keys {str(sorted(body))[:200]}, which are not those of version 1."
         )
     files = {
-        file: _record(file, entry, name) for file, entry in _object(body["files"], f"{name}: files").items()
+        file: _record(file, entry, name)
+        for file, entry in json_object(body["files"], f"{name}: files").items()
     }
-    tables = _object(body["tensors"], f"{name}: tensors")
-    metadata = _object(body["metadata"], f"{name}: metadata")
+    tables = json_object(body["tensors"], f"{name}: tensors")
+    metadata = json_object(body["metadata"], f"{name}: metadata")
     if not files.keys() == tables.keys() == metadata.keys() or len(files) > MAX_FILES:
         raise CheckpointDamagedError(f"{name}: the files listed and the tables of tensors do not match.")
     if not all(isinstance(text, str) for text in metadata.values()):
         raise CheckpointDamagedError(f"{name}: the metadata of a file is not text.")
-    tensors = {}
-    for file, table in tables.items():
-        entries = _object(table, f"{name}: tensors of {file}")
-        if len(entries) > MAX_TENSORS or "__metadata__" in entries:
-            raise CheckpointDamagedError(
-                f"{name} has {len(entries)} tensors in {file}; at most {MAX_TENSORS} are read."
-            )
-        tensors[file] = {key: spec_from_json(key, entry) for key, entry in entries.items()}
     return Manifest(
-        files=files, tensors=tensors, metadata=metadata, state=body["state"], sha256=body["sha256"]
+        files=files,
+        tensors={file: read_table(table, file, name) for file, table in tables.items()},
+        metadata=metadata,
+        state=body["state"],
+        sha256=body["sha256"],
     )
-
-
-def _object(value: Any, name: str) -> dict[str, Any]:
-    if not isinstance(value, dict):
-        raise CheckpointDamagedError(f"{name}: expected an object, but found {str(value)[:80]!r}.")
-    return value
 
 
 def _record(file: str, entry: Any, name: str) -> FileRecord:
@@ -156,7 +139,7 @@ def _record(file: str, entry: Any, name: str) -> FileRecord:
         type(size) is not int
         or not 0 <= size < 1 << 62
         or not isinstance(sha256, str)
-        or not _SHA256.fullmatch(sha256)
+        or not SHA256.fullmatch(sha256)
     ):
         raise CheckpointDamagedError(
             f"{name}: expected the size and SHA-256 of {file}, but found {str(entry)[:80]!r}."

@@ -6,7 +6,7 @@ from steploop.core.ranks import Ranks
 from steploop.core.state.same_start import check_same, refuse_wrapped, take_from_first_rank
 from steploop.core.state.train_state import TrainState
 
-__all__ = ["with_ranks"]
+__all__ = ["with_ranks", "without_ranks"]
 
 
 def with_ranks(state: TrainState, ranks: Ranks) -> TrainState:
@@ -32,4 +32,13 @@ def with_ranks(state: TrainState, ranks: Ranks) -> TrainState:
     check_same(ranks, "The recipe makes another state", made)
     take_from_first_rank(ranks, [*values.values(), *(tensors.ema or {}).values()])
     machine.ranks = ranks
+    return state.replace(machine=machine)
+
+
+def without_ranks(state: TrainState) -> TrainState:
+    """The same value as a state of this process alone, for what one rank does without the others: it shares the tensors."""
+    if state.ranks is None:
+        return state
+    machine = copy.copy(state.machine)
+    machine.ranks = None
     return state.replace(machine=machine)

@@ -24,6 +24,7 @@ from torch import Tensor
 from steploop import checkpoint
 from steploop.checkpoint.format.batch_files import decode, encode
 from steploop.core.state.train_state import TrainState
+from steploop.core.state.with_ranks import without_ranks
 from steploop.errors import CheckpointUnsupportedError, ConfigError, DataError
 from steploop.runs.directory_reader import read_file, read_record, step_folders
 from steploop.runs.record_values import checked_config, is_count, is_number
@@ -59,6 +60,7 @@ def fill_capsule(
         phase: which phase of the recipe it belongs to, from 0.
         run: the run's directory, whose recipe and configuration are copied.
     """
+    states = {name: without_ranks(one) for name, one in states.items()}  # the others write none
     single = states[""] if list(states) == [""] else None
     # parameters that were not finite before the step are what a replay is to find
     checkpoint.save(states if single is None else single, folder / "state", require_finite=False)

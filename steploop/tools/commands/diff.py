@@ -44,7 +44,10 @@ def diff(a: Annotated[Path, A], b: Annotated[Path, B], *, as_json: Annotated[boo
         result = {"equal": not found, "a": one.digest, "b": other.digest, "differences": found}
         sys.stdout.write(json.dumps(result) + "\n")
     elif not found:
-        sys.stdout.write(f"equal: both hold the state {one.digest}\n")
+        digests = " and ".join(
+            dict.fromkeys((one.digest, other.digest))
+        )  # two for two versions of the format
+        sys.stdout.write(f"equal: both hold the state {digests}\n")
     else:
         more = [f"and {len(found) - _SHOWN} more"] if len(found) > _SHOWN else []
         lines = (safe_text(line) for line in [*found[:_SHOWN], *more])

@@ -81,7 +81,7 @@ def _as_json(opened: "Checkpoint") -> dict[str, Any]:
         "checkpoint": str(opened.directory),
         "digest": opened.digest,
         "environment": dict(opened.environment),
-        "files": {name: {"size": r.size, "sha256": r.sha256} for name, r in manifest.files.items()},
+        "files": manifest.records(),
         "tensors": {
             file: {name: spec.to_json() for name, spec in table.items()}
             for file, table in manifest.tensors.items()
@@ -98,8 +98,8 @@ def _describe(opened: "Checkpoint") -> Iterator[str]:
     yield f"versions     steploop {written['steploop']}, torch {written['torch']}, python {written['python']}"
     for name, values in opened.manifest.state["states"].items():
         yield from _describe_state(name, values)
-    for file, record in opened.manifest.files.items():
-        yield f"{file}: {record.size:,} bytes, {len(opened.manifest.tensors[file])} tensors"
+    for file, size, count in opened.manifest.listing():
+        yield f"{file}: {size:,} bytes, {count} tensors"
     model = opened.manifest.tensors["model.safetensors"]
     width = max((len(name) for name in model), default=0)
     for name, spec in model.items():
