@@ -27,6 +27,9 @@ def compile(  # noqa: A001  (steploop.compile, as in torch.compile)
         >>> step = compile(train_step)                                   # doctest: +SKIP
         >>> state = functools.reduce(step, batches, state)               # doctest: +SKIP
 
+    **Several steps at once.** ``state = step.fold(state, batches)`` takes a step on each batch, and ``step.scan`` keeps what each
+    of them computed: the bits of single steps, without most of what Python does between two of them.
+
     **Numbers.** Those of eager but for the order of sums and, for Adam and its kin, bias corrections in float32: on
     small nets the parameters agree to 1e-4 of their largest after 100 steps in float32 (1e-5 for most optimizers,
     5e-3 for RAdam, 1e-1 for Muon, which computes in bfloat16), and steps are skipped where eager skips them. Random

@@ -142,7 +142,7 @@ def trace_step(
     return StepPlan(
         graph=graph, mode=mode, batch_tensors=len(tensors), order=tuple(order), counters=tuple(counters), results=tuple(results),
         values=tuple(trace.values), size=trace.size(), states=plans, computed=computed, left=tuple(left),
-        guards=tuple(trace.guards), cycled=cycled,
+        guards=tuple(trace.guards), cycled=cycled, reads_results=bool(trace.results_read),
     )  # fmt: skip
 
 

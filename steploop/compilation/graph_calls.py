@@ -13,12 +13,13 @@ from steploop.compilation.graph_inputs import Feed
 from steploop.compilation.host_numbers import Guard, Now
 from steploop.compilation.inductor import Run
 from steploop.compilation.leaves import constants_of, counted_on_host, signature
-from steploop.compilation.next_state import Advance
+from steploop.compilation.next_state import SPENDER, Advance
 from steploop.compilation.plans import StepPlan
 from steploop.core.seeds import fold_in
+from steploop.core.state.parts import InFlight
 from steploop.core.state.seeding import generators_of
 from steploop.core.state.train_state import TrainState
-from steploop.core.steps.set_rates import schedule
+from steploop.core.steps.set_rates import put_rates, schedule, values_at
 
 __all__ = ["Bound", "CompiledGraph", "positions"]
 
@@ -81,6 +82,7 @@ class CompiledGraph:
         self._donated = all(p.donated for p in plans)
         self._before = [(i, fn) for i, p in enumerate(plans) for fn in p.before]
         self._after = [(i, fn) for i, p in enumerate(plans) for fn in p.after]
+        self._between = [*self._after, *self._before]
         self._limits = [(i, p.limit) for i, p in enumerate(plans) if p.limit and p.on_host]
         self._feed = Feed(plan, names, states[0].device, on_host=all(map(counted_on_host, states)))
         self._written = [i for i, taken in enumerate(plan.graph.wiring.inputs) if taken in plan.graph.written]
@@ -88,17 +90,36 @@ class CompiledGraph:
             where[p.flight["finite"].index] for p in plans if isinstance(p.flight["finite"], Reference)
         ]
         self._generation = self._fitted = -1
+        self.decides = bool(plan.guards)  # whether Python decides by numbers
+        # whether several steps may be taken in a row without making the states in between
+        self.in_a_row = (
+            self._donated
+            and not plan.reads_results
+            and not self._left
+            and all(p.on_host and p.batches == 1 and not p.tensors for p in plans)
+        )
 
     # -- whether it may run ------------------------------------------------------------------------------------------
 
     def holds(self, now: Now) -> bool:
         """Whether all that Python read and decided while tracing is as it was."""
+        return self.unchanged(now.states) and self.decides_alike(now)
+
+    def unchanged(self, states: Sequence[TrainState]) -> bool:
+        """Whether all that Python read besides numbers is as it was."""
         try:
             if not self.baked.unchanged():
                 return False
-            for state, flags in zip(now.states, self._flags, strict=True):
+            for state, flags in zip(states, self._flags, strict=True):
                 if not _same_flags(state, flags):
                     return False
+        except Exception:  # noqa: BLE001  (what was read is gone)
+            return False
+        return True
+
+    def decides_alike(self, now: Now) -> bool:
+        """Whether all that Python decided by numbers while tracing is as it was."""
+        try:
             for (
                 read,
                 value,
@@ -133,27 +154,16 @@ class CompiledGraph:
 
     # -- running it --------------------------------------------------------------------------------------------------
 
-    def __call__(  # noqa: C901  (in one piece: this is every step's way)
-        self, bound: Bound, now: Now, batch: list[Tensor]
-    ) -> list[TrainState] | None:
+    def __call__(self, bound: Bound, now: Now, batch: list[Tensor]) -> list[TrainState] | None:
         """Take one step: write the numbers, run the graph, make the states, apply the schedules.
 
         Returns:
             The new states; None where the step has to be taken in eager: it is not finite, and Python decides by that.
             Then the old states are whole.
         """
-        states = now.states
-        for state in states:
-            state.machine.module.check()
-        if self._before:
-            now = self._scheduled(now)
-            states = now.states
-        feed, draws = self._feed, self.plan.graph.draws
-        if self._generation != bound.generation:
-            feed.bind(states)
-            self._generation = bound.generation
-        drawn = draws.run(dict(zip(self._names, states, strict=True))) if draws.program else _NOTHING
-        inputs = feed.arguments(now, batch, drawn)
+        now = self.prepare(bound, now)
+        states, drawn = now.states, self._drawn(now.states)
+        inputs = self._feed.arguments(now, batch, drawn)
         kept = None
         if self._doubtful and self.in_doubt(now):
             kept = [(inputs[i], inputs[i].clone()) for i in self._written]
@@ -162,14 +172,52 @@ class CompiledGraph:
             for state in states:
                 state.lease.tear()
         given = self._run(states, inputs)
-        if kept is not None and not all(bool(given[i]) for i in self._finite):
+        if kept is not None and not self.finite(given):
             self._take_back(states, kept)
             return None
-        if self._passes:
-            given = [*given, *feed.passed(now, batch, drawn)]
-        if self._computed:
-            given = self._with_numbers(now, given)
-        new = [advance(state, given) for advance, state in zip(self._advances, states, strict=True)]
+        return self.finish(bound, now, self.complete(now, batch, drawn, given))
+
+    def launch(self, now: Now, batch: list[Tensor]) -> tuple[Sequence[Tensor], list[Tensor]]:
+        """Run the graph once, in a row of steps: what it gave, and what was drawn for it. The states of ``now`` are spent."""
+        drawn = self._drawn(now.states)
+        inputs = self._feed.arguments(now, batch, drawn)
+        for state in now.states:
+            state.lease.tear()
+        given = self._run(now.states, inputs)
+        for state in now.states:
+            state.lease.hand_on(SPENDER)
+        return given, drawn
+
+    def count(self, states: Sequence[TrainState]) -> None:
+        """Count a step that was finite, and set the rates of the next one, in place: in states that nobody else has."""
+        for i, advance in enumerate(self._advances):
+            advance.count(states[i])
+        for i, learning_rate in self._between:
+            state: Any = states[i]
+            put_rates(state.hyper, values_at(state.machine, learning_rate, state.applied_steps))
+
+    def results(self, states: Sequence[TrainState], given: Sequence[Any]) -> list[InFlight]:
+        """What a step leaves in flight, for each state."""
+        return [a.results(s, given) for a, s in zip(self._advances, states, strict=True)]
+
+    def prepare(self, bound: Bound, now: Now) -> Now:
+        """Check the modules, set the rates, and bind the states' tensors."""
+        states = now.states
+        for state in states:
+            state.machine.module.check()
+        if self._before:
+            states = list(states)
+            for i, learning_rate in self._before:
+                states[i] = schedule(states[i], learning_rate)
+            now = Now(states, now.numbers, now.finite)
+        if self._generation != bound.generation:
+            self._feed.bind(states)
+            self._generation = bound.generation
+        return now
+
+    def finish(self, bound: Bound, now: Now, given: Sequence[Any]) -> list[TrainState]:
+        """Make the new states."""
+        new = [advance(state, given) for advance, state in zip(self._advances, now.states, strict=True)]
         for i, learning_rate in self._after:
             new[i] = schedule(new[i], learning_rate)
         for place, key, build in self._left:
@@ -177,11 +225,23 @@ class CompiledGraph:
         bound.take(new, same_tensors=self._donated)
         return new
 
-    def _scheduled(self, now: Now) -> Now:
-        states = list(now.states)
-        for i, learning_rate in self._before:
-            states[i] = schedule(states[i], learning_rate)
-        return Now(states, now.numbers, now.finite)
+    def finite(self, given: Sequence[Tensor]) -> bool:
+        """Whether the step was finite, for every state."""
+        return all(bool(given[i]) for i in self._finite)
+
+    def _drawn(self, states: Sequence[TrainState]) -> list[Tensor]:
+        draws = self.plan.graph.draws
+        return draws.run(dict(zip(self._names, states, strict=True))) if draws.program else _NOTHING
+
+    def complete(
+        self, now: Now, batch: list[Tensor], drawn: list[Tensor], given: Sequence[Any]
+    ) -> Sequence[Any]:
+        """What the graph gave, inputs that it passes on, and numbers of the host."""
+        if self._passes:
+            given = [*given, *self._feed.passed(now, batch, drawn)]
+        if self._computed:
+            given = self._with_numbers(now, given)
+        return given
 
     def _with_numbers(self, now: Now, given: Sequence[Any]) -> list[Any]:
         """What the graph gave, and the numbers of the host that stand among the outputs."""

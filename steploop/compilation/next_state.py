@@ -14,9 +14,9 @@ from steploop.core.state.ownership import Lease
 from steploop.core.state.parts import InFlight
 from steploop.core.state.train_state import TrainState
 
-__all__ = ["Advance"]
+__all__ = ["SPENDER", "Advance"]
 
-_SPENDER = "a compiled train step"
+SPENDER = "a compiled train step"
 
 
 class Advance:
@@ -39,44 +39,63 @@ class Advance:
         }
         self._tensors = [(place, where[reference.index]) for place, reference in plan.tensors.items()]
 
-    def __call__(  # noqa: C901, PLR0912  (in one piece: this is every step's way)
-        self, state: TrainState, given: Sequence[Tensor]
-    ) -> TrainState:
+    def __call__(self, state: TrainState, given: Sequence[Tensor]) -> TrainState:
         """Update counters and loss scale, and pass the tensors on."""
         plan = self._plan
-        changes = self._constant.copy()
-        flight = self._ended.copy()
-        for name, index in self._direct:
-            flight[name] = given[index]
-        for name, build in self._flight:
-            flight[name] = build(given)
+        flight = self._flight_of(given)
+        changes = self._counts(state, finite=flight["finite"]) if plan.on_host else self._constant.copy()
         for name, build in self._given:
             changes[name] = build(given)
-        attempted = state.attempted_steps
-        if plan.attempts:
-            changes["attempted_steps"] = attempted + plan.attempts
-            if plan.on_host:
-                flight["finite"] = finite = flight["finite"].item()  # already computed, on the CPU: no wait
-                if finite:
-                    changes["applied_steps"] = state.applied_steps + 1
-                    changes["nonfinite_steps"] = 0
-                else:
-                    changes["nonfinite_steps"] = state.nonfinite_steps + 1
-                if state.scale is not None:
-                    changes["scale"] = state.scale.updated(finite)
-        if plan.batches:
-            changes["batch"] = state.batch + plan.batches
         if not plan.on_host:
+            if plan.attempts:
+                changes["attempted_steps"] = state.attempted_steps + plan.attempts
+            if plan.batches:
+                changes["batch"] = state.batch + plan.batches
             _count_on_device(state, changes, flight)
         if plan.donated:
             if self._tensors:
                 changes["tensors"] = with_tensors(
                     state, {p: given[i] for p, i in self._tensors}, same_params=True
                 )
-            changes["generation"] = state.lease.hand_on(_SPENDER)  # the call tore it before the graph ran
+            changes["generation"] = state.lease.hand_on(SPENDER)  # the call tore it before the graph ran
         else:
             changes |= self._copies(state, given)
         return state.replace(flight=state.flight.replace(**flight), **changes)
+
+    def count(self, state: TrainState) -> None:
+        """Count a step that was finite, in place: in a state that nobody else has, and that the host counts."""
+        state.__dict__.update(self._counts(state, finite=True))
+
+    def results(self, state: TrainState, given: Sequence[Tensor]) -> InFlight:
+        """What the step leaves in flight."""
+        return state.flight.replace(**self._flight_of(given))
+
+    def _flight_of(self, given: Sequence[Tensor]) -> dict[str, Any]:
+        flight = self._ended.copy()
+        for name, index in self._direct:
+            flight[name] = given[index]
+        for name, build in self._flight:
+            flight[name] = build(given)
+        if self._plan.on_host and self._plan.attempts:
+            flight["finite"] = flight["finite"].item()  # already computed, on the CPU: no wait
+        return flight
+
+    def _counts(self, state: TrainState, *, finite: bool) -> dict[str, Any]:
+        """What the host counts."""
+        plan = self._plan
+        changes = self._constant.copy()
+        if plan.attempts:
+            changes["attempted_steps"] = state.attempted_steps + plan.attempts
+            if finite:
+                changes["applied_steps"] = state.applied_steps + 1
+                changes["nonfinite_steps"] = 0
+            else:
+                changes["nonfinite_steps"] = state.nonfinite_steps + 1
+            if state.scale is not None:
+                changes["scale"] = state.scale.updated(finite)
+        if plan.batches:
+            changes["batch"] = state.batch + plan.batches
+        return changes
 
     def _copies(self, state: TrainState, given: Sequence[Tensor]) -> dict[str, Any]:
         """Copy the fields that hold tensors, for a step that keeps the old state."""

@@ -67,6 +67,7 @@ class StepPlan:
         left: what the step leaves in attributes: (dictionary, key, template).
         guards: what Python decided: the graph holds while it decides the same.
         cycled: whether a schedule sets the momentum.
+        reads_results: whether the step reads what the step before has left.
     """
 
     graph: CapturedGraph
@@ -82,3 +83,4 @@ class StepPlan:
     left: tuple[tuple[Any, Any, Any], ...]
     guards: tuple[Guard, ...]
     cycled: bool
+    reads_results: bool

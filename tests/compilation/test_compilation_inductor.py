@@ -36,6 +36,7 @@ from steploop import (
     update_ema,
 )
 from steploop.core.trees import named_leaves
+from steploop.testing.state_comparison import require_same
 
 pytestmark = needs_compiler
 
@@ -43,8 +44,10 @@ pytestmark = needs_compiler
 def test_100_compiled_steps_agree_with_eager():
     step, given = compile(train_step), batches(5) * 20
     eager = first_state()
-    compiled = eager.clone()
-    assert_alike(folded(train_step, eager, given), folded(step, compiled, given), 1e-4)
+    compiled, in_a_row = eager.clone(), eager.clone()
+    single = folded(step, compiled, given)
+    assert_alike(folded(train_step, eager, given), single, 1e-4)
+    require_same(step.fold(in_a_row, given), single, "steps in a row are single steps")
     assert step.figures.form == "compiled"
     assert step.figures.compile_s[0] > 0
 

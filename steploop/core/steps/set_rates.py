@@ -1,7 +1,7 @@
 """``schedule``: set the learning rate of the next step from the number of steps taken, wherever that number is."""
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from numbers import Real
 from typing import Any
 
@@ -16,7 +16,7 @@ from steploop.core.state.trace import trace_of
 from steploop.core.state.train_state import TrainState
 from steploop.errors import ConfigError
 
-__all__ = ["Schedules", "schedule", "set_rates", "values_at"]
+__all__ = ["Schedules", "put_rates", "schedule", "set_rates", "values_at"]
 
 # One schedule for all groups, or one for each: group (its selector as it was written, or its index) -> schedule
 Schedules = Schedule | Mapping[str | int, Schedule]
@@ -158,15 +158,18 @@ def _scaled(learning_rate: Schedule, factor: float) -> Schedule:
 
 
 def _with_values(state: TrainState, values: list[_Value | None]) -> TrainState:
-    groups = []
-    for group, value in zip(state.hyper, values, strict=True):
-        if value is None:
-            groups.append(group)
-            continue
-        rate, momentum = value
-        changed = {**group, "lr": rate}
-        groups.append(changed if momentum is None else {**changed, **_momentum(group, momentum)})
-    return state.replace(hyper=tuple(groups))
+    groups = tuple([dict(group) for group in state.hyper])
+    put_rates(groups, values)
+    return state.replace(hyper=groups)
+
+
+def put_rates(groups: Sequence[dict[str, Any]], values: list[_Value | None]) -> None:
+    """Write what ``values_at`` gave into groups of hyperparameters, in place."""
+    for group, value in zip(groups, values, strict=True):
+        if value is not None:
+            group["lr"], momentum = value
+            if momentum is not None:
+                group.update(_momentum(group, momentum))
 
 
 def _momentum(group: Mapping[str, Any], momentum: float | Tensor) -> dict[str, Any]:
