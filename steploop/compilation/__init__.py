@@ -5,10 +5,11 @@ from typing import Any, Literal
 
 from steploop.compilation.compiled_step import CompiledStep as CompiledStep
 from steploop.compilation.compiled_step import Figures as Figures
+from steploop.compilation.folding_step import FoldingStep as FoldingStep
 from steploop.compilation.inductor import check_torch
 from steploop.errors import ConfigError
 
-__all__ = ["CompiledStep", "Figures", "compile"]
+__all__ = ["CompiledStep", "Figures", "FoldingStep", "compile"]
 
 
 def compile(  # noqa: A001  (steploop.compile, as in torch.compile)
@@ -16,7 +17,7 @@ def compile(  # noqa: A001  (steploop.compile, as in torch.compile)
     *,
     mode: Literal[True, "auto"] = True,
     report: Callable[[str], None] | None = None,
-) -> CompiledStep:
+) -> FoldingStep:
     """Compile ``train_step`` into one graph that computes the same.
 
     The step is traced once, on tensors without values, with all Python in it: states, closures, dictionaries. What
@@ -84,4 +85,4 @@ def compile(  # noqa: A001  (steploop.compile, as in torch.compile)
         raise ConfigError(f"compile: mode must be True or 'auto', but is {mode!r}.")
     if mode is True:  # "auto" goes on in eager, and says so
         check_torch()
-    return CompiledStep(train_step, mode, report)
+    return FoldingStep(train_step, mode, report)

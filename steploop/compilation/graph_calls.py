@@ -96,7 +96,8 @@ class CompiledGraph:
             self._donated
             and not plan.reads_results
             and not self._left
-            and all(p.on_host and p.batches == 1 and not p.tensors for p in plans)
+            # a limit of 1: then the step that raises is the first of its row, as with any other
+            and all(p.on_host and p.batches == 1 and p.limit != 1 and not p.tensors for p in plans)
         )
 
     # -- whether it may run ------------------------------------------------------------------------------------------

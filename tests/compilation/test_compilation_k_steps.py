@@ -35,7 +35,7 @@ from steploop import (
     unscale_and_clip,
     update_ema,
 )
-from steploop.compilation import CompiledStep, compiled_step
+from steploop.compilation import CompiledStep, folding_step
 from steploop.errors import CompileError, ConfigError, NonFiniteError, SpentStateError
 from steploop.testing.state_comparison import require_same
 
@@ -99,14 +99,14 @@ def both(step, state, items, lengths=(4,), kind=list):
 
 def rows_of(monkeypatch):
     """How many steps each row had, as they are taken."""
-    rows, take = [], compiled_step.take
+    rows, take = [], folding_step.take
 
     def watched(*args, **kwargs):
         taken = take(*args, **kwargs)
         rows.append(taken.steps)
         return taken
 
-    monkeypatch.setattr(compiled_step, "take", watched)
+    monkeypatch.setattr(folding_step, "take", watched)
     return rows
 
 
