@@ -1,6 +1,8 @@
 """Ranks are parts: the number of processes that take a step together changes no bit of it."""
 
+import ast
 import copy
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -9,6 +11,7 @@ import torch.nn.functional as F
 from rank_cases import ADAMW, CASES, INF, MOMENTUM, batches, create, fast, network, objective, step, values
 from rank_processes import RankProcesses
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 import steploop
 from steploop import (
@@ -18,6 +21,7 @@ from steploop import (
     TrainState,
     accumulate,
     backward_scaled,
+    evaluate,
     fold_in,
     forward_loss,
     optimizer_step,
@@ -261,6 +265,31 @@ def test_what_is_wrong_with_all_parts_together_is_an_error_on_every_rank(two, fu
     assert [(fine, message in text) for fine, text in two.outcomes(function, 2)] == [(False, True)] * 2
 
 
+def test_torch_distributed_is_imported_where_several_processes_need_it_only():
+    """Inside of functions: torch imports some of it itself, so what is loaded says nothing."""
+    wrong = []
+    for path in Path(steploop.__file__).parent.rglob("*.py"):
+        for node in ast.parse(path.read_bytes()).body:
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            if isinstance(node, ast.ImportFrom):
+                names = [f"{node.module}.{alias.name}" for alias in node.names]
+            wrong += [f"{path.name}: {name}" for name in names if name.startswith("torch.distributed")]
+    assert wrong == []
+
+
+def test_a_step_without_ranks_asks_torch_distributed_nothing(monkeypatch):
+    def refuse(*_, **__):
+        raise AssertionError
+
+    for name in ("is_initialized", "is_available", "get_rank", "get_world_size", "all_reduce", "barrier"):
+        monkeypatch.setattr(torch.distributed, name, refuse)
+    state = TrainState.create(network(), ADAMW)
+    for batch in batches():
+        state = forward_loss(state, batch, objective)
+        state = optimizer_step(unscale_and_clip(backward_scaled(state), max_norm=1.0))
+    assert evaluate(state, batches(), objective)["loss"] > 0
+
+
 def test_a_step_with_ranks_is_not_compiled():
     state = create(network(), ADAMW, 2)
     cut = split_parts(batches()[0], state.ranks)
@@ -276,6 +305,94 @@ def test_a_step_with_ranks_is_not_compiled():
     assert automatic(state, cut).step == 1
     assert automatic.figures.form == "eager"
     assert len(said) == 1
+
+
+class Moves(nn.Linear):
+    """A forward pass that changes a parameter."""
+
+    def forward(self, x):
+        with torch.no_grad():
+            self.bias.mul_(0.5)
+        return super().forward(x)
+
+
+class Counts(nn.Linear):
+    """A forward pass that changes the extra state."""
+
+    calls = 0
+
+    def forward(self, x):
+        self.calls += 1
+        return super().forward(x)
+
+    def get_extra_state(self):
+        return self.calls
+
+    def set_extra_state(self, state):
+        self.calls = state
+
+
+class Grows(nn.Linear):
+    """A forward pass that makes a buffer longer."""
+
+    def __init__(self, *sizes):
+        super().__init__(*sizes)
+        self.register_buffer("seen", torch.zeros(1))
+
+    def forward(self, x):
+        self.seen = torch.cat([self.seen, x[:1, 0]])
+        return super().forward(x)
+
+
+class Looks(nn.Module):
+    """An embedding with sparse gradients."""
+
+    def __init__(self, *_):
+        super().__init__()
+        self.table = nn.Embedding(3, 2, sparse=True)
+
+    def forward(self, x):
+        return self.table(x[:, 0].long())
+
+
+class Twice(nn.Linear):
+    """A layer that is recomputed twice in a backward pass, by the older kind of checkpoint."""
+
+    def forward(self, x):
+        x = x.requires_grad_() + 0
+        for _ in range(2):
+            x = checkpoint(super().forward, x, use_reentrant=True)
+        return x
+
+
+def trains(model):
+    def objective(model, x):
+        return model(x).sum()
+
+    state = TrainState.create(model(2, 2), Optimizer(torch.optim.SGD, lr=0.1), ranks=Ranks.here(parts=2))
+    return backward_scaled(forward_loss(state, split_parts(torch.ones(4, 2), state.ranks), objective)).step
+
+
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [
+        (Moves, "changes the parameter bias in its forward pass"),
+        (Counts, "changes the extra state of a module"),
+        (Grows, "makes, drops or reshapes the buffer seen"),
+        (Looks, "cannot sum sparse ones"),
+    ],
+    ids=lambda value: getattr(value, "__name__", ""),
+)
+def test_what_parts_would_each_do_their_own_way_is_refused(model, message):
+    with pytest.raises(ConfigError, match=message):
+        trains(model)
+
+
+def test_a_gradient_that_goes_on_changing_after_it_was_sent_is_refused(two):
+    assert trains(Twice) == 0
+    for fine, message in two.outcomes(trains, Twice):
+        assert not fine
+        assert "use_reentrant=False" in message
 
 
 def test_a_wrapped_module_is_refused():

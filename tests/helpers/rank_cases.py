@@ -7,6 +7,7 @@ from unittest.mock import patch
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from steploop import (
     LossScale,
@@ -305,6 +306,34 @@ def draws_from_python(parts):
     return train(parts, chosen=noisy)
 
 
+class Recomputed(nn.Module):
+    """A layer whose forward pass, BatchNorm included, is computed again in the backward pass."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner = network()
+
+    def forward(self, x):
+        return checkpoint(self.inner, x, use_reentrant=False)
+
+
+def recomputed(parts):
+    return train(parts, model=Recomputed, samples=19)
+
+
+def kept_graphs(parts):
+    """A batch that one state makes, which the loss of another is differentiated through."""
+    torch.manual_seed(0)
+    maker, judge = create(nn.Linear(6, 6), ADAMW, parts), create(network(), ADAMW, parts)
+    for batch in batches():
+        cut = split_parts(batch, maker.ranks)
+        made = forward_loss(maker, cut, lambda model, b: ((out := model(b[0])).mean(), out), keep_graph=True)
+        judge = backward_scaled(forward_loss(judge, (made.outputs, cut[1]), objective), keep_graph=True)
+        judge = optimizer_step(unscale_and_clip(judge, max_norm=INF))
+        maker = optimizer_step(unscale_and_clip(backward_scaled(made), max_norm=INF))
+    return {"maker": values(maker), "judge": values(judge)}
+
+
 def closure(parts):
     state = create(network(norm=False), Optimizer(torch.optim.LBFGS, lr=0.1, max_iter=3), parts)
     for batch in batches(3):
@@ -339,5 +368,5 @@ CASES = (
     adamw, many_buckets, many_buckets_of_unused_parameters, half_parameters, momentum_of_ragged_batches, tokens_as_weights, fewer_samples_than_parts, muon_and_adamw, bfloat16,
     float16_that_overflows_first, clipped_by_value, clipped_by_unit, nan_in_one_part, averages_and_rates,
     clones_and_pure_steps, accumulated, accumulated_tokens, accumulated_tokens_in_float16, accumulated_by_unpacking,
-    several_passes, two_passes_of_one_state, unused_parameters, channels_last, draws_from_python, closure, evaluated,
+    several_passes, two_passes_of_one_state, unused_parameters, recomputed, kept_graphs, channels_last, draws_from_python, closure, evaluated,
 )  # fmt: skip

@@ -50,6 +50,7 @@ class PartSum:
             tuple[int, Tensor, int]
         ] = []  # during a backward pass: place, gradient and its version
         if ranks.size > 1:
+            key = (ranks.size, key)
             if key not in plans:
                 plans[key] = bucketed(like, ranks.size)
             self._buckets = plans[key]
