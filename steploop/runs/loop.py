@@ -5,7 +5,7 @@ evaluation's metrics, and the cursor, write to it.
 """
 
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import nullcontext
 from functools import reduce
 from typing import Any
@@ -15,6 +15,7 @@ from steploop.core.state.several import State, members
 from steploop.data.batches import epoch_of_parts
 from steploop.errors import EmptyDataError, NonFiniteError
 from steploop.recipe.recipe import Recipe
+from steploop.runs.due import Due
 from steploop.runs.evaluations import Evaluations
 from steploop.runs.layer_norms import LayerNorms
 from steploop.runs.members import (
@@ -27,7 +28,7 @@ from steploop.runs.members import (
 )
 from steploop.runs.monitoring import ending_of, stopped
 from steploop.runs.pace import Pace
-from steploop.runs.plan import Ending, Journal, Keeper, Plan, Witness, lines_every
+from steploop.runs.plan import Ending, Journal, Keeper, Plan, Witness
 from steploop.runs.ranks.team import Team
 from steploop.runs.signals import StopFlag
 from steploop.runs.skips import SkipReporter
@@ -35,10 +36,7 @@ from steploop.runs.step_metrics import read_step
 
 __all__ = ["Loop"]
 
-
-def _crossed(every: int | None, before: int, now: int) -> bool:
-    """Whether a multiple of ``every`` lies in (before, now]."""
-    return every is not None and now // every > before // every
+_NOTHING = object()  # no batch
 
 
 class Loop:
@@ -76,12 +74,13 @@ class Loop:
         self._pace = Pace(begun_s)
         self._skips = SkipReporter(recipe.batches, witness, journal)
         self._norms: LayerNorms | None = None
+        self._stretch: Callable[..., Any] | None = getattr(recipe.train_step, "stretch", None)  # if compiled
         self._steps_per_epoch = len(recipe.batches)
         if self._steps_per_epoch == 0:
             raise EmptyDataError(
                 "The recipe's batches are empty: there is nothing to train on. Look at the size of the data and at drop_last."
             )
-        self._log_every = lines_every(plan, self._steps_per_epoch)
+        self._due = Due(plan, recipe.eval_every_steps, self._steps_per_epoch)
         self._ending: Ending | None = None
         self._names: tuple[str, ...] = ("",)
         self._position = 0
@@ -127,7 +126,7 @@ class Loop:
             batches = epoch_of_parts(self._recipe.batches, lead(state).ranks, epoch, start)
             self._pace.go()
             try:
-                state = reduce(self._step, self._until_told(batches), state)
+                state = self._folded(state, self._until_told(batches))
             finally:
                 self._pace.stand()
                 if (close := getattr(batches, "close", None)) is not None:
@@ -156,9 +155,10 @@ class Loop:
     def _until_told(self, batches: Iterable[Any]) -> Iterator[Any]:
         """The batches, until there is a reason to stop; counts the time they make us wait."""
         iterator = iter(batches)
-        if self._stop.signum is not None:
-            self._ending = "interrupted"
         while self._ending is None:
+            if self._stop.signum is not None:  # before the first batch, or in the middle of a stretch
+                self._ending = "interrupted"
+                return
             begun = time.perf_counter()
             self._stop.interruptible = True
             try:
@@ -171,59 +171,76 @@ class Loop:
             finally:
                 self._stop.interruptible = False
             self._pace.waited(time.perf_counter() - begun)
+            self._pace.trained(batch)
             self._team.at(self._attempted + 1)
             yield batch
 
+    def _folded(self, state: State, batches: Iterator[Any]) -> State:
+        """The fold over the batches; of a compiled step in stretches that end where something is due."""
+        if self._stretch is None:
+            return reduce(self._step, batches, state)
+        batch = next(batches, _NOTHING)
+        while batch is not _NOTHING and self._ending is None:
+            following: tuple[Any, ...] = ()
+            if (most := 1 if self._norms is not None else self._due.steps_left(self._attempted)) == 1:
+                state = self._step(state, batch)
+            else:
+                try:
+                    taken = self._stretch(state, batch, batches, most=most)
+                except NonFiniteError as error:  # the first step of a stretch is the one that may raise
+                    raise self._named(error, state, batch) from error.__cause__
+                if taken.steps > 1:
+                    self._skips.went_well()  # all steps but the last
+                following = taken.following
+                state = self._after(taken.before, taken.state, taken.batch, steps=taken.steps)
+            batch = following[0] if following else next(batches, _NOTHING)
+        return state
+
     def _step(self, state: State, batch: Any) -> State:
         """A train step, and what is due after it."""
-        if self._norms is not None and self._logs(self._attempted, self._attempted + 1):
+        if self._norms is not None and self._due.line(self._attempted, self._attempted + 1):
             self._norms.request()
-        given, epoch, number = state, lead(state).epoch, self._position
         try:
-            try:
-                state = arranged(self._recipe.train_step(state, batch), self._names)
-            except NonFiniteError as error:
-                self._skips.see_raised(error, given, batch, epoch, number)
-                raise
-            self._position += 1
-            state = at_position(state, self._position)
-            self._pace.trained(batch)
-            before, self._attempted = self._attempted, attempted_steps(state)
-            now = self._attempted
-            due = self._logs(before, now)
-            self._skips.see(given, state, batch, epoch, number, wait=due)
-            if due:
-                self._log(state, batch)
+            new = self._recipe.train_step(state, batch)
         except NonFiniteError as error:
-            raise self._skips.named(error, epoch, number) from error.__cause__
+            raise self._named(error, state, batch) from error.__cause__
+        return self._after(state, new, batch)
+
+    def _named(self, error: NonFiniteError, given: State, batch: Any) -> NonFiniteError:
+        """The error of a step that ends the run, completed."""
+        epoch, number = lead(given).epoch, self._position
+        self._skips.see_raised(error, given, batch, epoch, number)
+        return self._skips.named(error, epoch, number)
+
+    def _after(self, given: State, new: Any, batch: Any, *, steps: int = 1) -> State:
+        """What is due after steps: with what went into the last one, what came out, and its batch."""
+        self._position += steps
+        state = at_position(arranged(new, self._names), self._position)
+        before, self._attempted = self._attempted, attempted_steps(state)
+        now = self._attempted
+        due = self._due.line(before, now)
+        self._skips.see(given, state, batch, lead(given).epoch, self._position - 1, wait=due)
+        if due:
+            self._log(state, batch)
         improved = False
-        if self._recipe.eval_every_steps is not None and _crossed(self._recipe.eval_every_steps, before, now):
+        if self._due.evaluation(before, now):
             best = lead(state).best
             state = self._evaluated(state, between_steps=True)
             improved = lead(state).best is not best
             if stopped(state):
                 self._ending = "early_stop"
         # at the end of an epoch, the checkpoint after its evaluation is the one that counts
-        if improved or (
-            _crossed(self._plan.checkpoint_every, before, now) and self._position < self._steps_per_epoch
-        ):
+        if improved or (self._due.checkpoint(before, now) and self._position < self._steps_per_epoch):
             self._keeper.save(state, best=improved)
         self._stop.agree()
         if self._stop.signum is not None:
             self._ending = "interrupted"
-        elif self._reached_limit(now) and self._position < self._steps_per_epoch:
+        elif self._due.end(now) and self._position < self._steps_per_epoch:
             self._ending = self._ending or "limit"
         return state
 
     def _is_over(self) -> bool:
         return self._ending is not None
-
-    def _logs(self, before: int, now: int) -> bool:
-        """Whether a line is due after the steps in (before, now]."""
-        return now == 1 or _crossed(self._log_every, before, now)
-
-    def _reached_limit(self, attempted: int) -> bool:
-        return self._plan.limit_steps is not None and attempted >= self._plan.limit_steps
 
     def _log(self, state: State, batch: Any) -> None:
         values = read_step(state, batch, self._recipe.train_metrics)  # waits for the device: times are honest

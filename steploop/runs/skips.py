@@ -53,6 +53,10 @@ class SkipReporter:
         held = {} if self._samples_of is None else {"samples": self._samples_of(epoch, number)}
         self._journal.event({"event": "skipped", **place_of(state), "capsule": capsule, **held})
 
+    def went_well(self) -> None:
+        """Note steps that were finite."""
+        self._capsule = None
+
     def see_raised(self, error: NonFiniteError, given: State, batch: Any, epoch: int, number: int) -> None:
         """Look at a step that raised: the first of its row, where one is enough, has left no capsule yet.
 
