@@ -8,10 +8,11 @@ import attrs
 
 from steploop.compilation.auto_choice import measure
 from steploop.compilation.baked import Baked
+from steploop.compilation.bound_states import Bound
 from steploop.compilation.capture import trace_step
 from steploop.compilation.diagnosis import diagnosed
 from steploop.compilation.flattening import Flat, describe, flatten
-from steploop.compilation.graph_calls import Bound, CompiledGraph
+from steploop.compilation.graph_calls import CompiledGraph
 from steploop.compilation.graph_outputs import SlotsGrew
 from steploop.compilation.graph_store import GraphStore
 from steploop.compilation.host_numbers import Now

@@ -1,6 +1,5 @@
 """Call a compiled graph on states; this runs at every step and is kept short."""
 
-import copy
 import itertools
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -8,12 +7,14 @@ from typing import Any
 from torch import Tensor
 
 from steploop.compilation.baked import Baked
+from steploop.compilation.bound_states import Bound
 from steploop.compilation.flattening import Reference, builder, renumbered
 from steploop.compilation.graph_inputs import Feed
 from steploop.compilation.host_numbers import Guard, Now
 from steploop.compilation.inductor import Run
 from steploop.compilation.leaves import constants_of, counted_on_host, signature
 from steploop.compilation.next_state import SPENDER, Advance
+from steploop.compilation.parameter_flags import flags_of, same_flags
 from steploop.compilation.plans import StepPlan
 from steploop.core.seeds import fold_in
 from steploop.core.state.parts import InFlight
@@ -21,39 +22,9 @@ from steploop.core.state.seeding import generators_of
 from steploop.core.state.train_state import TrainState
 from steploop.core.steps.set_rates import put_rates, schedule, values_at
 
-__all__ = ["Bound", "CompiledGraph", "positions"]
+__all__ = ["CompiledGraph", "positions"]
 
-_GENERATIONS = itertools.count()
 _NOTHING: list[Tensor] = []
-
-
-class Bound:
-    """The states whose tensors are in the graphs' lists of inputs: the last step's results.
-
-    Donated tensors are the same objects at every step, so the lists are made once and hold until other states
-    come: a clone, one from a checkpoint, or one that an eager step gave.
-    """
-
-    __slots__ = ("_held", "generation")
-
-    def __init__(self) -> None:
-        self.generation = next(_GENERATIONS)
-        self._held: list[tuple[Any, ...]] = []
-
-    def holds(self, states: Sequence[TrainState]) -> bool:
-        """Whether these are the bound states, with the same tensors and hyperparameters."""
-        if len(states) != len(self._held):
-            return False
-        for state, (lease, tensors, hyper) in zip(states, self._held, strict=True):
-            if state.lease is not lease or state.tensors is not tensors or state.hyper is not hyper:
-                return False
-        return True
-
-    def take(self, states: Sequence[TrainState], *, same_tensors: bool) -> None:
-        """Bind these states; if their tensors changed, remake every list of inputs."""
-        self._held = [(s.lease, s.tensors, s.hyper) for s in states]
-        if not same_tensors:
-            self.generation = next(_GENERATIONS)
 
 
 class CompiledGraph:
@@ -68,7 +39,7 @@ class CompiledGraph:
         self._names = names
         self._like = [signature(state) for state in states]
         self._constants = [constants_of(state.hyper, cycled=plan.cycled) for state in states]
-        self._flags = [_flags(state) for state in states]
+        self._flags = [flags_of(state) for state in states]
         self._guards = [(guard.read, guard.value) for guard in plan.guards]
         self._doubtful = [guard for guard in plan.guards if guard.after]
         where, self._computed = positions(plan)
@@ -112,7 +83,7 @@ class CompiledGraph:
             if not self.baked.unchanged():
                 return False
             for state, flags in zip(states, self._flags, strict=True):
-                if not _same_flags(state, flags):
+                if not same_flags(state, flags):
                     return False
         except Exception:  # noqa: BLE001  (what was read is gone)
             return False
@@ -228,7 +199,10 @@ class CompiledGraph:
 
     def finite(self, given: Sequence[Tensor]) -> bool:
         """Whether the step was finite, for every state."""
-        return all(bool(given[i]) for i in self._finite)
+        for i in self._finite:  # noqa: SIM110  (a third of the time of all(...), at every step)
+            if not given[i]:
+                return False
+        return True
 
     def _drawn(self, states: Sequence[TrainState]) -> list[Tensor]:
         draws = self.plan.graph.draws
@@ -276,36 +250,6 @@ class CompiledGraph:
         finally:
             for generator, before in zip(machine.generators, kept, strict=True):
                 generator.set_state(before)
-
-
-def _same_flags(state: TrainState, known: Sequence[Any]) -> bool:
-    """Whether what hangs on the parameters is as it was."""
-    params = state.tensors.params.values()
-    trained, hooks, post, usual = known
-    if usual:
-        for p in params:
-            if (
-                not p.requires_grad
-                or p._backward_hooks is not None
-                or p._post_accumulate_grad_hooks is not None
-            ):
-                break
-        else:
-            return True
-    return bool(
-        [p.requires_grad for p in params] == trained
-        and [p._backward_hooks or None for p in params] == hooks
-        and [p._post_accumulate_grad_hooks or None for p in params] == post
-    )
-
-
-def _flags(state: TrainState) -> list[Any]:
-    """What hangs on the parameters: whether they are trained, and their hooks; whether all are and there is no hook."""
-    params = state.tensors.params.values()
-    trained = [p.requires_grad for p in params]
-    hooks = [copy.copy(p._backward_hooks) or None for p in params]
-    post = [copy.copy(p._post_accumulate_grad_hooks) or None for p in params]
-    return [trained, hooks, post, all(trained) and not any(hooks) and not any(post)]
 
 
 def _differs(guard: Guard, now: Now) -> bool:

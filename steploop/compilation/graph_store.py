@@ -4,8 +4,9 @@ import warnings
 from collections.abc import Sequence
 from typing import Any
 
+from steploop.compilation.bound_states import Bound
 from steploop.compilation.flattening import describe
-from steploop.compilation.graph_calls import Bound, CompiledGraph
+from steploop.compilation.graph_calls import CompiledGraph
 from steploop.compilation.host_numbers import Now
 from steploop.compilation.inductor import Run
 from steploop.compilation.plans import StepPlan

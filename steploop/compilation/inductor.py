@@ -12,6 +12,7 @@ import attrs
 import torch
 from torch import Tensor, fx
 
+from steploop.compilation.cpp_entry import direct
 from steploop.compilation.draws import Draws, drawing, is_random
 from steploop.compilation.generator_events import Event
 from steploop.compilation.low_precision import in_float32
@@ -34,7 +35,7 @@ _CACHE_TAG = (
     "steploop-1"  # what is marked on the graph is no part of torch's own cache key: change it with _KEPT
 )
 
-# A compiled graph: takes its inputs as a list, which it empties, and gives its outputs.
+# A compiled graph: takes its inputs as a list, which it may empty, and gives its outputs.
 Run = Callable[[list[Tensor]], Sequence[Tensor]]
 
 # ATen calls that stay ATen calls on the CPU. Inductor's own code for them was slower, on channels_last tensors most
@@ -305,7 +306,7 @@ def compile_graph(graph: CapturedGraph, mode: Any) -> Run:
                 "Train without compiling, or with mode='auto', which goes on in eager."
             ) from error
     # the wrapper around it only logs and checks what is checked here
-    return getattr(compiled, "current_callable", None) or compiled
+    return direct(getattr(compiled, "current_callable", None) or compiled)
 
 
 def _first_line(error: BaseException) -> str:

@@ -12,8 +12,9 @@ from typing import Any
 import attrs
 from torch import Tensor
 
+from steploop.compilation.bound_states import Bound
 from steploop.compilation.flattening import flatten
-from steploop.compilation.graph_calls import Bound, CompiledGraph
+from steploop.compilation.graph_calls import CompiledGraph
 from steploop.compilation.host_numbers import Now
 from steploop.core.state.surroundings import is_usual
 from steploop.core.state.train_state import TrainState

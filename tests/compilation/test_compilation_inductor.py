@@ -48,6 +48,7 @@ def test_100_compiled_steps_agree_with_eager():
     single = folded(step, compiled, given)
     assert_alike(folded(train_step, eager, given), single, 1e-4)
     require_same(step.fold(in_a_row, given), single, "steps in a row are single steps")
+    assert [graph.run.__module__ for graph in step._store.all()] == ["steploop.compilation.cpp_entry"]
     assert step.figures.form == "compiled"
     assert step.figures.compile_s[0] > 0
 
