@@ -32,6 +32,7 @@ class Bucket:
         strides: of each.
         length: in elements; a multiple of the number of ranks.
         dtype: of its tensors.
+        kept: memory that is used again at every step: to allocate it costs more than to send it.
     """
 
     places: tuple[int, ...]
@@ -40,6 +41,13 @@ class Bucket:
     marks: int
     length: int
     dtype: torch.dtype
+    kept: dict[str, Tensor] = attrs.field(factory=dict)
+
+    def memory(self, name: str, length: int, like: Tensor) -> Tensor:
+        """Flat memory that is kept from step to step."""
+        if name not in self.kept:
+            self.kept[name] = torch.empty(length, dtype=self.dtype, device=like.device)
+        return self.kept[name]
 
     @property
     def nbytes(self) -> int:
@@ -138,34 +146,40 @@ class Exchange:
 
         self._ranks = ranks
         self._bucket = bucket
-        self._there = [any(values[i] is not None for _, values in nodes) for i in range(len(like))]
-        rows = [torch.empty(bucket.length, dtype=bucket.dtype, device=like[0].device) for _ in nodes]
+        rows = [bucket.memory(f"row {i}", bucket.length, like[0]) for i in range(len(nodes))]
         self._flat = rows[0]
         self._views = bucket.views(self._flat, like)
         for flat, (_, values) in zip(rows, nodes, strict=True):
             bucket.fill(flat, self._views if flat is self._flat else bucket.views(flat, like), values)
+        # where the sums go: new memory for each step would cost more than the copy
+        self._own = [
+            next((v for _, values in nodes if (v := values[place]) is not None), None)
+            for place in range(len(like))
+        ]
         self._got: Tensor | None = None
         self._in_pieces = False
-        self._work: Any
+        self._works: list[Any]
         owned = [nodes_of(attrs.evolve(ranks, rank=r).mine, ranks.parts) for r in range(ranks.size)]
         most = max(map(len, owned))
         if not ranks.exact or (ranks.size == 2 and most == 1 and bucket.dtype in _SUMMED_AS_HERE):
             for row in rows[1:]:
                 self._flat += row
-            self._work = distributed.all_reduce(self._flat, group=ranks.group, async_op=True)
+            self._works = [distributed.all_reduce(self._flat, group=ranks.group, async_op=True)]
             return
         self._owned = owned
         rows += [self._flat] * (most - len(rows))  # a rank whose parts are fewer nodes sends some for nothing
         self._in_pieces = most == 1 and bucket.nbytes * ranks.size > SMALL_BYTES
         if self._in_pieces:
-            self._got = torch.empty_like(self._flat).view(ranks.size, 1, -1)
-            self._work = distributed.all_to_all_single(
-                self._got.view(-1), self._flat, group=ranks.group, async_op=True
-            )
+            self._got = bucket.memory("got", bucket.length, self._flat).view(ranks.size, 1, -1)
+            self._works = [
+                distributed.all_to_all_single(
+                    self._got.view(-1), self._flat, group=ranks.group, async_op=True
+                )
+            ]
         else:
             sent = self._flat[None] if most == 1 else torch.stack(rows)
             self._got = sent.new_empty((ranks.size, *sent.shape))
-            self._work = distributed.all_gather(list(self._got), sent, group=ranks.group, async_op=True)
+            self._works = [distributed.all_gather(list(self._got), sent, group=ranks.group, async_op=True)]
             self._sent = sent  # alive until it is sent
 
     def go_on(self) -> None:
@@ -174,25 +188,42 @@ class Exchange:
             return
         from torch import distributed
 
-        self._work.wait()
+        for work in self._works:
+            work.wait()
+        self._works = []
         nodes: list[tuple[Node, Tensor]] = []
         for rows, owned in zip(self._got, self._owned, strict=True):
             for row, node in zip(rows, owned, strict=False):
                 nodes.append((node, row))
                 join(nodes, self._ranks.parts, Tensor.add_)
         total, self._got = nodes[0][1], None
-        if self._in_pieces:
-            pieces = list(self._flat.view(self._ranks.size, -1))
-            self._work = distributed.all_gather(pieces, total, group=self._ranks.group, async_op=True)
-        else:
+        if not self._in_pieces:
             self._flat.copy_(total)
-            self._work = None
+            return
+        pieces = list(self._flat.view(self._ranks.size, -1))
+        group = self._ranks.group
+        if total.device.type != "cpu":
+            self._works = [distributed.all_gather(pieces, total, group=group, async_op=True)]
+            return
+        # gloo gathers by way of memory that it allocates: three times the time of a broadcast from each owner
+        pieces[self._ranks.rank].copy_(total)
+        self._works = [
+            distributed.broadcast(piece, group_src=r, group=group, async_op=True)
+            for r, piece in enumerate(pieces)
+        ]
 
     def finish(self) -> list[Tensor | None]:
         """The sums; None where a tensor is None on all parts."""
-        if self._work is not None:
-            self._work.wait()
-        if all(self._there):
-            return [*self._views]
+        for work in self._works:
+            work.wait()
+        pairs = list(zip(self._own, self._views, strict=True))
+        there = [(own, view) for own, view in pairs if own is not None]
+        if there:
+            torch._foreach_copy_([own for own, _ in there], [view for _, view in there])
+        if len(there) == len(pairs):
+            return self._own
         marks = self._flat[self._bucket.marks :].tolist()
-        return [view if mark else None for view, mark in zip(self._views, marks, strict=False)]
+        return [
+            view.clone() if own is None and mark else own
+            for (own, view), mark in zip(pairs, marks, strict=False)
+        ]
