@@ -8,7 +8,7 @@ from steploop.core.state.train_state import TrainState
 
 __all__ = ["Bound"]
 
-_GENERATIONS = itertools.count()
+_NUMBERS = itertools.count()
 
 
 class Bound:
@@ -16,25 +16,34 @@ class Bound:
 
     Donated tensors are the same objects at every step, so the lists are made once and hold until other states
     come: a clone, one from a checkpoint, or one that an eager step gave.
+
+    Attributes:
+        tensors: a number of these tensors, never that of others.
+        origin: a number of the states that these were made from by compiled steps; a graph fits all of them, or none.
     """
 
-    __slots__ = ("_held", "generation")
+    __slots__ = ("_held", "origin", "tensors")
 
     def __init__(self) -> None:
-        self.generation = next(_GENERATIONS)
+        self.tensors = self.origin = next(_NUMBERS)
         self._held: list[tuple[Any, ...]] = []
 
     def holds(self, states: Sequence[TrainState]) -> bool:
         """Whether these are the bound states, with the same tensors and hyperparameters."""
         if len(states) != len(self._held):
             return False
-        for state, (lease, tensors, hyper) in zip(states, self._held, strict=True):
+        for state, (lease, tensors, hyper) in zip(states, self._held):  # noqa: B905  (of one length)
             if state.lease is not lease or state.tensors is not tensors or state.hyper is not hyper:
                 return False
         return True
 
-    def take(self, states: Sequence[TrainState], *, same_tensors: bool) -> None:
-        """Bind these states; if their tensors changed, remake every list of inputs."""
+    def take(self, states: Sequence[TrainState]) -> None:
+        """Bind states that come from elsewhere."""
+        self._held = [(s.lease, s.tensors, s.hyper) for s in states]
+        self.tensors = self.origin = next(_NUMBERS)
+
+    def follow(self, states: Sequence[TrainState], *, same_tensors: bool) -> None:
+        """Bind what a compiled step has made of the bound states."""
         self._held = [(s.lease, s.tensors, s.hyper) for s in states]
         if not same_tensors:
-            self.generation = next(_GENERATIONS)
+            self.tensors = next(_NUMBERS)

@@ -11,7 +11,7 @@ from steploop.compilation.baked import Baked
 from steploop.compilation.bound_states import Bound
 from steploop.compilation.capture import trace_step
 from steploop.compilation.diagnosis import diagnosed
-from steploop.compilation.flattening import Flat, describe, flatten
+from steploop.compilation.flattening import Flat, UsualForm, describe, flatten
 from steploop.compilation.graph_calls import CompiledGraph
 from steploop.compilation.graph_outputs import SlotsGrew
 from steploop.compilation.graph_store import GraphStore
@@ -75,6 +75,8 @@ class CompiledStep:
         self._report: Callable[[str], object] = report or (lambda _: None)
         self._bound = Bound()
         self._store = GraphStore()
+        self._form: UsualForm | None = None  # of the last batch,
+        self._graph: CompiledGraph | None = None  # and the graph that ran for it
         self._refused: set[Any] = set()  # forms of batches that cannot be compiled, under mode="auto"
         self._eager = False
 
@@ -101,22 +103,25 @@ class CompiledStep:
             return self._step(state, states, batch, single=single)
 
     def _step(self, state: Any, states: list[TrainState], batch: Any, *, single: bool) -> Any:
-        try:
-            tensors, key, numbers = flat = flatten(batch)
-        except Exception as error:  # noqa: BLE001  (raised again unless mode is "auto")
-            if not self._has_ranks(states):
-                self._give_up(type(batch), error)
-            return self.train_step(state, batch)
+        flat = None if self._form is None else self._form.flat(batch)
+        if flat is None:
+            try:
+                flat = flatten(batch)
+            except Exception as error:  # noqa: BLE001  (raised again unless mode is "auto")
+                if not self._has_ranks(states):
+                    self._give_up(type(batch), error)
+                return self.train_step(state, batch)
+            self._form, self._graph = UsualForm.of(batch, flat), self._store.current.get(flat[1])
         for one in states:
             if one.generation != one.lease.generation:
                 one.check_alive("train_step")
-        now = Now(states, numbers, _FINITE if single else [True] * len(states))
-        graph = self._store.current.get(key)
-        if graph is None or not self._bound.holds(states) or not graph.holds(now):
-            graph = None if self._has_ranks(states) else self._find(state, now, batch, flat)
+        now = Now(states, flat[2], _FINITE if single else [True] * len(states))
+        graph, bound = self._graph, self._bound
+        if graph is None or not bound.holds(states) or not graph.fits(states, bound) or not graph.holds(now):
+            graph = self._graph = None if self._has_ranks(states) else self._find(state, now, batch, flat)
             if graph is None:
                 return self.train_step(state, batch)
-        new = graph(self._bound, now, tensors)
+        new = graph(bound, now, flat[0])
         if new is None:
             return self.train_step(state, batch)
         if graph.over_limit(new):
@@ -129,7 +134,7 @@ class CompiledStep:
         """Find or make the graph for these states and this batch; None if the step runs eagerly."""
         states, key = now.states, flat[1]
         if not self._bound.holds(states):
-            self._bound.take(states, same_tensors=False)
+            self._bound.take(states)
         try:
             graph = self._store.find(key, now, self._bound)
             if graph is not None or key in self._refused or not self._store.worth_compiling(states, key):
@@ -148,7 +153,7 @@ class CompiledStep:
             self.figures = attrs.evolve(self.figures, form="compiled", reason="compiling was asked for")
         self._store.current[key] = graph
         if not self._bound.holds(states):
-            self._bound.take(states, same_tensors=False)
+            self._bound.take(states)
         return graph
 
     def _has_ranks(self, states: Sequence[TrainState]) -> bool:
@@ -216,7 +221,7 @@ class CompiledStep:
         def compiled(one: Any, batch: Any) -> Any:
             states = [one] if isinstance(one, TrainState) else list(one.values())
             if not bound.holds(states):
-                bound.take(states, same_tensors=False)
+                bound.take(states)
             tensors, _, numbers = flatten(batch)
             new = graph(bound, Now(states, numbers, [True] * len(states)), tensors)
             if new is None:

@@ -13,7 +13,17 @@ from torch.nn.utils.rnn import PackedSequence
 from steploop.core.trees import map_tensors
 from steploop.errors import CompileError
 
-__all__ = ["Build", "Flat", "Reference", "builder", "describe", "flatten", "rebuild", "renumbered"]
+__all__ = [
+    "Build",
+    "Flat",
+    "Reference",
+    "UsualForm",
+    "builder",
+    "describe",
+    "flatten",
+    "rebuild",
+    "renumbered",
+]
 
 Build = Callable[[Sequence[Tensor]], Any]
 
@@ -35,10 +45,7 @@ class Reference:
 
 
 def flatten(batch: Any) -> Flat:
-    """Split a batch into its tensors, a key of its structure, and its numbers.
-
-    The usual batch, a tuple or list of tensors, is taken by a path of its own: this is done at every step.
-    """
+    """Split a batch into its tensors, a key of its structure, and its numbers."""
     kind = type(batch)
     if kind is tuple or kind is list:
         key: list[Any] = [kind]
@@ -55,6 +62,48 @@ def flatten(batch: Any) -> Flat:
             key += (t.shape, t.stride(), t.dtype, t.device)
         return list(batch), tuple(key), _NO_NUMBERS
     return _flatten_any(batch)
+
+
+class UsualForm:
+    """The form of a usual batch, a tuple or list of tensors: the next one is compared with it, and needs no key.
+
+    Args:
+        flat: of the batch.
+        kind: of the batch.
+    """
+
+    def __init__(self, flat: Flat, kind: type[Any]) -> None:
+        self._kind = kind
+        self._key = flat[1]
+        self._parts = [(t.shape, t.stride(), t.dtype, t.device) for t in flat[0]]
+
+    @classmethod
+    def of(cls, batch: Any, flat: Flat) -> "UsualForm | None":
+        """The form of a batch; None where it is not a usual one."""
+        kind = type(batch)
+        usual = (kind is tuple or kind is list) and all(
+            type(t) is Tensor and not t.is_complex() for t in batch
+        )
+        return cls(flat, kind) if usual else None
+
+    def flat(self, batch: Any) -> Flat | None:
+        """What ``flatten`` gives for a batch of this form; None for another one."""
+        parts = self._parts
+        if type(batch) is not self._kind or len(batch) != len(parts):
+            return None
+        for t, (shape, stride, dtype, device) in zip(batch, parts):  # noqa: B905  (strict costs as much as a tensor)
+            if (
+                type(t) is not Tensor
+                or t.dtype is not dtype
+                or t.shape != shape
+                or t.layout is not _STRIDED
+                or t.stride() != stride
+                or t.device != device
+                or t.requires_grad
+                or t.is_neg()
+            ):
+                return None
+        return list(batch), self._key, _NO_NUMBERS
 
 
 def _flatten_any(batch: Any) -> Flat:

@@ -122,7 +122,9 @@ class FoldingStep(CompiledStep):
         except Exception:  # noqa: BLE001  (raised again by the single step)
             return None
         graph = self._store.current.get(key)
-        if graph is None or not graph.in_a_row or any(s.generation != s.lease.generation for s in states):
+        if graph is None or not graph.in_a_row or not graph.fits(states, self._bound):
+            return None
+        if any(s.generation != s.lease.generation for s in states):
             return None
         now = Now(states, numbers, [True] * len(states))
         if not graph.holds(now) or graph.in_doubt(now):

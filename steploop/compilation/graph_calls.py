@@ -52,15 +52,18 @@ class CompiledGraph:
         self._passes = any(index < 0 for index in plan.graph.wiring.given)
         self._donated = all(p.donated for p in plans)
         self._before = [(i, fn) for i, p in enumerate(plans) for fn in p.before]
-        self._after = [(i, fn) for i, p in enumerate(plans) for fn in p.after]
-        self._between = [*self._after, *self._before]
+        self._after = [(i, fn) for i, p in enumerate(plans) for fn in p.after if not p.on_host]
+        self._between = [*((i, fn) for i, p in enumerate(plans) for fn in p.after), *self._before]
+        draws = plan.graph.draws
+        self._draws = bool(draws.program)
+        self._seeded = plan.graph.random and draws.seed is not None
         self._limits = [(i, p.limit) for i, p in enumerate(plans) if p.limit and p.on_host]
         self._feed = Feed(plan, names, states[0].device, on_host=all(map(counted_on_host, states)))
         self._written = [i for i, taken in enumerate(plan.graph.wiring.inputs) if taken in plan.graph.written]
         self._finite = [
             where[p.flight["finite"].index] for p in plans if isinstance(p.flight["finite"], Reference)
         ]
-        self._generation = self._fitted = -1
+        self._fed = self._fitted = -1
         self.decides = bool(plan.guards)  # whether Python decides by numbers
         # whether several steps may be taken in a row without making the states in between
         self.in_a_row = (
@@ -75,7 +78,7 @@ class CompiledGraph:
 
     def holds(self, now: Now) -> bool:
         """Whether all that Python read and decided while tracing is as it was."""
-        return self.unchanged(now.states) and self.decides_alike(now)
+        return self.unchanged(now.states) and (not self._guards or self.decides_alike(now))
 
     def unchanged(self, states: Sequence[TrainState]) -> bool:
         """Whether all that Python read besides numbers is as it was."""
@@ -92,10 +95,8 @@ class CompiledGraph:
     def decides_alike(self, now: Now) -> bool:
         """Whether all that Python decided by numbers while tracing is as it was."""
         try:
-            for (
-                read,
-                value,
-            ) in self._guards:  # in their order: a later one may not be asked where an earlier one differs
+            # in their order: a later one may not be asked where an earlier one differs
+            for read, value in self._guards:
                 if read(now) != value:
                     return False
         except Exception:  # noqa: BLE001  (a division by 0, a table that ends: then Python decides something else)
@@ -103,14 +104,14 @@ class CompiledGraph:
         return True
 
     def fits(self, states: Sequence[TrainState], bound: Bound) -> bool:
-        """Whether the states are of the kind that the graph was made for; a full check, made when new states come."""
-        if self._fitted == bound.generation:
+        """Whether the bound states are of the kind that the graph was made for; a full check, made when others come."""
+        if self._fitted == bound.origin:
             return True
         fits = [signature(state) for state in states] == self._like and [
             constants_of(state.hyper, cycled=self.plan.cycled) for state in states
         ] == self._constants
         if fits:
-            self._fitted = bound.generation
+            self._fitted = bound.origin
         return fits
 
     def in_doubt(self, now: Now) -> bool:
@@ -134,7 +135,8 @@ class CompiledGraph:
             Then the old states are whole.
         """
         now = self.prepare(bound, now)
-        states, drawn = now.states, self._drawn(now.states)
+        states = now.states
+        drawn = self._drawn(states) if self._draws else _NOTHING
         inputs = self._feed.arguments(now, batch, drawn)
         kept = None
         if self._doubtful and self.in_doubt(now):
@@ -143,19 +145,21 @@ class CompiledGraph:
             # whatever ends the call before its time may leave the tensors half updated: then nobody may use them
             for state in states:
                 state.lease.tear()
-        given = self._run(states, inputs)
+        given = self._run_seeded(states, inputs) if self._seeded else self.run(inputs)
         if kept is not None and not self.finite(given):
             self._take_back(states, kept)
             return None
-        return self.finish(bound, now, self.complete(now, batch, drawn, given))
+        if self._passes or self._computed:
+            given = self.complete(now, batch, drawn, given)
+        return self.finish(bound, now, given)
 
     def launch(self, now: Now, batch: list[Tensor]) -> tuple[Sequence[Tensor], list[Tensor]]:
         """Run the graph once, in a row of steps: what it gave, and what was drawn for it. The states of ``now`` are spent."""
-        drawn = self._drawn(now.states)
+        drawn = self._drawn(now.states) if self._draws else _NOTHING
         inputs = self._feed.arguments(now, batch, drawn)
         for state in now.states:
             state.lease.tear()
-        given = self._run(now.states, inputs)
+        given = self._run_seeded(now.states, inputs) if self._seeded else self.run(inputs)
         for state in now.states:
             state.lease.hand_on(SPENDER)
         return given, drawn
@@ -182,19 +186,19 @@ class CompiledGraph:
             for i, learning_rate in self._before:
                 states[i] = schedule(states[i], learning_rate)
             now = Now(states, now.numbers, now.finite)
-        if self._generation != bound.generation:
+        if self._fed != bound.tensors:
             self._feed.bind(states)
-            self._generation = bound.generation
+            self._fed = bound.tensors
         return now
 
     def finish(self, bound: Bound, now: Now, given: Sequence[Any]) -> list[TrainState]:
         """Make the new states."""
-        new = [advance(state, given) for advance, state in zip(self._advances, now.states, strict=True)]
+        new = [self._advances[i](state, given) for i, state in enumerate(now.states)]
         for i, learning_rate in self._after:
             new[i] = schedule(new[i], learning_rate)
         for place, key, build in self._left:
             place[key] = build(given)
-        bound.take(new, same_tensors=self._donated)
+        bound.follow(new, same_tensors=self._donated)
         return new
 
     def finite(self, given: Sequence[Tensor]) -> bool:
@@ -205,8 +209,7 @@ class CompiledGraph:
         return True
 
     def _drawn(self, states: Sequence[TrainState]) -> list[Tensor]:
-        draws = self.plan.graph.draws
-        return draws.run(dict(zip(self._names, states, strict=True))) if draws.program else _NOTHING
+        return self.plan.graph.draws.run(dict(zip(self._names, states, strict=True)))
 
     def complete(
         self, now: Now, batch: list[Tensor], drawn: list[Tensor], given: Sequence[Any]
@@ -232,11 +235,9 @@ class CompiledGraph:
             for state in states:
                 state.lease.mend()
 
-    def _run(self, states: Sequence[TrainState], inputs: list[Tensor]) -> Any:
-        graph = self.plan.graph
-        if not graph.random or graph.draws.seed is None:
-            return self.run(inputs)
-        name, number = graph.draws.seed
+    def _run_seeded(self, states: Sequence[TrainState], inputs: list[Tensor]) -> Any:
+        """Run a graph that draws for itself, with the generators seeded as eager seeds them."""
+        name, number = self.plan.graph.draws.seed  # type: ignore[misc]  # it is no None
         state = states[self._names.index(name)]
         machine = state.machine
         if machine.generators is None:

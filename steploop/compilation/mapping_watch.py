@@ -14,23 +14,27 @@ MISSING = object()
 
 
 class Cells(dict[str, Any]):
-    """The closure of a function, by name."""
+    """The closure of a function, by name.
+
+    Attributes:
+        cells: name -> cell.
+    """
 
     def __init__(self, names: Iterable[str], cells: Iterable[types.CellType]) -> None:
         super().__init__()
-        self._cells = dict(zip(names, cells, strict=True))
+        self.cells = dict(zip(names, cells, strict=True))
 
     def __getitem__(self, name: str) -> Any:
         try:
-            return self._cells[name].cell_contents
+            return self.cells[name].cell_contents
         except ValueError:  # an empty one
             return MISSING
 
     def __setitem__(self, name: str, value: Any) -> None:
-        self._cells[name].cell_contents = value
+        self.cells[name].cell_contents = value
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._cells)
+        return iter(self.cells)
 
 
 class Snapshot:

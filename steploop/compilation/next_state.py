@@ -13,6 +13,7 @@ from steploop.core.state.copying import leaf_like
 from steploop.core.state.ownership import Lease
 from steploop.core.state.parts import InFlight
 from steploop.core.state.train_state import TrainState
+from steploop.core.steps.set_rates import hyper_at
 
 __all__ = ["SPENDER", "Advance"]
 
@@ -29,6 +30,9 @@ class Advance:
 
     def __init__(self, plan: StatePlan, where: Sequence[int]) -> None:
         self._plan = plan
+        self._after = (
+            plan.after if plan.on_host else ()
+        )  # else the graph knows the count, and ``schedule`` looks it up
         self._constant = dict(plan.changed)
         self._given = _builders(plan.given, where)
         direct = {n: where[t.index] for n, t in plan.flight.items() if isinstance(t, Reference)}
@@ -40,27 +44,33 @@ class Advance:
         self._tensors = [(place, where[reference.index]) for place, reference in plan.tensors.items()]
 
     def __call__(self, state: TrainState, given: Sequence[Tensor]) -> TrainState:
-        """Update counters and loss scale, and pass the tensors on."""
+        """Update counters and loss scale, pass the tensors on; where the host counts, set the rates of the next step."""
         plan = self._plan
         flight = self._flight_of(given)
-        changes = self._counts(state, finite=flight["finite"]) if plan.on_host else self._constant.copy()
+        fields = state.__dict__ | (
+            self._counts(state, finite=flight["finite"]) if plan.on_host else self._constant
+        )
         for name, build in self._given:
-            changes[name] = build(given)
+            fields[name] = build(given)
         if not plan.on_host:
             if plan.attempts:
-                changes["attempted_steps"] = state.attempted_steps + plan.attempts
+                fields["attempted_steps"] = state.attempted_steps + plan.attempts
             if plan.batches:
-                changes["batch"] = state.batch + plan.batches
-            _count_on_device(state, changes, flight)
+                fields["batch"] = state.batch + plan.batches
+            _count_on_device(state, fields, flight)
         if plan.donated:
             if self._tensors:
-                changes["tensors"] = with_tensors(
+                fields["tensors"] = with_tensors(
                     state, {p: given[i] for p, i in self._tensors}, same_params=True
                 )
-            changes["generation"] = state.lease.hand_on(SPENDER)  # the call tore it before the graph ran
+            fields["generation"] = state.lease.hand_on(SPENDER)  # the call tore it before the graph ran
         else:
-            changes |= self._copies(state, given)
-        return state.replace(flight=state.flight.replace(**flight), **changes)
+            fields |= self._copies(state, given)
+        fields["flight"] = state.flight.over(state.flight.__dict__ | flight)
+        for learning_rate in self._after:
+            taken = fields["applied_steps"]
+            fields["hyper"] = hyper_at(state.machine, fields["hyper"], learning_rate, taken)
+        return state.over(fields)
 
     def count(self, state: TrainState) -> None:
         """Count a step that was finite, in place: in a state that nobody else has, and that the host counts."""
@@ -114,12 +124,12 @@ def _builders(templates: Mapping[str, Any], where: Sequence[int]) -> list[tuple[
     ]
 
 
-def _count_on_device(state: TrainState, changes: dict[str, Any], flight: dict[str, Any]) -> None:
+def _count_on_device(state: TrainState, fields: dict[str, Any], flight: dict[str, Any]) -> None:
     """Put the graph's counts into the state's fields, without reading them."""
     if isinstance(state.applied_steps, int):
         flight["known"] = (state.applied_steps, state.attempted_steps)
     else:
         flight["known"] = state.flight.known
     if state.scale is not None:
-        scale, tracker = changes["scale"]
-        changes["scale"] = attrs.evolve(state.scale, scale=scale, growth_tracker=tracker)
+        scale, tracker = fields["scale"]
+        fields["scale"] = attrs.evolve(state.scale, scale=scale, growth_tracker=tracker)

@@ -69,7 +69,7 @@ def take(
         results: gets what each step leaves in flight: a list, with one for each state.
     """
     tensors, key = flat
-    now, generation, steps = graph.prepare(bound, now), bound.generation, 1
+    now, tensors_held, steps = graph.prepare(bound, now), bound.tensors, 1
     now.states = list(map(_own, now.states))
     following: Any = NOTHING
     while True:
@@ -81,7 +81,7 @@ def take(
         following = next(rest, NOTHING)
         if following is NOTHING:
             break
-        if watchful and (bound.generation != generation or not _as_before(graph, now.states)):
+        if watchful and (bound.tensors != tensors_held or not _as_before(graph, now.states)):
             break
         after = _following(graph, now, following, key)
         if after is None:
@@ -89,8 +89,8 @@ def take(
         now, tensors = after
         batch, following, steps = following, NOTHING, steps + 1
     new = graph.finish(bound, now, graph.complete(now, tensors, drawn, given))
-    if bound.generation != generation:  # fetching a batch has trained another state
-        bound.take(new, same_tensors=False)
+    if bound.tensors != tensors_held:  # fetching a batch has trained another state
+        bound.take(new)
     rest_of = () if following is NOTHING else (following,)
     return Stretch(before=now.states, batch=batch, state=new, steps=steps, following=rest_of)
 

@@ -82,9 +82,8 @@ class Machine:
         self.recomputes: bool | None = None
         self.rate_factors = _rate_factors(optimizer)
         self.uniform = all(factor == 1.0 for factor in self.rate_factors)
-        self.group_rates: tuple[Any, list[Any]] | None = (
-            None  # kept by ``schedule``: the schedule of each group
-        )
+        # kept by ``schedule``: the schedule of each group, or None where one value holds for all
+        self.group_rates: tuple[Any, list[Any] | None] | None = None
         self.holder = Holder()
         self.generators: tuple[torch.Generator, ...] | None = None  # those that a forward pass may draw from
         self.draws_elsewhere: bool | None = None

@@ -37,6 +37,7 @@ class ModuleMachine:
         modules = dict(model.named_modules())
         # a buffer that is None may be filled by a forward pass
         self.param_places = _registered(modules, "_parameters", names) + _lists_of(modules, names)
+        self._kind = _kind_of(next(iter(params.values()), None))
         self.buffer_places = _registered(
             modules, "_buffers", {id(b): name for name, b in model.named_buffers()}, empty=True
         )
@@ -49,13 +50,13 @@ class ModuleMachine:
         ]
         # None: not known, as after a pass that failed
         self._buffers_placed: list[Tensor | None] | None = [where[key] for where, key in self._persistent]
-        self.placed: Mapping[str, Tensor] = params
+        self._note_placed(params)
         self._placing: Mapping[str, Tensor] = params
         self._dicts = [where for m in modules.values() for where in (m._modules, m._parameters, m._buffers)]
         self._sizes = list(map(len, self._dicts))
         self._names = _names(model)
-        self._kind = _kind_of(next(iter(params.values()), None))
-        self._children = [(m._modules, dict(m._modules)) for m in modules.values() if m._modules]
+        self._children = [m._modules for m in modules.values() if m._modules]
+        self._known_children = list(map(dict, self._children))
         plain = nn.Module.get_extra_state
         self.extras = [(name, m) for name, m in modules.items() if type(m).get_extra_state is not plain]
         self.attributes = PlainAttributes(modules)
@@ -71,7 +72,12 @@ class ModuleMachine:
         self._placing = params  # noted first: an exception half-way leaves values that are known
         for where, key, name in self.param_places:
             where[key] = params[name]
+        self._note_placed(params)
+
+    def _note_placed(self, params: Mapping[str, Tensor]) -> None:
+        """Remember what ``check`` compares with."""
         self.placed = params
+        self._expected = [(where, key, params[name]) for where, key, name in self.param_places]
 
     def place_buffers(self, buffers: Mapping[str, Tensor]) -> None:
         """Point the module at these buffers; one that is not among them is None."""
@@ -153,24 +159,49 @@ class ModuleMachine:
     def check(self) -> None:
         """Raise ConfigError if somebody put other tensors or layers into the module.
 
-        Costs 50 ns for each place and each layer.
+        Costs 30 ns for each place and each layer.
         """
-        placed, placing = self.placed, self._placing
+        try:
+            for where, key, tensor in self._expected:
+                if where[key] is not tensor:
+                    break
+            else:
+                if (
+                    list(map(len, self._dicts)) == self._sizes
+                    and self._children
+                    == self._known_children  # in C, and by identity: layers have no equality
+                    and self._first_is_as_it_was()
+                ):
+                    return
+        except (KeyError, IndexError):
+            pass
+        self._explain()
+
+    def _first_is_as_it_was(self) -> bool:
+        """Whether the first parameter stands where it stood, in its dtype: ``model.to()`` changes them all, in place."""
+        if not self._expected:
+            return True
+        first = self._expected[0][2]
+        return first.dtype is self._kind[0] and first.device == self._kind[1]
+
+    def _explain(self) -> None:
+        """Raise ConfigError that names what was changed; after an exception half-way through a placing nothing was."""
         for where, key, name in self.param_places:
             try:
                 found = where[key]
             except (KeyError, IndexError):
                 raise _changed(f"its parameter {name} was removed") from None
-            if found is not placed[name] and found is not placing[name]:
+            if found is not self.placed[name] and found is not self._placing[name]:
                 raise _changed(f"its parameter {name} was replaced by another tensor")
         if list(map(len, self._dicts)) != self._sizes:
             raise _changed(self._difference())
-        if self.param_places and self._kind != _kind_of(first := placed[self.param_places[0][2]]):
+        if not self._first_is_as_it_was():
+            name, first = self.param_places[0][2], self._expected[0][2]
             raise _changed(
-                f"its parameters were moved: {self.param_places[0][2]} is {first.dtype} on {first.device} now, and was "
-                f"{self._kind[0]} on {self._kind[1]} when the state was made"
+                f"its parameters were moved: {name} is {first.dtype} on {first.device} now, and was {self._kind[0]} on "
+                f"{self._kind[1]} when the state was made"
             )
-        for children, known in self._children:
+        for children, known in zip(self._children, self._known_children, strict=True):
             if children != known:
                 name = next(n for n in known if children.get(n) is not known[n])
                 raise _changed(f"its layer {name!r} was replaced by another one")
@@ -193,7 +224,8 @@ class ModuleMachine:
         now = {name: where[key] for where, key, name in self.param_places}
         self._kind = _kind_of(next(iter(now.values()), None))  # model.to() changes parameters in place
         if any(now[name] is not tensor for name, tensor in self.placed.items()):
-            self.placed = self._placing = now
+            self._placing = now
+            self._note_placed(now)
             self.holder.release()  # what the module holds is no living state's any more
 
     # -- extra state ----------------------------------------------------------------------------------------------

@@ -42,6 +42,12 @@ class Replaceable:
         object.__setattr__(new, "__dict__", self.__dict__ | changes)
         return new
 
+    def over(self, fields: dict[str, Any]) -> Self:
+        """A value of this class over a dictionary of all its fields, which it takes as its own."""
+        new = object.__new__(type(self))
+        object.__setattr__(new, "__dict__", fields)
+        return new
+
 
 def field_names(part: type[Any]) -> tuple[str, ...]:
     """The names of a part's fields, without those that follow from the others."""

@@ -16,7 +16,7 @@ from steploop.core.state.trace import trace_of
 from steploop.core.state.train_state import TrainState
 from steploop.errors import ConfigError
 
-__all__ = ["Schedules", "put_rates", "schedule", "set_rates", "values_at"]
+__all__ = ["Schedules", "hyper_at", "put_rates", "schedule", "set_rates", "values_at"]
 
 # One schedule for all groups, or one for each: group (its selector as it was written, or its index) -> schedule
 Schedules = Schedule | Mapping[str | int, Schedule]
@@ -58,7 +58,20 @@ def schedule(state: TrainState, learning_rate: Schedules) -> TrainState:
             return scheduled
         if isinstance(taken, Tensor):
             return _scheduled_on_device(state, learning_rate, taken)
-    return _with_values(state, values_at(state.machine, learning_rate, taken))
+    return state.replace(hyper=hyper_at(state.machine, state.hyper, learning_rate, taken))
+
+
+def hyper_at(
+    machine: Machine, hyper: tuple[Mapping[str, Any], ...], learning_rate: Schedules, step: int
+) -> tuple[Mapping[str, Any], ...]:
+    """The hyperparameters of each group with the rates that hold after ``step`` steps."""
+    functions = _functions(machine, learning_rate)
+    if functions is None and len(hyper) == 1:
+        rate = learning_rate(step)  # type: ignore[operator]  # it is no mapping
+        if type(rate) is float and 0.0 <= rate < math.inf:  # the usual one, at every step
+            return ({**hyper[0], "lr": rate},)
+        return _with_values(hyper, [_value(rate)])
+    return _with_values(hyper, values_at(machine, learning_rate, step))
 
 
 def set_rates(state: TrainState, rate: float | Tensor, momentum: float | Tensor | None = None) -> TrainState:
@@ -66,7 +79,7 @@ def set_rates(state: TrainState, rate: float | Tensor, momentum: float | Tensor 
     factors = state.machine.rate_factors
     # a factor of 1 multiplies nothing, so that a rate keeps its bits and an int stays one
     rates = [rate if factor == 1.0 else rate * factor for factor in factors]
-    return _with_values(state, [(one, momentum) for one in rates])
+    return state.replace(hyper=_with_values(state.hyper, [(one, momentum) for one in rates]))
 
 
 _Value = tuple[float | Tensor, float | Tensor | None]
@@ -74,15 +87,10 @@ _Value = tuple[float | Tensor, float | Tensor | None]
 
 def values_at(machine: Machine, learning_rate: Schedules, step: int) -> list[_Value | None]:
     """Rate and momentum of each parameter group after ``step`` steps; None for a group that keeps what it has."""
-    groups = learning_rate.groups if isinstance(learning_rate, Tabulated) else None
-    one = machine.uniform and (groups is None or groups == len(machine.group_names) == 1)
-    if one and not isinstance(learning_rate, Mapping):
-        value = _value(learning_rate(step))
-        return [value] * len(machine.group_names)
-    known = machine.group_rates
-    if known is None or known[0] is not learning_rate:
-        known = machine.group_rates = (learning_rate, _of_groups(machine, learning_rate))
-    return [None if function is None else _value(function(step)) for function in known[1]]
+    functions = _functions(machine, learning_rate)
+    if functions is None:
+        return [_value(learning_rate(step))] * len(machine.group_names)  # type: ignore[operator]  # likewise
+    return [None if function is None else _value(function(step)) for function in functions]
 
 
 def _value(value: float | Rates) -> _Value:
@@ -107,10 +115,20 @@ def _rate(rate: Any) -> Any:
     return float(rate)
 
 
-def _of_groups(machine: Machine, learning_rate: Schedules) -> list[Schedule | None]:
-    """The schedule of each parameter group."""
+def _functions(machine: Machine, learning_rate: Schedules) -> list[Schedule | None] | None:
+    """The schedule of each parameter group; None where one value holds for all."""
+    known = machine.group_rates
+    if known is None or known[0] is not learning_rate:
+        known = machine.group_rates = (learning_rate, _of_groups(machine, learning_rate))
+    return known[1]
+
+
+def _of_groups(machine: Machine, learning_rate: Schedules) -> list[Schedule | None] | None:
     if isinstance(learning_rate, Mapping):
         return _named(machine, learning_rate)
+    groups = learning_rate.groups if isinstance(learning_rate, Tabulated) else None
+    if machine.uniform and (groups is None or groups == len(machine.group_names) == 1):
+        return None
     factors = machine.rate_factors
     if isinstance(learning_rate, Tabulated):
         return list(learning_rate.for_groups(factors))
@@ -157,10 +175,12 @@ def _scaled(learning_rate: Schedule, factor: float) -> Schedule:
     return scaled
 
 
-def _with_values(state: TrainState, values: list[_Value | None]) -> TrainState:
-    groups = tuple([dict(group) for group in state.hyper])
+def _with_values(
+    hyper: tuple[Mapping[str, Any], ...], values: list[_Value | None]
+) -> tuple[Mapping[str, Any], ...]:
+    groups = tuple([dict(group) for group in hyper])
     put_rates(groups, values)
-    return state.replace(hyper=groups)
+    return groups
 
 
 def put_rates(groups: Sequence[dict[str, Any]], values: list[_Value | None]) -> None:
@@ -224,4 +244,4 @@ def _scheduled_on_device(state: TrainState, learning_rate: Schedules, taken: Ten
         None if group is None else (group[0].take(index), None if group[1] is None else group[1].take(index))
         for group in table.groups
     ]
-    return _with_values(state, values)
+    return state.replace(hyper=_with_values(state.hyper, values))
