@@ -81,6 +81,7 @@ class ModuleMachine:
 
     def place_buffers(self, buffers: Mapping[str, Tensor]) -> None:
         """Point the module at these buffers; one that is not among them is None."""
+        self._buffers_placed = None  # an exception half-way leaves any
         for where, key, name in self.buffer_places:
             where[key] = buffers.get(name)
         self._buffers_placed = [where[key] for where, key in self._persistent]
@@ -119,13 +120,21 @@ class ModuleMachine:
         where, key, name = self.buffer_places[0]
         return where[key] is buffers.get(name)
 
-    def point(self, lease: Lease, params: Mapping[str, Tensor]) -> Mapping[str, Tensor] | None:
+    def point(
+        self, lease: Lease, params: Mapping[str, Tensor], *, checked: bool = False
+    ) -> Mapping[str, Tensor] | None:
         """Make the module hold ``params``.
+
+        Args:
+            lease: of the state that they belong to.
+            params: the parameters.
+            checked: whether the module was looked at in this step already.
 
         Returns:
             What has to be placed again after the call, where another living state owns the module's values.
         """
-        self.check()
+        if not checked:
+            self.check()
         holder = self.holder
         if holder.holds(lease) or holder.free():
             if self.placed is not params or self._placing is not params:

@@ -78,6 +78,16 @@ def _ended(flight: type[Any]) -> dict[str, Any]:
 _ENDED: dict[type[Any], dict[str, Any]] = {}
 
 
+def _defaults(flight: type[Any]) -> dict[str, Any]:
+    """Name -> default of every field in flight; looked up once for each class."""
+    if (known := _DEFAULTS.get(flight)) is None:
+        known = _DEFAULTS[flight] = {f.name: f.default for f in attrs.fields(flight)}
+    return known
+
+
+_DEFAULTS: dict[type[Any], dict[str, Any]] = {}
+
+
 @attrs.frozen(eq=False, kw_only=True, slots=False)
 class PlainValues(Replaceable):
     """What a state holds besides tensors; ``attrs.evolve(state, ...)`` changes these.
@@ -186,6 +196,10 @@ class InFlight(Replaceable):
     began: Began | None = attrs.field(default=None, metadata=WITHIN)
     passes: int = attrs.field(default=0, metadata=WITHIN)
     known: tuple[int, int] = (0, 0)
+
+    def begun(self, **values: Any) -> Self:
+        """What is in flight after the forward passes of a step: these values, and nothing of the step before."""
+        return self.over(_defaults(type(self)) | values)
 
     def ended(self, **results: Any) -> Self:
         """What a finished step leaves: its results, and nothing that the next step could go on from."""

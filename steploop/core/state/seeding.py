@@ -25,13 +25,15 @@ class _Words:
 
     Args:
         address: where its 625 words begin.
-        position: where among them the position stands; it or the first word of the others moves with every draw.
+        position: where among them the position stands: the first or the last. It moves with every draw, and the other
+            words with every 624th and with a seed; of these one in the middle is looked at, for a seed leaves the first as it is.
     """
 
     def __init__(self, address: int, *, position: int) -> None:
         self._address = address
         self._position = ctypes.c_uint32.from_address(address + 4 * position)
-        self._word = ctypes.c_uint32.from_address(address + 4 * (1 - min(position, 1)))
+        self._word = ctypes.c_uint32.from_address(address + 4 * 300)
+        self._kept: tuple[tuple[int, int] | None, bytes] = (None, b"")
 
     def mark(self) -> tuple[int, int]:
         """What differs after a draw."""
@@ -40,6 +42,12 @@ class _Words:
     def copy(self) -> bytes:
         """The state."""
         return ctypes.string_at(self._address, _STATE_BYTES)
+
+    def kept(self, mark: tuple[int, int]) -> bytes:
+        """The state, whose mark this is: the copy of the last time, where nothing was drawn since."""
+        if self._kept[0] != mark:
+            self._kept = mark, self.copy()
+        return self._kept[1]
 
     def put(self, state: bytes) -> None:
         """Take a state that ``copy`` gave."""
@@ -169,9 +177,9 @@ class SeededGenerators:
         if self._others:
             self._others_kept: Any = _PYTHON.keep(), _NUMPY.keep()
         else:
-            python, numpy = _PYTHON.words, _NUMPY.words
-            self._others_kept = _GLOBAL.gauss_next, python.copy(), numpy.copy()  # type: ignore[union-attr]  # looked at
-            self._marks = python.mark(), numpy.mark(), _GLOBAL.gauss_next  # type: ignore[union-attr]
+            python, numpy, gauss = _PYTHON.words, _NUMPY.words, _GLOBAL.gauss_next
+            self._marks = marks = python.mark(), numpy.mark(), gauss  # type: ignore[union-attr]  # looked at
+            self._others_kept = gauss, python.kept(marks[0]), numpy.kept(marks[1])  # type: ignore[union-attr]
         if self._coordinates:
             try:
                 self.seed(*self._coordinates)

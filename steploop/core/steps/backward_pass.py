@@ -116,7 +116,7 @@ def recomputed(
         loop with activation checkpointing.
     """
     module, tensors = state.machine.module, state.tensors
-    before = module.point(state.lease, tensors.params)
+    before = module.point(state.lease, tensors.params, checked=True)
     buffers = None if before is None else module.buffers()
     try:
         if tensors.buffers:

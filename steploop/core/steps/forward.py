@@ -55,7 +55,7 @@ def forward_loss(
         passes, loss, outputs, began = _pass(state, batch, objective, keep_graph=keep_graph)
     except DrewElsewhere:  # it left no trace, and is taken again with all generators seeded
         passes, loss, outputs, began = _pass(state, batch, objective, keep_graph=keep_graph)
-    flight = type(state.flight)(
+    flight = state.flight.begun(
         loss=loss.detach(), outputs=outputs, graph=loss, began=began, passes=state.flight.passes + 1,
         known=state.flight.known,
     )  # fmt: skip
