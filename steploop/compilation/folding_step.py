@@ -1,17 +1,16 @@
 """Take many compiled steps: what a fold over batches adds to single steps."""
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import attrs
-from torch import Tensor
 
 from steploop.compilation.compiled_step import CompiledStep
-from steploop.compilation.flattening import flatten
+from steploop.compilation.flattening import Flat, flatten
 from steploop.compilation.graph_calls import CompiledGraph
 from steploop.compilation.host_numbers import Now
 from steploop.compilation.step_failures import raise_nonfinite
-from steploop.compilation.stretches import NOTHING, Stretch, take
+from steploop.compilation.stretches import MOST_LISTED, NOTHING, Row, Stretch
 from steploop.core.state.parts import InFlight
 from steploop.core.state.surroundings import is_usual
 from steploop.core.state.train_state import TrainState
@@ -57,10 +56,18 @@ class FoldingStep(CompiledStep):
         return state, results
 
     def _fold(self, state: Any, batches: Iterable[Any], results: list[Any] | None) -> Any:
-        rest, watchful = iter(batches), type(batches) not in {list, tuple}
-        batch: Any = next(rest, NOTHING)
+        if type(batches) in {list, tuple}:
+            known: Any = batches
+            at = 0
+            while at < len(known):
+                listed = known[at + 1 : at + MOST_LISTED]
+                taken = self.stretch(state, known[at], iter(()), listed=listed, results=results)
+                state, at = taken.state, at + taken.steps
+            return state
+        rest = iter(batches)
+        batch = next(rest, NOTHING)
         while batch is not NOTHING:
-            taken = self.stretch(state, batch, rest, watchful=watchful, results=results)
+            taken = self.stretch(state, batch, rest, results=results)
             state = taken.state
             batch = taken.following[0] if taken.following else next(rest, NOTHING)
         return state
@@ -71,8 +78,8 @@ class FoldingStep(CompiledStep):
         batch: Any,
         rest: Iterator[Any],
         *,
+        listed: Sequence[Any] = (),
         most: int | None = None,
-        watchful: bool = True,
         results: list[Any] | None = None,
     ) -> Stretch:
         """Take a step, and those on the next batches that need nothing else than its graph.
@@ -80,9 +87,9 @@ class FoldingStep(CompiledStep):
         Args:
             state: as for a single step.
             batch: of the first step.
-            rest: the batches after it.
+            rest: gives the batches after it, by code that may change what a step depends on;
+            listed: or these batches, which are there.
             most: steps; None: all that can be taken.
-            watchful: whether fetching a batch may change what a step depends on.
             results: gets the results of each step.
 
         Returns:
@@ -95,13 +102,11 @@ class FoldingStep(CompiledStep):
             if results is not None:
                 results.append(new.flight if single else {name: one.flight for name, one in new.items()})
             return Stretch(before=state, batch=batch, state=new)
-        graph, now, tensors, key = begun
+        graph, now, flat = begun
         names = [""] if single else list(state)
         kept: list[list[InFlight]] | None = None if results is None else []
-        taken = take(
-            graph, self._bound, now, (tensors, key),
-            batch=batch, rest=rest, most=most, watchful=watchful, results=kept,
-        )  # fmt: skip
+        row = Row(graph, self._bound, now, flat, batch=batch, results=kept)
+        taken = row.listed(listed) if listed else row.fetched(rest, most)
         if graph.over_limit(taken.state):
             raise_nonfinite(self.train_step, state, taken.before, taken.state, taken.batch)
         if results is not None:
@@ -111,22 +116,22 @@ class FoldingStep(CompiledStep):
         before, new = (dict(zip(names, of, strict=True)) for of in (taken.before, taken.state))
         return attrs.evolve(taken, before=before, state=new)
 
-    def _begun(self, state: Any, batch: Any) -> tuple[CompiledGraph, Now, list[Tensor], Any] | None:
+    def _begun(self, state: Any, batch: Any) -> tuple[CompiledGraph, Now, Flat] | None:
         """The graph for a row of steps that begins here; None where a single step has more to do."""
         single = isinstance(state, TrainState)
         states = [state] if single else list(state.values()) if isinstance(state, Mapping) else []
         if not self._bound.holds(states) or not is_usual(states[0].machine):
             return None
         try:
-            tensors, key, numbers = flatten(batch)
+            flat = flatten(batch)
         except Exception:  # noqa: BLE001  (raised again by the single step)
             return None
-        graph = self._store.current.get(key)
+        graph = self._store.current.get(flat[1])
         if graph is None or not graph.in_a_row or not graph.fits(states, self._bound):
             return None
         if any(s.generation != s.lease.generation for s in states):
             return None
-        now = Now(states, numbers, [True] * len(states))
+        now = Now(states, flat[2], [True] * len(states))
         if not graph.holds(now) or graph.in_doubt(now):
             return None
-        return graph, now, tensors, key
+        return graph, now, flat

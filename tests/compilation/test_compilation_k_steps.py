@@ -35,7 +35,8 @@ from steploop import (
     unscale_and_clip,
     update_ema,
 )
-from steploop.compilation import CompiledStep, folding_step
+from steploop.compilation import CompiledStep
+from steploop.compilation.stretches import Row
 from steploop.errors import CompileError, ConfigError, NonFiniteError, SpentStateError
 from steploop.testing.state_comparison import require_same
 
@@ -99,14 +100,16 @@ def both(step, state, items, lengths=(4,), kind=list):
 
 def rows_of(monkeypatch):
     """How many steps each row had, as they are taken."""
-    rows, take = [], folding_step.take
+    rows = []
+    for name in ("listed", "fetched"):
+        take = getattr(Row, name)
 
-    def watched(*args, **kwargs):
-        taken = take(*args, **kwargs)
-        rows.append(taken.steps)
-        return taken
+        def watched(*args, take=take):
+            taken = take(*args)
+            rows.append(taken.steps)
+            return taken
 
-    monkeypatch.setattr(folding_step, "take", watched)
+        monkeypatch.setattr(Row, name, watched)
     return rows
 
 
@@ -154,7 +157,7 @@ def compiled_case(name):
 
 
 @pytest.mark.parametrize("case", CASES)
-@settings(max_examples=8, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=6, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     kinds=st.lists(st.sampled_from(["good", "good", "good", "bad", "short"]), min_size=1, max_size=14),
     lengths=st.lists(st.integers(1, 7), min_size=1, max_size=3),
