@@ -28,6 +28,7 @@ from steploop import (
     split_parts,
     unscale_and_clip,
 )
+from steploop.core.steps.part_sums import PartSum
 from steploop.core.trees import first_difference
 from steploop.errors import CompileError, ConfigError, DataError
 
@@ -399,3 +400,17 @@ def test_a_wrapped_module_is_refused():
     model = nn.Sequential(nn.DataParallel(nn.Linear(2, 1)))
     with pytest.raises(ConfigError, match="0 is wrapped in DataParallel, which sums gradients itself"):
         TrainState.create(model, ADAMW, ranks=Ranks.here())
+
+
+def negative_zero(parts):
+    """Of a sum over parts where one has -0.0 and the others nothing: zeros are added, wherever the parts are."""
+    ranks = Ranks.here(parts=parts)
+    total = PartSum(ranks, [torch.zeros(3)], {})
+    for number in ranks.mine:
+        total.add(number, [torch.full((3,), -0.0) if number == 1 else None])
+    return total.result()[0]
+
+
+def test_a_part_without_a_gradient_counts_as_zeros_on_any_number_of_ranks(two):
+    for sums in (negative_zero(4), *two.run(negative_zero, 4)):
+        assert not sums.signbit().any()
