@@ -10,6 +10,7 @@ from steploop.compilation.draws import Draws, is_random
 from steploop.compilation.inductor import CapturedGraph, traced_again
 from steploop.compilation.population.batching_rules import NoRule, call_under_vmap
 from steploop.compilation.population.literals import Literal, call_with_literals
+from steploop.compilation.population.member_scalars import costly_scalars
 from steploop.compilation.pruning import Wiring
 from steploop.errors import CompileError
 
@@ -23,7 +24,8 @@ def batched(
 
     It takes the inputs of ``graph``, with a first axis of members where ``dims`` has a 0; then the numbers of
     ``literals``, (members, literals) in float64; then which members go on, (members,) bool. It writes into the inputs
-    into which ``graph`` writes, for members that go on, and gives what ``graph`` gives, with a first axis of members.
+    into which ``graph`` writes, for members that go on, and gives what ``graph`` gives, with a first axis of members; after
+    that, what only makes it quicker.
 
     Args:
         graph: of one member.
@@ -63,7 +65,7 @@ def batched(
             f"calls {error}, which torch.vmap has no rule for, so that a population cannot compute it as one graph. Train the members "
             "apart, or write that part with other functions."
         ) from error
-    _write(module, written)
+    _write(module, written, count)
     shapes = [(tuple(t.shape), t.stride(), t.dtype, t.device) for t in fakes]
     return CapturedGraph(
         module, fakes, [], Wiring(tuple(range(len(fakes))), ()), Draws(None), 0,
@@ -72,8 +74,8 @@ def batched(
     )  # fmt: skip
 
 
-def _write(module: fx.GraphModule, written: Sequence[int]) -> None:
-    """Write the last outputs of a graph into these inputs, at its end."""
+def _write(module: fx.GraphModule, written: Sequence[int], count: int) -> None:
+    """Write the last outputs of a graph into these inputs, at its end; give the costly numbers of members instead."""
     graph = module.graph
     inputs = [node for node in graph.nodes if node.op == "placeholder"]
     output: Any = graph.output_node()
@@ -82,7 +84,7 @@ def _write(module: fx.GraphModule, written: Sequence[int]) -> None:
     with graph.inserting_before(output):
         for index, value in zip(written, values[len(given) :], strict=True):
             graph.call_function(torch.ops.aten.copy_.default, (inputs[index], value))
-    output.args = (tuple(given),)
+    output.args = ((*given, *costly_scalars(graph, count)),)
     graph.eliminate_dead_code()
     module.recompile()
 

@@ -62,6 +62,7 @@ class PopulationGraph:
         ]
         rows = [[literal.values[i] for literal in literals] for i in which]
         self._literals = torch.tensor(rows, dtype=torch.float64, device=device).reshape(count, len(literals))
+        self._given = sum(1 for i in set(first.graph.wiring.given) if i >= 0)
         self._bound: Any = None
         self._fixed: list[Tensor | None] = []
         self._ended: tuple[str | None, ...] | None = None
@@ -93,7 +94,7 @@ class PopulationGraph:
         ]
         if self._states[0].donated:
             population.lease.tear()
-        given = [*self.run(inputs), *passed]
+        given = [*self.run(inputs)[: self._given], *passed]
         return self._next(population, members, nows, given)
 
     # -- inputs --------------------------------------------------------------------------------------------------------
@@ -162,8 +163,9 @@ class PopulationGraph:
             for now, taken, own, expressions in zip(nows, finite, computed, self._expressions, strict=True):
                 now.finite = [taken]
                 own += [read(now) for read in expressions]
+        rates: dict[Any, Any] = {}
         new = [
-            _advanced(member, plan, taken=taken) if goes_on else member
+            _advanced(member, plan, rates, taken=taken) if goes_on else member
             for member, plan, taken, goes_on in zip(members, self._states, finite, going, strict=True)
         ]
         ended = before
@@ -206,8 +208,15 @@ def _whole(tensor: Tensor, dim: int | None, count: int) -> Tensor:
     return tensor if dim == 0 else tensor.expand(count, *tensor.shape)
 
 
-def _advanced(state: TrainState, plan: StatePlan, *, taken: bool) -> TrainState:
-    """The plain values of a member after its step, and its next rate."""
+def _advanced(state: TrainState, plan: StatePlan, rates: dict[Any, Any], *, taken: bool) -> TrainState:
+    """The plain values of a member after its step, and its next rates.
+
+    Args:
+        state: before the step.
+        plan: of the step.
+        rates: what schedules gave for members before this one in the population, which may be alike.
+        taken: whether the step was finite.
+    """
     changes = dict(plan.changed)
     if plan.attempts:
         changes["attempted_steps"] = state.attempted_steps + plan.attempts
@@ -220,7 +229,16 @@ def _advanced(state: TrainState, plan: StatePlan, *, taken: bool) -> TrainState:
             changes["scale"] = state.scale.updated(taken)
     if plan.batches:
         changes["batch"] = state.batch + plan.batches
-    return _scheduled(state.replace(**changes), plan.after)
+    if not plan.after:
+        return state.replace(**changes)
+    step, machine = changes.get("applied_steps", state.applied_steps), state.machine
+    key = (id(plan.after), step, id(state.hyper), machine.rate_factors, machine.group_labels)
+    hyper = rates.get(key)
+    if hyper is None:
+        new = _scheduled(state.replace(**changes), plan.after)
+        rates[key] = new.hyper
+        return new
+    return state.replace(**changes, hyper=hyper)
 
 
 def _counter(state: TrainState, name: str) -> Any:

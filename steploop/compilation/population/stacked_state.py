@@ -194,6 +194,10 @@ def stack_members(states: Sequence[TrainState], ended: Sequence[str | None] = ()
     if not check_alike(states):
         return Population([state.clone() for state in states], None, ended=ended)
     tensors = stacked_from(states)
+    hypers: list[Any] = []
+    for state in states:  # equal ones are one object, so that a schedule is asked once for all
+        hypers.append(next((h for h in hypers if h == state.hyper), state.hyper))
+    states = [state.replace(hyper=hyper) for state, hyper in zip(states, hypers, strict=True)]
     return Population(parts_of(states, tensors), tensors, ended=ended)
 
 
