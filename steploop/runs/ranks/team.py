@@ -4,6 +4,7 @@ import json
 import os
 import re
 import socket
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -29,6 +30,7 @@ _LOST = re.compile(r"gloo|nccl|connection (closed|reset)|peer|store|socket|broke
 _LATE = re.compile(r"timed? ?out|timeout", re.IGNORECASE)
 _FOR_A_LOST_PEER_S = 10.0  # until its end is seen, once a connection to it has broken
 _FOR_A_SIGNAL_S = 2.0  # torchrun sends SIGTERM to the others when one rank has died
+_TO_BE_HEARD_S = 1.5  # until the others have looked
 _teams = 0  # of this process so far
 
 
@@ -234,6 +236,8 @@ def assembled(*, exact: bool = True, limit_s: float | None = None) -> Iterator[T
         team.wait_for_all()  # rank 0 may still fail while others are done
     except BaseException as error:
         ours = team.failed(error)
+        if team.first and not under_torchrun():
+            time.sleep(_TO_BE_HEARD_S)  # the store goes with this rank
         watch.leave()
         if ours is error:
             raise

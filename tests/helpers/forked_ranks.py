@@ -1,0 +1,51 @@
+"""Runs on several ranks for the tests: forks of this interpreter, with the environment that torchrun gives to its processes."""
+
+import os
+from contextlib import contextmanager
+
+from running import Forked
+from torch.distributed import TCPStore
+
+
+_stores = []  # kept: a fork in which one is collected would wait for a thread that it does not have
+
+
+@contextmanager
+def environment(**values):
+    """The environment of a rank; only entered in a fork, which does not leave it."""
+    os.environ.update({name: str(value) for name, value in values.items()})
+    yield
+
+
+class ForkedRanks:
+    """``steploop ...`` on ``size`` ranks; on one, a plain process.
+
+    Ranks find each other in ``store``, which belongs to this process as torchrun's belongs to torchrun; give it to another
+    ``attempt`` to start them again.
+    """
+
+    def __init__(self, folder, size, *arguments, store=None, attempt=0, **variables):
+        self.size = size
+        self.store = store or TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+        _stores.append(self.store)
+        self.ranks = []
+        for rank in range(size):
+            (own := folder / f"rank-{rank}").mkdir(exist_ok=True, parents=True)
+            where = {
+                "RANK": rank, "WORLD_SIZE": size, "LOCAL_RANK": rank, "LOCAL_WORLD_SIZE": size,
+                "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": self.store.port, "GLOO_SOCKET_IFNAME": "lo",
+                "TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_RUN_ID": "test",
+                "TORCHELASTIC_RESTART_COUNT": attempt,
+            }  # fmt: skip
+            inside = environment(**(where if size > 1 else {}), **variables)
+            self.ranks.append(Forked(own, *arguments, inside=inside))
+
+    def end(self, timeout_s=120):
+        """(exit codes, what each said on stdout, on stderr)."""
+        ended = [rank.end(timeout_s) for rank in self.ranks]
+        return tuple(zip(*ended, strict=True))
+
+    def kill(self):
+        """End those that still run."""
+        for rank in self.ranks:
+            rank.kill()

@@ -1,0 +1,178 @@
+"""Runs on several ranks: the same bits on any number, one that speaks, and an end for all when one fails."""
+
+import os
+import signal
+import time
+
+import attrs
+import parted_recipe
+import pytest
+from forked_ranks import ForkedRanks
+from running import changed, digest, kept, lines, running, steps, train
+
+from steploop.recipe import find_recipe
+from steploop.runs.directory_lock import run_lock
+
+RECIPE = parted_recipe.__file__
+GIVEN = ["--quiet", "--no-tune", "--device", "cpu", "--log-every", "1"]
+FAULT_S = 30  # far more than it takes; a rank that waits for another one waits for 600
+
+
+def faulty(folder):
+    """A recipe whose train step calls FAULTS[os.environ["FAULT"]] before step 5 on rank 1."""
+
+    def change(recipe, config):
+        inner = parted_recipe.build(parted_recipe.Config(), recipe.batches.device)
+
+        def train_step(state, batch):
+            if os.environ.get("RANK") == "1" and state.attempted_steps == 5:
+                FAULTS[os.environ.get("FAULT", "none")]()
+            return inner.train_step(state, batch)
+
+        return attrs.evolve(inner, train_step=train_step)
+
+    return changed(folder, change)
+
+
+def _raise(error):
+    raise error
+
+
+FAULTS = {
+    "none": lambda: None,
+    "bug": lambda: _raise(KeyError("a bug")),
+    "memory": lambda: _raise(MemoryError()),
+    "kill": lambda: os.kill(os.getpid(), signal.SIGKILL),
+    "hang": lambda: time.sleep(1000),
+}
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """A run of one process in four parts, never interrupted."""
+    out = tmp_path_factory.mktemp("whole") / "run"
+    train(out, recipe=RECIPE, parts=4)
+    return out
+
+
+def test_four_two_and_one_ranks_continue_one_another_to_the_bits_of_one_process(whole, tmp_path):
+    """Stopped by a signal to a single rank each time, after one and the same step on all."""
+    out = tmp_path / "run"
+    slow = ["--set", "step_s=0.05"]
+    first = ForkedRanks(tmp_path, 4, "run", RECIPE, "--out", str(out), *GIVEN, *slow)
+    first.ranks[2].wait_for(lambda: (out / "metrics.jsonl").exists() and len(lines(out)) > 1)
+    os.kill(first.ranks[2].pid, signal.SIGTERM)
+    codes, said, errors = first.end()
+    assert codes == (75,) * 4, errors
+    assert [bool(text) for text in said] == [True, False, False, False]
+    assert errors[1:] == ("",) * 3
+    at = steps(out)[-1]
+    assert 0 < at < 12
+    second = ForkedRanks(tmp_path, 2, "resume", str(out), *GIVEN, *slow)
+    second.ranks[0].wait_for(lambda: lines(out)[-1].get("attempted", 0) > at)
+    os.kill(second.ranks[0].pid, signal.SIGINT)
+    codes, _, errors = second.end()
+    assert codes == (130, 130), errors
+    assert at < steps(out)[-1] < 12
+    assert ForkedRanks(tmp_path, 1, "resume", str(out), *GIVEN, "--set", "step_s=0.0").end()[0] == (0,)
+    assert digest(out) == digest(whole)
+    assert [line["attempted"] for line in lines(out) if line["kind"] == "train"] == [*range(1, 13)]
+
+
+@pytest.mark.parametrize(
+    ("fault", "code", "sentence"),
+    [
+        ("bug", 1, "KeyError: 'a bug'"),
+        ("memory", 1, "MemoryError"),
+        ("kill", -9, "steploop: rank 1 (process "),
+        ("hang", 7, "steploop: rank 1 hangs in test_ranks_runs.py, line "),
+    ],
+)
+def test_a_rank_that_fails_ends_all_with_one_sentence_and_the_run_goes_on(
+    fault, code, sentence, whole, tmp_path
+):
+    out = tmp_path / "run"
+    path = faulty(tmp_path)
+    begun = time.monotonic()
+    given = [*GIVEN, "--checkpoint-every", "2", "--rank-timeout", "3"]
+    ranks = ForkedRanks(tmp_path, 2, "run", path, "--out", str(out), "--parts", "4", *given, FAULT=fault)
+    codes, said, errors = ranks.end()
+    assert codes == (7, code), errors
+    assert time.monotonic() - begun < FAULT_S
+    who = 0 if fault in {"kill", "hang"} else 1
+    assert sentence in errors[who]
+    assert not errors[1 - who].strip()
+    assert not any(said)
+    assert steps(out)[-1] == 4
+    assert not any(running(rank.pid) for rank in ranks.ranks)
+    codes, _, errors = ForkedRanks(tmp_path, 2, "resume", str(out), *given).end()
+    assert codes == (0, 0), errors
+    assert digest(out)[1] == digest(whole)[1]
+
+
+@pytest.mark.parametrize("named", [True, False])
+def test_ranks_that_are_started_again_go_on_with_their_run(named, whole, tmp_path, monkeypatch):
+    """What torchrun --max-restarts does: the same command, in the same store."""
+    monkeypatch.chdir(tmp_path)
+    path = faulty(tmp_path)
+    out = tmp_path / "run" if named else tmp_path / "runs" / f"{path.rpartition('/')[2][:-3]}-1"
+    given = ["run", path, "--parts", "4", *GIVEN, "--checkpoint-every", "2"]
+    given += ["--out", str(out)] if named else []
+    first = ForkedRanks(tmp_path, 2, *given, FAULT="kill")
+    assert first.end()[0] == (7, -9)
+    assert steps(out)[-1] == 4
+    codes, said, errors = ForkedRanks(tmp_path, 2, *given, store=first.store, attempt=1).end()
+    assert codes == (0, 0), errors
+    assert f'"run": "{out if named else out.relative_to(tmp_path)}"' in said[0]
+    assert digest(out)[1] == digest(whole)[1]
+
+
+def test_a_second_job_in_the_directory_is_refused_on_all_ranks(whole, tmp_path):
+    before = kept(whole)
+    with run_lock(whole):
+        codes, said, errors = ForkedRanks(tmp_path, 2, "resume", str(whole), *GIVEN).end()
+    assert codes == (6, 7)
+    assert f"steploop: The run directory {whole} is in use by process {os.getpid()}" in errors[0]
+    assert errors[1] == ""
+    assert not any(said)
+    assert kept(whole) == before
+
+
+def test_ranks_that_cannot_share_the_parts_are_refused_by_name(whole, tmp_path):
+    codes, _, errors = ForkedRanks(tmp_path, 3, "resume", str(whole), *GIVEN).end()
+    assert sorted(codes) == [2, 7, 7]
+    assert (
+        "begun with 4 parts to a batch, which 3 ranks cannot share equally. Resume it on 1, 2, 4 ranks."
+        in ("".join(errors))
+    )
+    assert sum(map(bool, errors)) == 1
+
+
+def test_ranks_that_build_different_data_are_refused(tmp_path):
+    def change(recipe, config):
+        samples = 48 + int(os.environ.get("RANK", "0"))
+        return parted_recipe.build(parted_recipe.Config(samples=samples), recipe.batches.device)
+
+    path = changed(tmp_path, change)
+    codes, _, errors = ForkedRanks(tmp_path, 2, "run", path, "--out", str(tmp_path / "run"), *GIVEN).end()
+    assert sorted(codes) in ([2, 2], [2, 7])
+    assert "have not the same data of the recipe and batches of the recipe." in "".join(errors)
+    assert not (tmp_path / "run").exists()
+
+
+SMALL = {
+    "char_lm": ["text={text}", "context=8", "width=8", "layers=1", "heads=2", "sample_characters=2"],
+    "gan": ["width=4", "noise=4", "batch_size=8"],
+}
+
+
+@pytest.mark.parametrize("name", [*SMALL])
+def test_a_shipped_recipe_trains_the_same_on_two_ranks(name, tmp_path):
+    (tmp_path / "text.txt").write_text("def f(x):\n    return x + 1\n" * 40)
+    settings = [part for s in SMALL[name] for part in ("--set", s.format(text=tmp_path / "text.txt"))]
+    given = [*GIVEN, *settings, "--parts", "2", "--limit-steps", "3"]
+    recipe = str(find_recipe(name))
+    alone = ForkedRanks(tmp_path, 1, "run", recipe, "--out", str(tmp_path / "one"), *given)
+    both = ForkedRanks(tmp_path, 2, "run", recipe, "--out", str(tmp_path / "two"), *given)
+    assert (alone.end()[0], both.end()[0]) == ((0,), (0, 0))
+    assert digest(tmp_path / "one") == digest(tmp_path / "two")
