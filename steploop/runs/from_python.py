@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
+import attrs
 import torch
 
 from steploop.core.interruption import Interrupted
@@ -220,11 +221,13 @@ def launch(
     with assembled(limit_s=rank_timeout) as team:
         if not team.first:
             screen, loggers = QuietScreen(), ()
-        if resume is None and (begun := team.begun_before()) is not None:
+        name = recipe.name if isinstance(recipe, RecipeFile) else Path(recipe or "").stem
+        if resume is None and (begun := team.begun_before(out, name)) is not None:
             # torchrun has started the ranks again: they go on with the run that they began, by the copy of its recipe
             recipe, values, out, resume = None if isinstance(recipe, str) else recipe, {}, None, begun
             options |= {"init": None, "restart_epoch": False}
         request = _request(recipe, values, out=out, resume=resume, trust=trust, team=team, **options)
+        request = attrs.evolve(request, launched_by=team.launch)
         return carry_out(request, screen, stop, loggers, team)
 
 

@@ -52,6 +52,7 @@ class Request:
         changes: what is not as it says, by the settings and the code.
         command: the words of the command line, for the record.
         ranks: this process among those that train together, and the parts of a batch; None: one process, and whole batches.
+        launched_by: what the attempts of one launch by torchrun have in common.
     """
 
     recipe: RecipeFile
@@ -74,6 +75,7 @@ class Request:
     changes: tuple[Change, ...] = ()
     command: Sequence[str] = ()
     ranks: Ranks | None = None
+    launched_by: str | None = None
 
     @property
     def settings(self) -> dict[str, Any]:

@@ -54,6 +54,7 @@ def record(request: Request, beginning: Beginning, tuning: Mapping[str, int]) ->
         "compile": recipe.compile if request.compile is None else request.compile,
         "watching": watching(request),
         **ranks_record(request.ranks),
+        "launched_by": request.launched_by,
     }
     if request.resume and directory.recipe.exists():
         if directory.recipe.read_bytes() != request.recipe.source:

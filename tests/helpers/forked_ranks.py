@@ -6,7 +6,6 @@ from contextlib import contextmanager
 from running import Forked
 from torch.distributed import TCPStore
 
-
 _stores = []  # kept: a fork in which one is collected would wait for a thread that it does not have
 
 
@@ -20,20 +19,20 @@ def environment(**values):
 class ForkedRanks:
     """``steploop ...`` on ``size`` ranks; on one, a plain process.
 
-    Ranks find each other in ``store``, which belongs to this process as torchrun's belongs to torchrun; give it to another
-    ``attempt`` to start them again.
+    They find each other in a store of this process, as under torchrun in one of torchrun; which makes a new one for each
+    ``attempt``.
     """
 
-    def __init__(self, folder, size, *arguments, store=None, attempt=0, **variables):
+    def __init__(self, folder, size, *arguments, attempt=0, **variables):
         self.size = size
-        self.store = store or TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-        _stores.append(self.store)
+        store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+        _stores.append(store)
         self.ranks = []
         for rank in range(size):
             (own := folder / f"rank-{rank}").mkdir(exist_ok=True, parents=True)
             where = {
                 "RANK": rank, "WORLD_SIZE": size, "LOCAL_RANK": rank, "LOCAL_WORLD_SIZE": size,
-                "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": self.store.port, "GLOO_SOCKET_IFNAME": "lo",
+                "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": store.port, "GLOO_SOCKET_IFNAME": "lo",
                 "TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_RUN_ID": "test",
                 "TORCHELASTIC_RESTART_COUNT": attempt,
             }  # fmt: skip

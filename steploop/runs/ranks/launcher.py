@@ -1,8 +1,9 @@
 """What torchrun tells its processes in their environment, read without importing torch."""
 
 import os
+import socket
 
-__all__ = ["attempt", "local_ranks", "rank_here", "several_ranks", "under_torchrun"]
+__all__ = ["attempt", "launch_id", "local_ranks", "rank_here", "several_ranks", "under_torchrun"]
 
 
 def several_ranks() -> bool:
@@ -28,6 +29,17 @@ def under_torchrun() -> bool:
 def attempt() -> int:
     """How often torchrun has started the ranks again (--max-restarts)."""
     return _number("TORCHELASTIC_RESTART_COUNT", 0)
+
+
+def launch_id(number: int) -> str | None:
+    """What a run of this launch has in common with the attempts after it, on rank 0; None without torchrun.
+
+    Args:
+        number: of the run among those of this process, from 1.
+    """
+    if not under_torchrun():
+        return None
+    return f"{os.environ['TORCHELASTIC_RUN_ID']} {socket.gethostname()} {os.getppid()} {number}"
 
 
 def _number(name: str, default: int) -> int:

@@ -6,7 +6,7 @@ import re
 import socket
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from hashlib import sha256
 from pathlib import Path
@@ -16,10 +16,11 @@ import attrs
 
 from steploop.core.interruption import Interrupted
 from steploop.core.ranks import Ranks
-from steploop.errors import ConfigError, RankFailedError, SteploopError
+from steploop.errors import ConfigError, DataError, RankFailedError, SteploopError
 from steploop.runs.directory import RunDirectory
+from steploop.runs.directory_reader import read_record
 from steploop.runs.ranks.agreed_stop import AgreedStop
-from steploop.runs.ranks.launcher import attempt, several_ranks, under_torchrun
+from steploop.runs.ranks.launcher import attempt, launch_id, several_ranks, under_torchrun
 from steploop.runs.ranks.peer_watch import Failure, PeerWatch, Process
 from steploop.runs.signals import StopFlag, exit_code_of
 
@@ -43,14 +44,14 @@ class Team:
         control: the same, in a group of their own for what they agree on.
         watch: the watch of the other ranks; None for one process.
         limit_s: how long a rank waits for the others.
-        memory: holds texts by name for as long as torchrun lives; None for one process.
+        launch: what the runs of one launch by torchrun have in common, on rank 0.
     """
 
     ranks: Ranks = attrs.field(factory=Ranks)
     control: Ranks = attrs.field(factory=Ranks)
     watch: PeerWatch | None = None
     limit_s: float = 600.0
-    memory: Any = None
+    launch: str | None = None
 
     @property
     def first(self) -> bool:
@@ -70,19 +71,22 @@ class Team:
         """Return once all ranks are here."""
         self.control.gather_objects(None)
 
-    def remember(self, directory: Path) -> None:
-        """Note which run this is, for torchrun to start it again (--max-restarts)."""
-        if self.memory is not None and self.first:
-            self.memory.set("run", str(directory))
+    def begun_before(self, out: Path | None, name: str) -> Path | None:
+        """The run of an attempt before this one, if it was begun: torchrun has started the ranks again (--max-restarts).
 
-    def begun_before(self) -> Path | None:
-        """The run of an attempt before this one, if it was begun."""
-        if self.memory is None or attempt() == 0:
+        Args:
+            out: the directory that was named, or None.
+            name: of the recipe.
+        """
+        if not self.several or attempt() == 0:
             return None
 
         def found() -> str | None:
-            text: str | None = self.memory.get("run").decode() if self.memory.check(["run"]) else None
-            return text if text is not None and Path(text, "config.json").exists() else None
+            for path in [out] if out is not None else sorted(Path("runs").glob(f"{name}-*")):
+                with suppress(DataError):
+                    if ((read_record(path, "config.json") or {}).get("launched_by")) == self.launch:
+                        return str(path)
+            return None
 
         path = self.by_first(found)
         return None if path is None else Path(path)
@@ -177,7 +181,6 @@ def shared_directory(team: Team, make: Callable[[], RunDirectory]) -> RunDirecto
             f"rank {team.ranks.rank} on {socket.gethostname()} does not see the run directory {directory.path} that rank 0 has "
             "made. Give a directory on a disk that all machines share: --out DIR."
         )
-    team.remember(directory.path)
     return directory
 
 
@@ -228,9 +231,8 @@ def assembled(*, exact: bool = True, limit_s: float | None = None) -> Iterator[T
     group = distributed.new_group(backend="gloo", timeout=timedelta(seconds=limit_s))
     control = attrs.evolve(ranks, group=group)
     processes = control.gather_objects(Process.here())
-    corner, memory = _stores()
-    watch = PeerWatch(corner, ranks.rank, processes)
-    team = Team(ranks=ranks, control=control, limit_s=limit_s, watch=watch, memory=memory)
+    watch = PeerWatch(_store(), ranks.rank, processes)
+    team = Team(ranks=ranks, control=control, limit_s=limit_s, watch=watch, launch=launch_id(_teams))
     try:
         yield team
         team.wait_for_all()  # rank 0 may still fail while others are done
@@ -245,8 +247,8 @@ def assembled(*, exact: bool = True, limit_s: float | None = None) -> Iterator[T
     watch.close()
 
 
-def _stores() -> tuple[Any, Any]:
-    """The store where the ranks found each other, in corners for this run of this attempt, and of all attempts."""
+def _store() -> Any:
+    """The store where the ranks found each other, in a corner for this run."""
     global _teams  # noqa: PLW0603  (a second run in this process gets another corner)
     from torch.distributed import PrefixStore, TCPStore  # type: ignore[attr-defined]  # torch does not list them
 
@@ -254,7 +256,4 @@ def _stores() -> tuple[Any, Any]:
     host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     # a connection of our own: the group's may be waiting
     store = TCPStore(host, port, is_master=False, wait_for_workers=False, timeout=timedelta(seconds=30))
-    return (
-        PrefixStore(f"steploop/{_teams}/{attempt()}", store),
-        PrefixStore(f"steploop/{_teams}", store),
-    )
+    return PrefixStore(f"steploop/{_teams}", store)
