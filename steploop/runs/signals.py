@@ -1,5 +1,6 @@
 """Signals as a flag: a handler notes them, and the run looks at the flag where nothing is half done."""
 
+import atexit
 import os
 import signal
 import sys
@@ -123,8 +124,15 @@ def catch_signals() -> None:
     """Catch signals from now on, for a process that is about to load torch: Interrupted is raised at once."""
     flag = StopFlag(at_once=True)
     _of_the_process[:] = [flag]
+    atexit.register(_deaf)  # the first to be registered is the last to be called
     for signum in _listened_to():
         signal.signal(signum, flag.handle)
+
+
+def _deaf() -> None:
+    """Python's shutdown puts each handler of ours back to the system's, which would end the process by the signal."""
+    for signum in _listened_to():
+        signal.signal(signum, signal.SIG_IGN)
 
 
 def process_flag() -> StopFlag:

@@ -291,6 +291,29 @@ def test_a_signal_while_torch_is_loaded_is_no_failure_either(signum, code, tmp_p
     assert list(tmp_path.iterdir()) == []
 
 
+LATE = """
+import os, signal, sys
+
+class Late:
+    def __del__(self, kill=os.kill, pid=os.getpid(), signum=signal.SIGTERM):
+        kill(pid, signum)  # Python has put the system's handlers back by now
+
+late = Late()
+sys.argv = ["steploop", "status", "nowhere"]
+from steploop.tools.cli import main
+main()
+"""
+
+
+def test_a_signal_while_python_shuts_down_changes_no_exit_code(tmp_path):
+    """The second of two signals that a scheduler sends may come when the first has done its work."""
+    done = subprocess.run(
+        [sys.executable, "-c", LATE], check=False, cwd=tmp_path, capture_output=True, text=True
+    )
+    assert done.returncode == 2, done.stderr
+    assert done.stderr.startswith("steploop: ")
+
+
 def test_a_run_directory_belongs_to_one_process(start, fork, tmp_path):
     """The second one says who has it and writes nothing; a kill leaves no stale lock."""
     child = start("--set", "step_s=1")
