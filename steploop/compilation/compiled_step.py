@@ -128,6 +128,20 @@ class CompiledStep:
             raise_nonfinite(self.train_step, state, states, new, batch)
         return new[0] if single else dict(zip(state, new, strict=True))
 
+    def go_on(
+        self, seen: Mapping[str, int], tell: Callable[[str, int, int], object], *, chosen: bool
+    ) -> None:
+        """Decide as the process before would have, on which the bits depend.
+
+        Args:
+            seen: form of a batch -> how often it came.
+            tell: called with such a form, how often it has come, and the attempted step (from 1): what the next process needs.
+            chosen: whether ``mode="auto"`` has found the compiled step to be the faster one.
+        """
+        self._store.remember(seen, tell)
+        if chosen:
+            self.figures = attrs.evolve(self.figures, form="compiled", reason="chosen before the resume")
+
     # -- finding or making a graph ---------------------------------------------------------------------------
 
     def _find(self, state: Any, now: Now, batch: Any, flat: Flat) -> CompiledGraph | None:

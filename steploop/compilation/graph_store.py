@@ -1,7 +1,11 @@
-"""Keep the graphs of a step, by the form of batch; decide whether another one is worth its time."""
+"""Keep the graphs of a step, by the form of batch; decide whether another one is worth its time.
 
+What is decided depends on the forms that came before, so a run writes them down: a resume decides as it would have.
+"""
+
+import hashlib
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from steploop.compilation.bound_states import Bound
@@ -34,7 +38,10 @@ class GraphStore:
     def __init__(self) -> None:
         self.current: dict[Any, CompiledGraph] = {}
         self._graphs: dict[Any, list[CompiledGraph]] = {}
-        self._seen: dict[Any, int] = {}
+        self._seen: dict[
+            str, int
+        ] = {}  # form of a batch -> how often it came; the first one counts as usual at once
+        self._tell: Callable[[str, int, int], object] = lambda *_: None
         self._many: set[Any] = set()  # forms for which too many graphs were made
         self._endless = False
         self._gave_up = False  # more shapes than are worth a graph have come
@@ -42,6 +49,16 @@ class GraphStore:
     def __bool__(self) -> bool:
         """Whether there is any."""
         return bool(self._graphs)
+
+    def remember(self, seen: Mapping[str, int], tell: Callable[[str, int, int], object]) -> None:
+        """Go on counting forms of batches.
+
+        Args:
+            seen: form -> how often it came before.
+            tell: called with a form, how often it has come, and the attempted step (from 1), where that decides anything.
+        """
+        self._seen.update(seen)
+        self._tell = tell
 
     def all(self) -> list[CompiledGraph]:
         """Every graph, in the order in which they were made for each form of batch."""
@@ -69,9 +86,13 @@ class GraphStore:
             return False
         if key in self._graphs:
             return self._few_branches(key)
-        if not self._graphs:
+        form = hashlib.sha256(repr(key).encode("utf-8", "backslashreplace")).hexdigest()[:16]
+        seen = self._seen.get(form, 0 if self._seen else _COMPILED_WHEN_SEEN - 1)
+        if seen >= _COMPILED_WHEN_SEEN:  # in an earlier process
             return True
-        if len(self._seen) >= _MOST_FORMS and key not in self._seen:
+        if self._gave_up:
+            return False
+        if len(self._seen) >= _MOST_FORMS and form not in self._seen:
             if not self._endless:
                 self._endless = True
                 warnings.warn(
@@ -80,15 +101,13 @@ class GraphStore:
                     stacklevel=5,
                 )
             return False
-        self._seen[key] = self._seen.get(key, 0) + 1
-        if self._seen[key] < _COMPILED_WHEN_SEEN:
-            return False
-        if (
-            len(self._graphs) >= _USUAL_SHAPES
-            and self._seen[key] == _COMPILED_WHEN_SEEN
-            and not self._gave_up
-        ):
-            self._gave_up = len(self._graphs) >= _MOST_SHAPES
+        compiled = sum(count >= _COMPILED_WHEN_SEEN for count in self._seen.values())
+        comes_often = seen + 1 >= _COMPILED_WHEN_SEEN
+        self._gave_up = comes_often and compiled >= _MOST_SHAPES
+        if not self._gave_up:
+            self._seen[form] = seen + 1
+            self._tell(form, seen + 1, max(s.attempted_steps for s in states) + 1)
+        if comes_often and compiled >= _USUAL_SHAPES:
             shapes = "; ".join(describe(known) for known in (*self._graphs, key))
             then = "one more is run in eager" if self._gave_up else "each costs a graph"
             warnings.warn(
@@ -96,7 +115,7 @@ class GraphStore:
                 "or two shapes, or drop the short last batch.",
                 stacklevel=5,
             )
-        return len(self._graphs) < _MOST_SHAPES
+        return comes_often and not self._gave_up
 
     def _few_branches(self, key: Any) -> bool:
         """Whether few enough graphs have been made for batches of one form, for other values that Python reads."""

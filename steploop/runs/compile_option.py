@@ -1,5 +1,6 @@
-"""Compile a recipe's step for a run, and record what the compiler reports."""
+"""Compile a recipe's step for a run, record what the compiler reports, and go on so after a resume."""
 
+from collections.abc import Mapping
 from typing import Literal
 
 import attrs
@@ -8,16 +9,36 @@ from steploop.recipe.recipe import Recipe
 from steploop.runs.journal import RunJournal
 from steploop.runs.logs.screens import Screen
 
-__all__ = ["compiled"]
+__all__ = ["CompiledBefore", "compiled"]
 
 
-def compiled(recipe: Recipe, mode: bool | Literal["auto"], journal: RunJournal, screen: Screen) -> Recipe:
+@attrs.frozen
+class CompiledBefore:
+    """What compiling decided before a resume.
+
+    Attributes:
+        form: whether ``auto`` has chosen the compiled step; None where it has not chosen.
+        seen: form of a batch -> how often it came.
+    """
+
+    form: bool | None = None
+    seen: Mapping[str, int] = attrs.field(factory=dict)
+
+
+def compiled(
+    recipe: Recipe,
+    mode: bool | Literal["auto"],
+    journal: RunJournal,
+    screen: Screen,
+    before: CompiledBefore = CompiledBefore(),
+) -> Recipe:
     """Compile a recipe's step; with mode=False return the recipe unchanged.
 
     Each sentence of ``steploop.compile`` is a note on the screen and, with the figures known by then, an event of the
-    run: how long compiling took, which form was chosen, and what was measured for it.
+    run: how long compiling took, which form was chosen, and what was measured for it. So is each form of batch that may
+    be compiled when it comes again.
     """
-    if mode is False:
+    if mode is False or (mode == "auto" and before.form is False):
         return recipe
     from steploop.compilation import compile as compile_step  # slow to import, and seldom wanted
 
@@ -28,5 +49,9 @@ def compiled(recipe: Recipe, mode: bool | Literal["auto"], journal: RunJournal, 
             del known["form"], known["reason"]
         journal.event({"event": "compile", "note": text, **known})
 
+    def count(form: str, times: int, attempted: int) -> None:
+        journal.event({"event": "compile", "batch_form": form, "seen": times, "attempted": attempted})
+
     step = compile_step(recipe.train_step, mode=mode, report=tell)
+    step.go_on(before.seen, count, chosen=before.form is True)
     return attrs.evolve(recipe, train_step=step)

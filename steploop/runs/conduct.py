@@ -126,7 +126,7 @@ class _Run:
         try:
             phases = Phases(
                 self._request, outlets, self._screen, self._stop, self._loggers, zero_s=self._zero_s,
-                form=self._past.compiled, team=self._team,
+                past=self._past, team=self._team,
             )  # fmt: skip
             folded = phases.fold(beginning)
             if self._team.first and folded.recipe.finish is not None and folded.ending != "interrupted":

@@ -7,7 +7,7 @@ import attrs
 
 from steploop.runs.directory import RunDirectory
 from steploop.runs.logs import read_json_lines
-from steploop.runs.record_values import is_duration, is_whole_line
+from steploop.runs.record_values import is_count, is_duration, is_whole_line
 
 __all__ = ["Past", "read_past"]
 
@@ -20,11 +20,20 @@ class Past:
         seconds: of all its processes.
         metrics: of its last evaluation; empty where there was none.
         compiled: which form of the step ``--compile auto`` has chosen; None where it has not.
+        forms: the lines that count forms of batches, which a compiled step goes by.
     """
 
     seconds: float = 0.0
     metrics: Mapping[str, float | None] = attrs.field(factory=dict)
     compiled: bool | None = None
+    forms: Sequence[Mapping[str, Any]] = ()
+
+    def forms_seen(self, phase: int, attempted: int) -> dict[str, int]:
+        """Form of a batch -> how often it had come in a phase after so many attempted steps."""
+        lines = [
+            line for line in self.forms if line.get("phase", 0) == phase and line["attempted"] <= attempted
+        ]
+        return {line["batch_form"]: line["seen"] for line in lines}
 
 
 def read_past(directory: RunDirectory, status: Mapping[str, Any]) -> Past:
@@ -42,6 +51,13 @@ def read_past(directory: RunDirectory, status: Mapping[str, Any]) -> Past:
         seconds=max((float(time_s) for time_s in times if is_duration(time_s)), default=0.0),
         metrics=_newest_metrics(lines, status),
         compiled=chosen[-1] == "compiled" if chosen else None,
+        forms=[
+            line
+            for line in lines
+            if isinstance(line.get("batch_form"), str)
+            and is_count(line.get("seen"))
+            and is_count(line.get("attempted"))
+        ],
     )
 
 

@@ -10,12 +10,13 @@ from steploop.core.state.several import State
 from steploop.recipe.recipe import Logger, Recipe
 from steploop.runs.beginning import Beginning, begin
 from steploop.runs.capsules.capsule_writer import CapsuleWriter
-from steploop.runs.compile_option import compiled
+from steploop.runs.compile_option import CompiledBefore, compiled
 from steploop.runs.journal import RunJournal
 from steploop.runs.logs.screens import Screen
 from steploop.runs.loop import Loop
-from steploop.runs.members import place_of
+from steploop.runs.members import attempted_steps, place_of
 from steploop.runs.outlets import Outlets
+from steploop.runs.past import Past
 from steploop.runs.plan import Ending
 from steploop.runs.ranks.team import Team
 from steploop.runs.requests import Request
@@ -55,7 +56,7 @@ class Phases:
         stop: which signal came, if one did.
         loggers: besides those of the recipe.
         zero_s: ``time.perf_counter()`` when the run began; before a resume lies the time of the process before.
-        form: whether the step was compiled before a resume, where ``auto`` has chosen.
+        past: what the process before a resume has left.
         team: the ranks that train together.
     """
 
@@ -68,7 +69,7 @@ class Phases:
         loggers: Sequence[Logger],
         *,
         zero_s: float,
-        form: bool | None,
+        past: Past,
         team: Team,
     ) -> None:
         self._team = team
@@ -78,7 +79,7 @@ class Phases:
         self._screen = screen
         self._stop = stop
         self._zero_s = zero_s
-        self._form_before = form
+        self._past = past
 
     def fold(self, beginning: Beginning) -> Folded:
         """Fold a phase, and what follows it."""
@@ -119,7 +120,7 @@ class Phases:
         elif self._request.resume:  # it was ended before its first checkpoint: it begins anew
             outlets.keep(lambda _: False)
         loop = Loop(
-            compiled(recipe, self._form(beginning), journal, screen),
+            compiled(recipe, self._compile(beginning), journal, screen, self._compiled_before(beginning)),
             plan=self._request.plan,
             journal=journal,
             keeper=keeper,
@@ -163,21 +164,19 @@ class Phases:
         if beginning.owed:
             self._outlets.say(evaluation_due=digest(beginning.recipe.state))
 
-    def _form(self, beginning: Beginning) -> bool | Literal["auto"]:
-        """Whether to compile the step; what ``auto`` has chosen before a resume stays, as the bits depend on it."""
-        request = self._request
-        wanted = beginning.recipe.compile if request.compile is None else request.compile
+    def _compile(self, beginning: Beginning) -> bool | Literal["auto"]:
+        return beginning.recipe.compile if self._request.compile is None else self._request.compile
+
+    def _compiled_before(self, beginning: Beginning) -> CompiledBefore:
+        """What compiling decided before a resume: it stays so, as the bits depend on it."""
+        if not beginning.loaded:
+            return CompiledBefore()
         given_anew = any(change.kind in {"compile", "recipe"} for change in beginning.changes)
-        same_device = str(request.device) == request.recorded.get("device")
-        if (
-            wanted == "auto"
-            and beginning.loaded
-            and same_device
-            and not given_anew
-            and self._form_before is not None
-        ):
-            return self._form_before
-        return wanted
+        same_device = str(self._request.device) == self._request.recorded.get("device")
+        return CompiledBefore(
+            form=self._past.compiled if same_device and not given_anew else None,
+            seen=self._past.forms_seen(beginning.phase, attempted_steps(beginning.recipe.state)),
+        )
 
     def _go_on(self, beginning: Beginning, journal: RunJournal, loop: Loop) -> None:
         """Drop the lines of what will be done again, the last evaluation perhaps, and say where the run goes on."""

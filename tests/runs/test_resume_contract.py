@@ -470,13 +470,16 @@ def test_the_form_that_auto_has_chosen_stays_at_a_resume(recipe, tmp_path, monke
     about = config(out) | {"compile": "auto"}
     (out / "config.json").write_text(json.dumps(about))
     chosen = []
-    monkeypatch.setattr("steploop.runs.phases.compiled", lambda made, mode, *_: chosen.append(mode) or made)
-    for form, expected in (("compiled", True), ("eager", False), (None, "auto")):
+    monkeypatch.setattr(
+        "steploop.runs.phases.compiled",
+        lambda made, mode, journal, screen, before: chosen.append((mode, before.form)) or made,
+    )
+    for form, expected in (("compiled", True), ("eager", False), (None, None)):
         kept = [line for line in lines(out) if line.get("event") != "compile"]
         kept += [{"kind": "event", "event": "compile", "note": "", "attempted": 1, "form": form}]
         (out / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in kept))
         train(out, resume=True, limit_steps=len(chosen) + 5)
-        assert chosen[-1] == expected
+        assert chosen[-1] == ("auto", expected)
 
 
 @pytest.mark.parametrize(

@@ -72,7 +72,7 @@ def events(runs: Sequence[RunRecord], names: Sequence[str]) -> str:
     for i, run in enumerate(runs):
         for event in run.events[:_MAX_ROWS]:
             kind = short(event.get("event", "?"))
-            if kind == "checkpoint":  # as regular as the epochs: no news
+            if kind == "checkpoint" or "batch_form" in event:  # as regular as the epochs: no news
                 continue
             known = {"kind", "event", "step", "attempted", "epoch", "batch", "time_s"}
             details = ", ".join(
