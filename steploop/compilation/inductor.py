@@ -15,6 +15,7 @@ from torch import Tensor, fx
 from steploop.compilation.cpp_entry import direct
 from steploop.compilation.draws import Draws, drawing, is_random
 from steploop.compilation.generator_events import Event
+from steploop.compilation.kernel_files import remove_truncated
 from steploop.compilation.low_precision import in_float32
 from steploop.compilation.pruning import Wiring, constants_to_inputs, prune
 from steploop.errors import CompileError
@@ -274,6 +275,7 @@ def compile_graph(graph: CapturedGraph, mode: Any) -> Run:
 
     device = graph.inputs[0].device
     _check_compiler(device)
+    remove_truncated()
     module = graph.module
     settings: Any = torch.compiler.config
     on_cpu = _on_cpu(graph.inputs)

@@ -20,7 +20,9 @@ from compiled_runs import (
     objective,
     train_step,
 )
+from filelock import FileLock
 from torch import nn
+from torch._inductor.codecache import get_lock_dir
 
 from steploop import (
     LossScale,
@@ -35,6 +37,7 @@ from steploop import (
     unscale_and_clip,
     update_ema,
 )
+from steploop.compilation.kernel_files import remove_truncated
 from steploop.core.trees import named_leaves
 from steploop.testing.state_comparison import require_same
 
@@ -142,13 +145,41 @@ print(counters["inductor"]["fxgraph_cache_hit"], counters["inductor"]["fxgraph_c
 """
 
 
-def test_a_second_process_takes_the_graph_from_the_cache(tmp_path):
+def test_a_second_process_takes_the_graph_from_the_cache_and_mends_a_truncated_kernel(tmp_path):
+    """What a linker left that was killed is deleted and compiled anew; loading it would end the process."""
     environment = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": str(tmp_path)}
     command = [sys.executable, "-c", SECOND_PROCESS, str(Path(__file__).parents[1] / "helpers")]
-    seen = [
-        subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout.split()[
-            -2:
-        ]
-        for _ in range(2)
+    seen = []
+    for run in range(3):
+        if run == 2:
+            (kernel,) = tmp_path.glob("*/*.main.so")
+            whole = kernel.read_bytes()
+            kernel.write_bytes(whole[: len(whole) // 2])
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+        seen.append(done.stdout.split()[-2:])
+    assert seen == [["0", "1"], ["1", "0"], ["1", "0"]]
+    assert len(kernel.read_bytes()) == len(whole)
+
+
+def test_only_kernel_files_that_are_truncated_and_that_nobody_writes_are_deleted(tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    whole = Path(torch._C.__file__).read_bytes()
+    files = {
+        "whole": whole,
+        "short": whole[: len(whole) * 9 // 10],
+        "half": whole[: len(whole) // 2],
+        "empty": b"",
+        "busy": whole[:99],
+    }
+    (tmp_path / "ab").mkdir()
+    for name, content in files.items():
+        (tmp_path / "ab" / f"{name}.main.so").write_bytes(content)
+    (tmp_path / "ab" / "other.cpp").write_bytes(b"")
+    lock = FileLock(Path(get_lock_dir()) / "busy.lock")
+    with lock:
+        assert {path.name.split(".")[0] for path in remove_truncated()} == {"short", "half", "empty"}
+    assert sorted(path.name for path in (tmp_path / "ab").iterdir()) == [
+        "busy.main.so",
+        "other.cpp",
+        "whole.main.so",
     ]
-    assert seen == [["0", "1"], ["1", "0"]]
