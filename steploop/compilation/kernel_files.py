@@ -16,7 +16,7 @@ def remove_truncated() -> list[Path]:
     every later compile. A file on which another process is at work is left alone: it holds the file's lock.
     """
     from torch._inductor.codecache import get_lock_dir
-    from torch._inductor.runtime.runtime_utils import cache_dir
+    from torch._inductor.runtime.cache_dir_utils import cache_dir
     from torch.utils._filelock import FileLock
 
     removed = []
