@@ -1,15 +1,17 @@
 """CIFAR-10 as fast as it goes: the net and the tricks of the public speed records, in one readable file.
 
     steploop run recipes/cifar_fast.py
-    steploop run recipes/cifar_fast.py --set widths=16,64,64 --set learning_rate=1.0    # two CPU cores
+    steploop run recipes/cifar_fast.py --set widths=16,64,64 --set batch_size=512 --set epochs=8    # a CPU
 
 What makes it fast: the first convolution whitens patches of the training images and stays as it is; three groups of two
 convolutions begin as identities; BatchNorm has a bias alone, which learns 64 times as fast; labels are smoothed; each image is
 mirrored in every second epoch instead of by chance; the weights that are judged are an average; a test image is seen twice,
 once mirrored. (The manner of Keller Jordan's airbench94 and of David Page's "How to Train Your ResNet".)
 
-Measured: 66.3% test accuracy after the first of eight epochs with widths 16,64,64 and batches of 512 on CIFAR-10 as JPEG files, seed 0,
-fp32, 2 CPU cores (AMD EPYC, AVX2, one of them used), torch 2.14.1, 109 s of processor time; nothing was run on a GPU yet.
+Measured: 66.3, 74.0, 77.1, 78.5, 80.0, 81.0, 82.4, 83.3% test accuracy after one to eight epochs (--set epochs=8) with widths 16,64,64
+and batches of 512, on CIFAR-10 as JPEG files, seed 0, fp32, 2 CPU cores (AMD EPYC, AVX2, one of them used), torch 2.14.1: 647 s of
+processor time with the decoding. The same net in a loop written by hand gave the same accuracies, in 829 s without the decoding.
+The net of the header's first line, which is meant for a GPU, was not run to its end: no GPU was at hand.
 """
 
 import math
