@@ -125,5 +125,5 @@ def check_environment(
     warnings.warn(
         message + "The run goes on, but its last bits may differ from those of an uninterrupted one.",
         InexactResumeWarning,
-        stacklevel=4,
+        stacklevel=5,
     )
