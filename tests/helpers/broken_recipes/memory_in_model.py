@@ -1,4 +1,6 @@
-"""Broken: the model remembers the batch before in an attribute that is neither parameter nor buffer."""
+"""Broken: the model remembers the batch before in an object of its own, which no state can hold."""
+
+from types import SimpleNamespace
 
 import sound
 
@@ -6,10 +8,12 @@ Config = sound.Config
 
 
 class Remembering(sound.Network):
-    last = 0.0
+    def __init__(self):
+        super().__init__()
+        self.memory = SimpleNamespace(last=0.0)
 
     def forward(self, x):
-        mean, self.last = self.last, x.detach().mean()
+        mean, self.memory.last = self.memory.last, x.detach().mean()
         return super().forward(x - 0.5 * mean)
 
 
