@@ -377,7 +377,7 @@ def test_compile_auto_measures_both_forms_and_records_the_figures(tmp_path, caps
 def test_compile_stands_alone_or_takes_a_mode(words, mode, tmp_path, monkeypatch):
     seen = []
 
-    def carry_out(request, screen, stop, loggers):
+    def carry_out(request, *_):
         seen.append(request)
         raise SystemExit(0)
 

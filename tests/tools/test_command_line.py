@@ -72,6 +72,7 @@ def test_the_options_of_a_run_stand_in_groups(capsys, monkeypatch):
         "Going on with a run",
         "First weights",
         "Logs",
+        "Ranks",
     ]
     assert "--wandb" in groups["Logs"]
     assert "--require-exact" in groups["Going on with a run"]
