@@ -307,6 +307,12 @@ def remembering(m, x):
     return y
 
 
+def remembering_elsewhere(m, x):
+    y = m.layer(x) + m.kept.before
+    m.kept.before = y.detach()
+    return y
+
+
 def counting(m, x):
     m.calls += 1
     return m.layer(x)
@@ -326,7 +332,7 @@ def by_a_made_up_name(m, x):
 @pytest.mark.parametrize(
     ("forward", "name"),
     [
-        (remembering, r"reads model\.before"),
+        (remembering_elsewhere, r"reads model\.kept\.before"),
         (counting, r"changes model\.calls"),
         (by_a_made_up_name, r"changes model\.calls"),
         (listing, r"changes model\.history"),
@@ -334,17 +340,36 @@ def by_a_made_up_name(m, x):
 )
 def test_what_a_graph_would_change_once_is_refused_by_name_and_left_as_it_was(forward, name):
     model = Net(forward)
-    model.calls, model.before, model.history = 0, torch.zeros(10, 4), []
+    model.calls, model.kept, model.history = 0, types.SimpleNamespace(before=torch.zeros(10, 4)), []
     state = folded(updated, TrainState.create(model, Optimizer(torch.optim.SGD, lr=0.1)), batches(2))
-    calls, before, history = model.calls, model.before, list(model.history)
+    calls, before, history = model.calls, model.kept.before, list(model.history)
     with pytest.raises(CompileError, match=name):
         compile(updated)(state, batches(1)[0])
     assert model.calls == calls
-    assert model.before is before
+    assert model.kept.before is before
     assert len(model.history) == len(history)
     fast = compile(updated, mode="auto")
     assert folded(fast, state, batches(3)).step == 5
     assert fast.figures.form == "eager"
+
+
+@pytest.mark.parametrize("eager_steps", [0, 1, 3])
+def test_a_tensor_that_is_read_and_replaced_is_in_the_state_and_compiled_alike(eager_steps):
+    def run(one):
+        model = Net(remembering)
+        model.before = torch.zeros(10, 4)
+        given = batches(7)
+        given[5] = (given[5][0] * float("nan"), given[5][1])  # is skipped, and brings the old one back
+        state = folded(
+            updated, TrainState.create(model, Optimizer(torch.optim.SGD, lr=0.1)), given[:eager_steps]
+        )
+        return folded(one, state, given[eager_steps:])
+
+    eager, fast = run(updated), compile(updated)
+    compiled = run(fast)
+    assert fast.figures.form == "compiled"
+    assert_alike(eager, compiled, 1e-5)
+    torch.testing.assert_close(compiled.tensors.extra["before"], eager.tensors.extra["before"])
 
 
 def test_showing_a_tensor_is_refused():

@@ -486,7 +486,6 @@ def overwrites(model, batch):
             step_of(0.1, loss=leaves),
             "leaves a tensor in 'last'",
             # what a module keeps is copied, in a trace too
-            marks=pytest.mark.filterwarnings("ignore:Accessing the data pointer of FakeTensor"),
         ),
         (step_of(0.1, loss=overwrites), "changes a tensor of the batch in place"),
     ],

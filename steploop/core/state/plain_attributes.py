@@ -1,6 +1,5 @@
 """Plain attributes that a model changes while it computes: a hidden state, a count of passes, a temperature."""
 
-import copy
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -73,7 +72,7 @@ class PlainAttributes:
     def values(self) -> dict[str, Any]:
         """Key -> a copy of each known attribute that is there and that a state can hold."""
         return {
-            key: copy.deepcopy(module.__dict__[name])
+            key: map_tensors(_own, module.__dict__[name])
             for key, (module, name, _) in self.known.items()
             if name in module.__dict__ and _held(_look_of(module.__dict__[name]))
         }
@@ -85,7 +84,7 @@ class PlainAttributes:
             if value is _MISSING:
                 module.__dict__.pop(name, None)
             else:
-                module.__dict__[name] = copy.deepcopy(value)
+                module.__dict__[name] = map_tensors(_own, value)
 
     def is_one(self, key: str) -> bool:
         """Whether ``key`` may be a plain attribute of one of the layers."""
@@ -126,6 +125,10 @@ def _copied(tensor: Tensor) -> Tensor:
     if tensor.grad_fn is not None or tensor.is_inference():
         return tensor
     return lazy_clone(tensor).requires_grad_(tensor.requires_grad)
+
+
+def _own(tensor: Tensor) -> Tensor:
+    return tensor.detach().clone().requires_grad_(tensor.requires_grad)
 
 
 def _mark(value: Any) -> Any:

@@ -14,7 +14,7 @@ from steploop.core.state.parts import Began, TensorValues
 from steploop.core.state.seeding import SeededGenerators, generators_of
 from steploop.core.state.trace import trace_of
 from steploop.core.state.train_state import TrainState
-from steploop.core.trees import map_tensors, shapes
+from steploop.core.trees import map_tensors, named_leaves, shapes
 from steploop.errors import CompileError, ObjectiveError, OutOfMemoryError, SteploopError
 
 __all__ = [
@@ -253,6 +253,8 @@ class TrainingPasses:
             module.attributes.learn(self._attributes)
         if module.keeps_extra_state():
             changes["extra"] = module.extra_state()
+            if not self._drawing:
+                _require_traceable(tensors.extra, changes["extra"])
         self.tensors = tensors.replace(**changes) if changes else tensors
         return state.flight.began or Began(tensors, self._kept(overwritten))
 
@@ -282,6 +284,21 @@ class TrainingPasses:
         known = machine.moved or ()
         pairs = zip(machine.trainable, versions, self._versions, strict=True)
         return [name for name, now, before in pairs if now != before or name in known]
+
+
+def _require_traceable(before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+    """Raise CompileError for an attribute that a traced pass has changed, unless in tensors of the same shapes."""
+    for key in before.keys() | now.keys():
+        if key not in before or key not in now or _plain_part(before[key]) != _plain_part(now[key]):
+            raise CompileError(
+                f"changes model.{key} in Python, which a graph would do once. Keep it in tensors of one shape (a buffer of the "
+                "module, state.carry), or change it outside of train_step."
+            )
+
+
+def _plain_part(tree: Any) -> list[tuple[str, Any]]:
+    """What a graph cannot change of a tree: its names, the shapes of its tensors, and its other values."""
+    return [(n, x.shape if isinstance(x, Tensor) else (type(x), x)) for n, x in named_leaves(tree)]
 
 
 def _moves(name: str) -> CompileError:
