@@ -15,7 +15,7 @@ from steploop.core.state.parts import InFlight
 from steploop.core.state.train_state import TrainState
 from steploop.core.steps.set_rates import hyper_at
 
-__all__ = ["SPENDER", "Advance"]
+__all__ = ["SPENDER", "Advance", "counted"]
 
 SPENDER = "a compiled train step"
 
@@ -48,7 +48,7 @@ class Advance:
         plan = self._plan
         flight = self._flight_of(given)
         fields = state.__dict__ | (
-            self._counts(state, finite=flight["finite"]) if plan.on_host else self._constant
+            counted(plan, state, finite=flight["finite"]) if plan.on_host else self._constant
         )
         for name, build in self._given:
             fields[name] = build(given)
@@ -74,7 +74,7 @@ class Advance:
 
     def count(self, state: TrainState) -> None:
         """Count a step that was finite, in place: in a state that nobody else has, and that the host counts."""
-        state.__dict__.update(self._counts(state, finite=True))
+        state.__dict__.update(counted(self._plan, state, finite=True))
 
     def results(self, state: TrainState, given: Sequence[Tensor]) -> InFlight:
         """What the step leaves in flight."""
@@ -90,23 +90,6 @@ class Advance:
             flight["finite"] = flight["finite"].item()  # already computed, on the CPU: no wait
         return flight
 
-    def _counts(self, state: TrainState, *, finite: bool) -> dict[str, Any]:
-        """What the host counts."""
-        plan = self._plan
-        changes = self._constant.copy()
-        if plan.attempts:
-            changes["attempted_steps"] = state.attempted_steps + plan.attempts
-            if finite:
-                changes["applied_steps"] = state.applied_steps + 1
-                changes["nonfinite_steps"] = 0
-            else:
-                changes["nonfinite_steps"] = state.nonfinite_steps + 1
-            if state.scale is not None:
-                changes["scale"] = state.scale.updated(finite)
-        if plan.batches:
-            changes["batch"] = state.batch + plan.batches
-        return changes
-
     def _copies(self, state: TrainState, given: Sequence[Tensor]) -> dict[str, Any]:
         """Copy the fields that hold tensors, for a step that keeps the old state."""
         params = state.tensors.params
@@ -115,6 +98,23 @@ class Advance:
             for place, index in self._tensors
         }
         return {"tensors": with_tensors(state, tensors), "lease": Lease(), "generation": 0}
+
+
+def counted(plan: StatePlan, state: TrainState, *, finite: bool) -> dict[str, Any]:
+    """The plain values of a state after a step that the host counts, but for its rates."""
+    changes: dict[str, Any] = dict(plan.changed)
+    if plan.attempts:
+        changes["attempted_steps"] = state.attempted_steps + plan.attempts
+        if finite:
+            changes["applied_steps"] = state.applied_steps + plan.attempts
+            changes["nonfinite_steps"] = 0
+        else:
+            changes["nonfinite_steps"] = state.nonfinite_steps + 1
+        if state.scale is not None:
+            changes["scale"] = state.scale.updated(finite)
+    if plan.batches:
+        changes["batch"] = state.batch + plan.batches
+    return changes
 
 
 def _builders(templates: Mapping[str, Any], where: Sequence[int]) -> list[tuple[str, Build]]:

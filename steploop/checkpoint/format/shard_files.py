@@ -5,13 +5,13 @@ from collections.abc import Iterable, Mapping
 
 from torch import Tensor
 
-from steploop.checkpoint.format.layout import TensorSpec, file_order, header_bytes
+from steploop.checkpoint.format.layout import TensorSpec, header_bytes
 from steploop.checkpoint.format.stored_values import (
     BLOCK,
     Hasher,
-    allocate,
     bytes_of,
-    fill,
+    check_header,
+    read_values,
     shaped,
     stored_values,
 )
@@ -90,24 +90,11 @@ def read_shard(
             f"{name} has {file.size} bytes, but the manifest's table of tensors needs {expected}. It is cut short or is "
             "another file: use another checkpoint."
         )
-    start = bytearray(len(header))
-    fill(file, memoryview(start), 0, name)
-    if start != header:
-        raise CheckpointDamagedError(
-            f"The header of {name} does not match the manifest's table of tensors. The file was changed or is another "
-            "one: use another checkpoint."
-        )
-    values, hashes, at = {}, {}, len(header)
+    check_header(file, header, name)
+    values, hashes = {}, {}
     with Hasher(expected) as hasher:
-        for key in file_order(specs):
-            values[key] = allocate(specs[key])
-            data = bytes_of(values[key])
-            for offset in range(0, len(data), BLOCK):
-                block = data[offset : offset + BLOCK]
-                fill(file, block, at, name)
-                at += len(block)
-                hasher.add(block)
-            hashes[key] = hasher.turn()
+        for key, read in read_values(file, specs, len(header), name, hasher):
+            values[key], hashes[key] = read, hasher.turn()
         hasher.wait()
     for key, found in hashes.items():
         if found.hexdigest() != digests[key]:

@@ -2,17 +2,18 @@
 
 import hashlib
 from collections import deque
+from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, Final, Self
 
 import torch
 from torch import Tensor
 
-from steploop.checkpoint.format.layout import TensorSpec
+from steploop.checkpoint.format.layout import TensorSpec, file_order
 from steploop.checkpoint.storage.local import FileReader
 from steploop.errors import CheckpointDamagedError
 
-__all__ = ["BLOCK", "Hasher", "allocate", "bytes_of", "fill", "shaped", "stored_values"]
+__all__ = ["BLOCK", "Hasher", "bytes_of", "check_header", "read_values", "shaped", "stored_values"]
 
 BLOCK: Final = (
     2 << 20
@@ -77,7 +78,7 @@ def stored_values(tensor: Tensor) -> Tensor:
     return (torch.view_as_real(values) if values.dtype == torch.complex128 else values).contiguous()
 
 
-def allocate(spec: TensorSpec) -> Tensor:
+def _allocate(spec: TensorSpec) -> Tensor:
     """Allocate memory for the stored form of a tensor."""
     if spec.torch_dtype == torch.complex128:
         return torch.empty((*spec.shape, 2), dtype=torch.float64)
@@ -93,9 +94,35 @@ def shaped(values: Tensor, spec: TensorSpec) -> Tensor:
     return torch.empty_strided(spec.shape, spec.stride, dtype=spec.torch_dtype).copy_(values)
 
 
-def fill(file: FileReader, buffer: memoryview, offset: int, name: str) -> None:
+def _fill(file: FileReader, buffer: memoryview, offset: int, name: str) -> None:
     """Fill ``buffer`` from ``offset`` of a file on; CheckpointDamagedError where the file ends before."""
     if file.read_into(buffer, offset) != len(buffer):
         raise CheckpointDamagedError(
             f"{name} ends before byte {offset + len(buffer)}: it was cut short while it was read."
         )
+
+
+def check_header(file: FileReader, header: bytes, name: str) -> None:
+    """Raise CheckpointDamagedError where a file does not begin with ``header``."""
+    start = bytearray(len(header))
+    _fill(file, memoryview(start), 0, name)
+    if start != header:
+        raise CheckpointDamagedError(
+            f"The header of {name} does not match the manifest's table of tensors. The file was changed or is another "
+            "one: use another checkpoint."
+        )
+
+
+def read_values(
+    file: FileReader, specs: Mapping[str, TensorSpec], offset: int, name: str, hasher: Hasher
+) -> Iterator[tuple[str, Tensor]]:
+    """Name and stored form of each tensor from ``offset`` of a file on; each was given to ``hasher`` as it was read."""
+    for key in file_order(specs):
+        values = _allocate(specs[key])
+        data = bytes_of(values)
+        for start in range(0, len(data), BLOCK):
+            block = data[start : start + BLOCK]
+            _fill(file, block, offset, name)
+            offset += len(block)
+            hasher.add(block)
+        yield key, values

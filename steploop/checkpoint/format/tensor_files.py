@@ -15,9 +15,9 @@ from steploop.checkpoint.format.layout import TensorSpec, file_order, header_byt
 from steploop.checkpoint.format.stored_values import (
     BLOCK,
     Hasher,
-    allocate,
     bytes_of,
-    fill,
+    check_header,
+    read_values,
     shaped,
     stored_values,
 )
@@ -134,24 +134,10 @@ def read_tensors(
             f"{name} has {file.size} bytes, but the manifest says {record.size} and its table of tensors needs "
             f"{expected}. It is cut short or is another file: use another checkpoint."
         )
+    check_header(file, header, name)
     with Hasher(expected) as hasher:
-        start = bytearray(len(header))
-        fill(file, memoryview(start), 0, name)
-        if start != header:
-            raise CheckpointDamagedError(
-                f"The header of {name} does not match the manifest's table of tensors. The file was changed or "
-                "is another one: use another checkpoint."
-            )
         hasher.add(header)
-        values, at = {}, len(header)
-        for key in file_order(specs):
-            values[key] = allocate(specs[key])
-            data = bytes_of(values[key])
-            for offset in range(0, len(data), BLOCK):
-                block = data[offset : offset + BLOCK]
-                fill(file, block, at, name)
-                at += len(block)
-                hasher.add(block)
+        values = dict(read_values(file, specs, len(header), name, hasher))
         found = FileRecord(hasher.size, hasher.digest())
     if found != record:
         raise CheckpointDamagedError(

@@ -10,6 +10,7 @@ from steploop.compilation.flattening import Reference, flatten
 from steploop.compilation.graph_calls import positions
 from steploop.compilation.host_numbers import Now
 from steploop.compilation.inductor import Run
+from steploop.compilation.next_state import counted
 from steploop.compilation.plans import StatePlan, StepPlan
 from steploop.compilation.population.graph_parts import Inputs, Part
 from steploop.compilation.population.literals import Literal
@@ -217,18 +218,7 @@ def _advanced(state: TrainState, plan: StatePlan, rates: dict[Any, Any], *, take
         rates: what schedules gave for members before this one in the population, which may be alike.
         taken: whether the step was finite.
     """
-    changes = dict(plan.changed)
-    if plan.attempts:
-        changes["attempted_steps"] = state.attempted_steps + plan.attempts
-        if taken:
-            changes["applied_steps"] = state.applied_steps + plan.attempts
-            changes["nonfinite_steps"] = 0
-        else:
-            changes["nonfinite_steps"] = state.nonfinite_steps + 1
-        if state.scale is not None:
-            changes["scale"] = state.scale.updated(taken)
-    if plan.batches:
-        changes["batch"] = state.batch + plan.batches
+    changes = counted(plan, state, finite=taken)
     if not plan.after:
         return state.replace(**changes)
     step, machine = changes.get("applied_steps", state.applied_steps), state.machine

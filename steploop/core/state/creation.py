@@ -13,7 +13,7 @@ from steploop.core.state.machine import Machine
 from steploop.core.state.module_machine import ModuleMachine, module_machine
 from steploop.core.state.ownership import Lease
 from steploop.core.state.parts import TensorValues
-from steploop.core.state.same_start import check_same, refuse_wrapped, take_from_first_rank
+from steploop.core.state.same_start import refuse_wrapped, start_together
 from steploop.core.state.shared_memory import shared_memory
 from steploop.core.trees import unkeepable
 from steploop.errors import ConfigError
@@ -79,31 +79,28 @@ def initial_values(
     machine = Machine(module, live, group_names, labels, where)
     machine.ranks = ranks
     _check_extra_state(module)
+    averaged = {**params, **buffers} if ema_buffers else params
+    tensors = TensorValues(
+        params=params,
+        buffers=buffers,
+        slots={name: live.state[params[name]] for name in machine.trainable},
+        beside=machine.initial_beside(),
+        extra=module.extra_state() if module.keeps_extra_state() else {},
+        ema={n: p.detach().clone() for n, p in averaged.items()} if ema or ema_buffers else None,
+        carry=carry,
+        leaves=tuple(params[name] for name in machine.trainable),
+    )
     if ranks is not None:
-        made = {
-            "ranks": (ranks.size, ranks.parts, ranks.exact), "seed": seed, "precision": precision, "scale": repr(scale),
-            "values": {n: (tuple(t.shape), str(t.dtype)) for n, t in {**params, **buffers}.items()}, "groups": group_names,
-            "optimizer": (machine.optimizer_name, repr(machine.initial_hyper)), "carry": carry, "ema": (ema, ema_buffers),
-            "extra": module.extra_state(),
-        }  # fmt: skip
-        check_same(ranks, "TrainState.create: another state is made", made)
-        take_from_first_rank(ranks, {**params, **buffers}.values())
+        start_together(
+            ranks, "TrainState.create: another state is made", machine, tensors,
+            seed=seed, precision=precision, scale=repr(scale), hyper=repr(machine.initial_hyper),
+        )  # fmt: skip
     lease = Lease()
     machine.holder.give_to(lease)
     if not shared:
         module.holder.give_to(lease)
-    averaged = {**params, **buffers} if ema_buffers else params
     return {
-        "tensors": TensorValues(
-            params=params,
-            buffers=buffers,
-            slots={name: live.state[params[name]] for name in machine.trainable},
-            beside=machine.initial_beside(),
-            extra=module.extra_state() if module.keeps_extra_state() else {},
-            ema={n: p.detach().clone() for n, p in averaged.items()} if ema or ema_buffers else None,
-            carry=carry,
-            leaves=tuple(params[name] for name in machine.trainable),
-        ),
+        "tensors": tensors,
         "machine": machine,
         "lease": lease,
         "hyper": machine.initial_hyper,

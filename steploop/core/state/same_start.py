@@ -7,10 +7,12 @@ import torch
 from torch import Tensor, nn
 
 from steploop.core.ranks import Ranks
+from steploop.core.state.machine import Machine
+from steploop.core.state.parts import TensorValues
 from steploop.core.trees import first_difference
 from steploop.errors import ConfigError
 
-__all__ = ["check_same", "refuse_wrapped", "take_from_first_rank"]
+__all__ = ["refuse_wrapped", "start_together"]
 
 
 def refuse_wrapped(model: nn.Module) -> None:
@@ -24,7 +26,31 @@ def refuse_wrapped(model: nn.Module) -> None:
             )
 
 
-def take_from_first_rank(ranks: Ranks, tensors: Iterable[Tensor]) -> None:
+def start_together(ranks: Ranks, what: str, machine: Machine, tensors: TensorValues, **plain: Any) -> None:
+    """Compare what each rank has made, and overwrite its tensors with those of rank 0.
+
+    Args:
+        ranks: that begin together.
+        what: the beginning of the message, such as "another state is made".
+        machine: that computes.
+        tensors: the values; slots are not there yet.
+        plain: name -> further small values that have to agree.
+
+    Raises:
+        ConfigError: on every rank, if one has made something else than rank 0.
+    """
+    values = {**tensors.params, **tensors.buffers}
+    made = {
+        **plain, "ranks": (ranks.size, ranks.parts, ranks.exact),
+        "values": {n: (tuple(t.shape), str(t.dtype)) for n, t in values.items()}, "groups": machine.group_names,
+        "optimizer": machine.optimizer_name, "carry": tensors.carry, "ema": tensors.ema and list(tensors.ema),
+        "extra": tensors.extra,
+    }  # fmt: skip
+    _check_same(ranks, what, made)
+    _take_from_first_rank(ranks, [*values.values(), *(tensors.ema or {}).values()])
+
+
+def _take_from_first_rank(ranks: Ranks, tensors: Iterable[Tensor]) -> None:
     """Overwrite the tensors with those of rank 0."""
     if ranks.size == 1:
         return
@@ -39,7 +65,7 @@ def take_from_first_rank(ranks: Ranks, tensors: Iterable[Tensor]) -> None:
                 tensor.detach().copy_(whole)
 
 
-def check_same(ranks: Ranks, what: str, value: Any) -> None:
+def _check_same(ranks: Ranks, what: str, value: Any) -> None:
     """Raise ConfigError on every rank if one has another value than rank 0; for small trees of tensors and plain values."""
     for rank, other in enumerate(found := ranks.gather_objects(value)):
         if (difference := first_difference(other, found[0])) is not None:

@@ -3,7 +3,7 @@
 import copy
 
 from steploop.core.ranks import Ranks
-from steploop.core.state.same_start import check_same, refuse_wrapped, take_from_first_rank
+from steploop.core.state.same_start import refuse_wrapped, start_together
 from steploop.core.state.train_state import TrainState
 
 __all__ = ["with_ranks", "without_ranks"]
@@ -22,15 +22,12 @@ def with_ranks(state: TrainState, ranks: Ranks) -> TrainState:
     Raises:
         ConfigError: the ranks have made different states.
     """
-    machine, tensors = copy.copy(state.machine), state.tensors
+    machine = copy.copy(state.machine)
     refuse_wrapped(machine.model)
-    values = {**tensors.params, **tensors.buffers}
-    made = {
-        "seed": state.seed, "precision": state.precision, "scale": repr(state.scale), "groups": machine.group_names,
-        "optimizer": machine.optimizer_name, "values": {n: (tuple(t.shape), str(t.dtype)) for n, t in values.items()},
-    }  # fmt: skip
-    check_same(ranks, "The recipe makes another state", made)
-    take_from_first_rank(ranks, [*values.values(), *(tensors.ema or {}).values()])
+    start_together(
+        ranks, "The recipe makes another state", machine, state.tensors,
+        seed=state.seed, precision=state.precision, scale=repr(state.scale), hyper=repr(state.hyper),
+    )  # fmt: skip
     machine.ranks = ranks
     return state.replace(machine=machine)
 

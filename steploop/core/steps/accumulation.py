@@ -1,6 +1,5 @@
 """Gradient accumulation: the gradients of several micro-batches as those of the whole batch they are parts of."""
 
-import math
 from collections.abc import Iterable
 from typing import Any
 
@@ -14,7 +13,8 @@ from steploop.core.steps.backward_pass import gradients, require_some, seed_of, 
 from steploop.core.steps.forward import after_passes
 from steploop.core.steps.forward_pass import DrewElsewhere, Objective, TrainingPasses
 from steploop.core.steps.part_accumulation import accumulate_parts
-from steploop.core.trees import UNCOUNTED, count_samples
+from steploop.core.steps.part_weights import checked_weight, counts, weighted_sum
+from steploop.core.trees import count_samples
 from steploop.errors import EmptyDataError, ObjectiveError
 
 __all__ = ["accumulate"]
@@ -79,12 +79,12 @@ def _accumulated(state: TrainState, parts: list[Any], objective: Objective) -> T
         for index, (part, size) in enumerate(zip(parts, sizes, strict=True)):
             loss, out, given = passes.run(part, objective, draw=index)
             own_weights = given is not None if index == 0 else own_weights
-            counts = _check_weight(given, size, own_weights=own_weights)
-            if own_weights and counts and unit is None:
+            taken = _check_weight(given, size, own_weights=own_weights)
+            if own_weights and taken and unit is None:
                 unit = _unit(given, len(parts))
             weight = (size or 0) / total if given is None else given / (1.0 if unit is None else unit)
-            counted = counted or counts
-            if counts:  # the loss of a part without weight may be 0 / 0, whose gradient is nan
+            counted = counted or taken
+            if taken:  # the loss of a part without weight may be 0 / 0, whose gradient is nan
                 gradients(state, loss, seed_of(state, loss, weight), keep=True, take=False)
             losses.append(loss.detach())
             outputs.append(out)
@@ -109,27 +109,12 @@ def _accumulated(state: TrainState, parts: list[Any], objective: Objective) -> T
 
 
 def _check_weight(given: Any, size: int | None, *, own_weights: bool) -> bool:
-    """Whether a part counts; ObjectiveError where its weight is none. Reads a weight that is a tensor."""
+    """Whether a part counts; ObjectiveError where its weight is none."""
     if own_weights != (given is not None):
         raise ObjectiveError(
             "accumulate: the objective gave a weight for some micro-batches and none for others."
         )
-    if given is None:
-        if size is None:
-            raise ObjectiveError(f"accumulate: {UNCOUNTED}")
-        return size > 0
-    if isinstance(given, Tensor) and (given.dim() or type(given) is not Tensor):
-        if given.dim():
-            raise ObjectiveError(
-                f"accumulate: a weight must be a number or a tensor of shape (), but is one of {tuple(given.shape)}."
-            )
-        return True  # it is being traced and has no value
-    value = float(given)
-    if not 0.0 <= value < math.inf:
-        raise ObjectiveError(
-            f"accumulate: a weight must be a finite number >= 0, but the objective gave {value!r}."
-        )
-    return value > 0.0
+    return counts(checked_weight(size if given is None else given, "accumulate"))
 
 
 def _unit(weight: float | Tensor, parts: int) -> Any:
@@ -146,11 +131,4 @@ def _weighted_sum(losses: list[Tensor], weights: list[Any]) -> Tensor:
     loss = torch.stack(losses)
     if all(isinstance(w, float) and w == weights[0] > 0 for w in weights):
         return loss.sum().mul_(weights[0])  # parts of one size, the usual case
-    if any(isinstance(weight, Tensor) for weight in weights):
-        weight = torch.stack(
-            [torch.as_tensor(weight, dtype=loss.dtype, device=loss.device) for weight in weights]
-        )
-    else:
-        weight = torch.tensor(weights, dtype=loss.dtype, device=loss.device)
-    # the mean over nothing is nan: with a weight of 0 it counts for nothing
-    return torch.where(weight == 0, torch.zeros_like(loss), loss * weight).sum()
+    return weighted_sum(loss, weights)

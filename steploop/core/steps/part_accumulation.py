@@ -12,9 +12,10 @@ from steploop.core.state.parts import Gradients
 from steploop.core.state.train_state import TrainState
 from steploop.core.steps.backward_pass import gradients, require_some, seed_of, take_gradients
 from steploop.core.steps.forward_pass import DrewElsewhere, Objective, TrainingPasses
-from steploop.core.steps.part_agreement import Ran, agree, counts, mean_buffers
+from steploop.core.steps.part_agreement import Ran, agree, mean_buffers
 from steploop.core.steps.part_passes import ended, is_empty, parts_of, run_part
 from steploop.core.steps.part_sums import PartSum
+from steploop.core.steps.part_weights import counts
 from steploop.core.trees import count_samples
 from steploop.errors import ObjectiveError
 

@@ -10,9 +10,10 @@ from torch import Tensor
 from steploop.core.ranks import Ranks
 from steploop.core.state.train_state import TrainState
 from steploop.core.steps.part_sums import PartSum
+from steploop.core.steps.part_weights import counts, weighted_sum
 from steploop.errors import ConfigError, EmptyDataError, ObjectiveError
 
-__all__ = ["Agreed", "Ran", "agree", "counts", "mean_buffers"]
+__all__ = ["Agreed", "Ran", "agree", "mean_buffers"]
 
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
@@ -36,11 +37,6 @@ class Ran:
     own: bool = False
     buffers: Mapping[str, Tensor] = attrs.field(factory=dict)
     changed: frozenset[str] = frozenset()
-
-
-def counts(weight: Any) -> bool:
-    """Whether a part counts; a weight that is being traced has no value, and its part does."""
-    return type(weight) is not float or weight > 0.0
 
 
 @attrs.frozen(eq=False)
@@ -78,7 +74,9 @@ def agree(state: TrainState, ran: Sequence[Ran], by: str) -> Agreed:
     shares = [weight / whole for weight in told.weights]
     first = next(number for number, own in enumerate(told.own) if own is not None)
     changed = tuple(n for n in names if n in told.changed)
-    return Agreed(_mean(told.losses, shares).to(told.dtype), whole, shares, True in own, first, changed)
+    return Agreed(
+        weighted_sum(told.losses, shares).to(told.dtype), whole, shares, True in own, first, changed
+    )
 
 
 @attrs.frozen(eq=False)
@@ -119,15 +117,6 @@ def _gathered(state: TrainState, ran: Sequence[Ran], names: Sequence[str]) -> _T
     dtype = next((_DTYPES[int(row[2])] for row in told if row[1]), torch.float32)
     changed = frozenset(name for i, name in enumerate(names) if any(row[3 + i] for row in told))
     return _Table(rows[:, 0], [row[0] for row in told], own, dtype, changed)
-
-
-def _mean(values: Tensor, shares: list[Any]) -> Tensor:
-    """Σ share * value, shape (); a part without weight counts for nothing, even where its mean is nan."""
-    if any(isinstance(share, Tensor) for share in shares):
-        weights = torch.stack([torch.as_tensor(s, dtype=values.dtype, device=values.device) for s in shares])
-    else:
-        weights = torch.tensor(shares, dtype=values.dtype, device=values.device)
-    return torch.where(weights == 0, torch.zeros_like(values), values * weights).sum()
 
 
 def mean_buffers(state: TrainState, agreed: Agreed, ran: Sequence[Ran]) -> dict[str, Tensor]:

@@ -1,6 +1,5 @@
 """One pass for each part of a batch, and their gradients summed."""
 
-import math
 from collections.abc import Mapping
 from functools import partial
 from typing import Any, cast
@@ -13,10 +12,11 @@ from steploop.core.state.parts import Began
 from steploop.core.state.train_state import TrainState
 from steploop.core.steps.backward_pass import gradients, recomputed, seed_of
 from steploop.core.steps.forward_pass import Objective, TrainingPasses, unchanged
-from steploop.core.steps.part_agreement import Agreed, Ran, counts
+from steploop.core.steps.part_agreement import Agreed, Ran
 from steploop.core.steps.part_sums import PartSum
-from steploop.core.trees import UNCOUNTED, count_samples, first_difference
-from steploop.errors import ConfigError, ObjectiveError
+from steploop.core.steps.part_weights import checked_weight, counts
+from steploop.core.trees import count_samples, first_difference
+from steploop.errors import ConfigError
 
 __all__ = [
     "PartGraphs",
@@ -151,26 +151,8 @@ def run_part(
     changed = {n for n, b in found.items() if n not in buffers or not unchanged(b, buffers[n])}
     changed |= buffers.keys() - found.keys()
     own = weight is not None
-    weight = _checked(weight if own else count_samples(batch), by)
+    weight = checked_weight(weight if own else count_samples(batch), by)
     return Ran(loss, outputs, weight, own, found, frozenset(changed))
-
-
-def _checked(weight: Any, by: str) -> Any:
-    """The weight as a float; itself where it is being traced."""
-    if weight is None:
-        raise ObjectiveError(f"{by}: {UNCOUNTED}")
-    if isinstance(weight, Tensor) and (weight.dim() or type(weight) is not Tensor):
-        if weight.dim():
-            raise ObjectiveError(
-                f"{by}: a weight must be a number or a tensor of shape (), but is one of {tuple(weight.shape)}."
-            )
-        return weight
-    value = float(weight)
-    if not 0.0 <= value < math.inf:
-        raise ObjectiveError(
-            f"{by}: a weight must be a finite number >= 0, but the objective gave {value!r}."
-        )
-    return value
 
 
 def ended(state: TrainState, passes: TrainingPasses, ran: tuple[Ran, ...]) -> Began:
@@ -180,8 +162,9 @@ def ended(state: TrainState, passes: TrainingPasses, ran: tuple[Ran, ...]) -> Be
     began = passes.end()
     moved = state.machine.moved
     what = f"the parameter {moved[0]}" if moved else None
-    if state.machine.module.extras and first_difference(state.tensors.extra, passes.tensors.extra):
-        what = "the extra state of a module (get_extra_state)"
+    before, after = state.tensors.extra, passes.tensors.extra
+    if after is not before and (difference := first_difference(before, after)) is not None:
+        what = f"the extra state of a module (get_extra_state, or a plain attribute: {difference})"
     if what is not None:
         raise ConfigError(
             f"forward_loss: the model changes {what} in its forward pass, which the parts of a batch would each do their own "
