@@ -482,11 +482,7 @@ def overwrites(model, batch):
     [
         (step_of(0.1, loss=reads), "reads a tensor's value"),
         (branches, "decides in Python by state.finite"),
-        pytest.param(
-            step_of(0.1, loss=leaves),
-            "leaves a tensor in 'last'",
-            # what a module keeps is copied, in a trace too
-        ),
+        (step_of(0.1, loss=leaves), "leaves a tensor in 'last'"),
         (step_of(0.1, loss=overwrites), "changes a tensor of the batch in place"),
     ],
     ids=["reads", "branches", "leaves", "overwrites"],

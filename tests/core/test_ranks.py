@@ -333,6 +333,17 @@ class Counts(nn.Linear):
         self.calls = state
 
 
+class Remembers(nn.Linear):
+    """A hidden state in a plain attribute, which the parts would each overwrite."""
+
+    hidden = None
+
+    def forward(self, x):
+        x = super().forward(x if self.hidden is None else x + self.hidden)
+        self.hidden = x.detach()
+        return x
+
+
 class Grows(nn.Linear):
     """A forward pass that makes a buffer longer."""
 
@@ -379,6 +390,7 @@ def trains(model):
     [
         (Moves, "changes the parameter bias in its forward pass"),
         (Counts, "changes the extra state of a module"),
+        (Remembers, "a plain attribute: hidden"),
         (Grows, "makes, drops or reshapes the buffer seen"),
         (Looks, "cannot sum sparse ones"),
     ],
