@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from steploop.compilation.mapping_watch import MISSING, Cells, MappingWatch
+from steploop.compilation.mapping_watch import MISSING, Cells, MappingWatch, Snapshot, same
 from steploop.compilation.reach import in_reach
 from steploop.core.trees import named_leaves
 from steploop.errors import CompileError
@@ -45,14 +45,26 @@ class Baked:
                     return self._equal()
         except (LookupError, ValueError):  # it is gone; the cell is empty
             return False
-        return not self._wholes or list(map(len, self._wholes)) == self._sizes
+        return self._as_large()
 
     def _equal(self) -> bool:
         """Whether they are equal to the bit; then these objects are the ones to compare with."""
-        if not all([place.unchanged() for place in self._places]):  # noqa: C419  (each has to look)
+        for i, (where, key, value) in enumerate(self._values):
+            now = where[key]
+            if not same(now, value):
+                return False
+            self._values[i] = where, key, now
+        for i, (cell, value) in enumerate(self._cells):
+            if not same(cell.cell_contents, value):
+                return False
+            self._cells[i] = cell, cell.cell_contents
+        return self._as_large()
+
+    def _as_large(self) -> bool:
+        """Whether containers hold as many values as they did, and the sets the same ones."""
+        if self._wholes and list(map(len, self._wholes)) != self._sizes:
             return False
-        self._flatten()
-        return True
+        return all(same(place[key], value) for place, key, value in self._snapshots)
 
     def _flatten(self) -> None:
         known = [
@@ -61,7 +73,8 @@ class Baked:
             for k, v in zip(p.keys, p.known, strict=True)
             if v is not MISSING
         ]
-        self._values = [one for one in known if not isinstance(one[0], Cells)]
+        self._values = [one for one in known if not isinstance(one[0], (Cells, Snapshot))]
+        self._snapshots = [one for one in known if isinstance(one[0], Snapshot)]
         self._cells = [(where.cells[name], value) for where, name, value in known if isinstance(where, Cells)]
         self._wholes = [p.where for p in self._places if p.whole]
         self._sizes = [p.size for p in self._places if p.whole]

@@ -82,16 +82,6 @@ class MappingWatch:
         except (KeyError, IndexError):
             return MISSING
 
-    def unchanged(self) -> bool:
-        """Whether every value is the one that it was, or equal to the bit."""
-        if self.whole and len(self.where) != self.size:
-            return False
-        now = tuple(map(self.value, self.keys))
-        if not all(map(same, now, self.known)):
-            return False
-        self.known = now
-        return True
-
     def changes(self) -> list[tuple[Any, Any]]:
         """Keys that have another value now, with the old one."""
         found = [

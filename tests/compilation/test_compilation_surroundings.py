@@ -20,10 +20,12 @@ from steploop import (
     optimizer_step,
     unscale_and_clip,
 )
+from steploop.compilation.baked import Baked
 from steploop.errors import CompileError, ConfigError
 
 TEMPERATURE = 1.0
 SETTINGS = {"temperature": 1.0}
+FLAGS = {1.0}
 config = types.SimpleNamespace(temperature=1.0, inner=types.SimpleNamespace(temperature=1.0))
 
 
@@ -67,6 +69,7 @@ CHANGES = {
     "a function": (lambda m, x: m.layer(m.act(x)), lambda m, v: setattr(m, "act", torch.sin if v > 1 else torch.tanh)),
     "a global": (lambda m, x: m.layer(x) / TEMPERATURE, lambda m, v: set_global(v)),
     "an item of a global": (lambda m, x: m.layer(x) / SETTINGS["temperature"], lambda m, v: SETTINGS.update(temperature=v)),
+    "a member of a set": (lambda m, x: m.layer(x) / max(FLAGS), lambda m, v: (FLAGS.clear(), FLAGS.add(v))),
     "an attribute of a global": (lambda m, x: m.layer(x) / config.temperature, lambda m, v: setattr(config, "temperature", v)),
     "an attribute further away": (lambda m, x: m.layer(x) / config.inner.temperature, lambda m, v: setattr(config.inner, "temperature", v)),
     "a tensor": (lambda m, x: m.layer(x) / m.scale, lambda m, v: setattr(m, "scale", torch.tensor(v))),
@@ -490,6 +493,16 @@ def test_generators_and_containers_of_the_program_are_not_built_in(kind):
     assert before[1] == ARRAY_RNG.bit_generator.state
     assert all(a is b for a, b in zip(before[2], HISTORY, strict=True))
     assert before[3] == SEEN
+
+
+def test_a_set_in_reach_costs_no_full_look_at_every_step(monkeypatch):
+    """Its members come as a new object at every look; every other value is still compared by identity alone."""
+    looks = []
+    monkeypatch.setattr(Baked, "_equal", lambda self: looks.append(self) or True)
+    fast = compile(lambda state, batch: updated(state, batch, lambda m, b: objective(m, b)[0] * len(FLAGS)))
+    assert folded(fast, first_state(), batches(5)).step == 5
+    assert len(fast.figures.compile_s) == 1
+    assert not looks
 
 
 def test_what_the_code_does_not_name_costs_no_graph():
