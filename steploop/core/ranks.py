@@ -94,6 +94,16 @@ class Ranks:
         distributed.all_gather_object(found, value, group=self.group)
         return found
 
+    def gather_on_first(self, value: Any) -> list[Any]:
+        """The value that each process has, on rank 0; nothing on the others. It may be large."""
+        if self.size == 1:
+            return [value]
+        from torch import distributed
+
+        found: list[Any] | None = [None] * self.size if self.rank == 0 else None
+        distributed.gather_object(value, found, group=self.group, group_dst=0)
+        return found or []
+
     def gather_tensors(self, tensor: Tensor) -> Tensor:
         """Stack the tensor of each process, (size, *shape), in the order of the ranks; they have one shape."""
         if self.size == 1:

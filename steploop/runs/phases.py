@@ -126,7 +126,9 @@ class Phases:
             keeper=keeper,
             stop=self._stop,
             begun_s=self._zero_s,
-            witness=CapsuleWriter(self._request.directory.path, phase=phase, report=screen.note),
+            witness=CapsuleWriter(
+                self._request.directory.path, phase=phase, report=screen.note, ranks=self._team.control
+            ),
             team=self._team,
         )
         if beginning.loaded:

@@ -1,19 +1,25 @@
 """Runs on several ranks: the same bits on any number, one that speaks, and an end for all when one fails."""
 
+import json
 import os
 import signal
 import time
+from pathlib import Path
 
 import attrs
 import parted_recipe
 import pytest
+import torch
 from forked_ranks import ForkedRanks
 from running import changed, digest, kept, lines, running, steps, train
 
 from steploop.recipe import find_recipe
+from steploop.recipe.recipe_files import load_recipe_file
 from steploop.runs.directory_lock import run_lock
+from steploop.tools.replay.capsule_replay import replay
 
 RECIPE = parted_recipe.__file__
+EXPLODES = str(Path(__file__).parents[1] / "helpers" / "broken_recipes" / "explodes.py")
 GIVEN = ["--quiet", "--no-tune", "--device", "cpu", "--log-every", "1"]
 FAULT_S = 30  # far more than it takes; a rank that waits for another one waits for 600
 
@@ -124,6 +130,31 @@ def test_ranks_that_are_started_again_go_on_with_their_run(named, whole, tmp_pat
     assert codes == (0, 0), errors
     assert f'"run": "{out if named else out.relative_to(tmp_path)}"' in said[0]
     assert digest(out)[1] == digest(whole)[1]
+
+
+def test_a_step_that_is_not_finite_on_one_rank_leaves_the_capsule_of_one_process(tmp_path):
+    """Of the same parts, byte for byte; one process replays it. The row of zeros is among the samples of rank 1."""
+    given = [EXPLODES, "--set", "at=3", "--epochs", "1", "--parts", "2", *GIVEN]
+    codes = [
+        ForkedRanks(tmp_path / name, size, "run", *given, "--out", str(tmp_path / name / "run")).end()[0]
+        for size, name in ((1, "one"), (2, "two"))
+    ]
+    assert codes == [(0,), (0, 0)]
+    one, two = (tmp_path / name / "run" / "capsules" / "step-000000000004" for name in ("one", "two"))
+    for name in ("batch.safetensors", "capsule.json", "state/state.json", "recipe.py"):
+        assert (one / name).read_bytes() == (two / name).read_bytes()
+    again = replay(two)
+    assert again.reproduced
+    assert (again.finding.phase, again.finding.module) == ("forward", "body.normalise")
+    assert [stats.shape for stats in again.finding.went_in] == [(4, 6)]  # a part of eight samples
+    file = load_recipe_file(Path(EXPLODES))
+    batch = next(file.build(file.config_class(at=3), torch.device("cpu")).batches.epoch(0, 3))
+    both = [torch.cat([part[name] for part in again.capsule.batch.batches]) for name in batch]
+    assert all(torch.equal(x, y) for x, y in zip(both, batch.values(), strict=True))
+    # a batch that cannot be stored is read from the data again, in its parts
+    about = json.loads((two / "capsule.json").read_text())
+    (two / "capsule.json").write_text(json.dumps({**about, "structure": None}))
+    assert replay(two).reproduced
 
 
 def test_a_second_job_in_the_directory_is_refused_on_all_ranks(whole, tmp_path):

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from steploop.checkpoint.format.layout import spec_from_json, spec_of
+from steploop.core.ranks import Parts
 from steploop.errors import CheckpointUnsupportedError, DataError
 
 __all__ = ["decode", "encode"]
@@ -26,6 +27,8 @@ def encode(tree: Any, tensors: dict[str, Tensor]) -> Any:
         return {"dict": [[key, encode(value, tensors)] for key, value in tree.items()]}
     if type(tree) in {list, tuple}:
         return {type(tree).__name__: [encode(value, tensors) for value in tree]}
+    if type(tree) is Parts and len(tree.batches) == tree.total:
+        return {"parts": [encode(value, tensors) for value in tree.batches]}
     if isinstance(tree, float):
         return {"float": repr(tree)}
     if tree is None or isinstance(tree, (bool, int, str)):
@@ -58,6 +61,8 @@ def decode(node: Any, tensors: Mapping[str, Tensor]) -> Any:  # noqa: PLR0911  (
             return [decode(value, tensors) for value in items]
         case {"tuple": list(items)}:
             return tuple(decode(value, tensors) for value in items)
+        case {"parts": list(items)}:
+            return Parts([decode(value, tensors) for value in items], range(len(items)), len(items))
         case {"float": str(text)}:
             return float(text)
         case {"value": value}:

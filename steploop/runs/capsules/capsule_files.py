@@ -39,6 +39,7 @@ _MAX_DEPTH: Final = 256  # a dict in a batch takes three levels of JSON
 _HEADER_LIMIT: Final = 1 << 20  # bytes: some ten thousand tensors
 _BATCH_LIMIT: Final = 16 << 30  # bytes
 _MOST_PHASES: Final = 1000
+_MOST_PARTS: Final = 1 << 20
 
 
 def fill_capsule(
@@ -54,12 +55,13 @@ def fill_capsule(
 
     Args:
         folder: the directory.
-        states: name -> the state before the step, settled; a single one has the name "".
+        states: name -> the state before the step, settled; a single one has the name "". Written by this process alone.
         seen: name -> what was seen of its step, for JSON.
         batch: what the step was taken on; its place alone is kept where it cannot be written.
         phase: which phase of the recipe it belongs to, from 0.
         run: the run's directory, whose recipe and configuration are copied.
     """
+    ranks = next(iter(states.values())).ranks
     states = {name: without_ranks(one) for name, one in states.items()}  # the others write none
     single = states[""] if list(states) == [""] else None
     # parameters that were not finite before the step are what a replay is to find
@@ -83,6 +85,7 @@ def fill_capsule(
         "device": str(lead.device),
         "torch": torch.__version__,
         "states": seen,
+        "parts": None if ranks is None else ranks.parts,
         "structure": structure,
         "batch_missing": why,
     }
@@ -152,22 +155,25 @@ _STATE: Final[Mapping[str, Callable[[Any], bool]]] = {
 }
 
 
+_FIELDS: Final[Mapping[str, tuple[Callable[[Any], bool], str]]] = {
+    **dict.fromkeys(("attempted", "epoch", "batch"), (is_count, "a number of steps")),
+    "phase": (lambda v: v is None or (is_count(v) and v <= _MOST_PHASES), "a small number"),
+    "parts": (lambda v: v is None or (is_count(v) and 1 <= v <= _MOST_PARTS), "a number from 1"),
+    **dict.fromkeys(("device", "torch"), (lambda v: isinstance(v, str), "a text")),
+}
+
+
 def _problem(about: Mapping[str, Any]) -> str | None:
     """Say what in ``capsule.json`` has the wrong type."""
-    for name in ("attempted", "epoch", "batch"):
-        if not is_count(about.get(name)):
-            return f"{name} should be a number of steps, but is {str(about.get(name))[:60]!r}"
-    if not is_count(about.get("phase", 0)) or about.get("phase", 0) > _MOST_PHASES:
-        return f"phase should be a small number, but is {str(about.get('phase'))[:60]!r}"
-    for name in ("device", "torch"):
-        if not isinstance(about.get(name), str):
-            return f"{name} should be a text, but is {str(about.get(name))[:60]!r}"
+    for name, (fits, what) in _FIELDS.items():
+        if not fits(about.get(name)):
+            return f"{name} should be {what}, but is {str(about.get(name))[:60]!r}"
     states = about.get("states")
     if not isinstance(states, dict) or not all(isinstance(seen, dict) for seen in states.values()):
         return "states should hold an object for each state"
     for seen in states.values():
-        for name, fits in _STATE.items():
-            if name not in seen or not fits(seen[name]):
+        for name, fits_state in _STATE.items():
+            if name not in seen or not fits_state(seen[name]):
                 return f"{name} of a state is {str(seen.get(name))[:60]!r}"
     return None
 

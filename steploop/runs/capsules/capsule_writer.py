@@ -15,10 +15,13 @@ import attrs
 from torch import Tensor
 
 from steploop.core.precision import on_host
+from steploop.core.ranks import Ranks
 from steploop.core.state.several import State, members
+from steploop.core.state.sharded import is_sharded
 from steploop.core.state.train_state import TrainState, read_host
 from steploop.errors import CheckpointError, ConfigError
 from steploop.runs.capsules.capsule_files import fill_capsule
+from steploop.runs.capsules.whole_batch import whole_batch
 
 __all__ = ["CapsuleWriter", "Skipped", "state_before"]
 
@@ -72,6 +75,7 @@ class CapsuleWriter:
         phase: which phase of the recipe is trained, from 0.
         report: called with one sentence, once, if a capsule cannot be written: the run goes on.
         most: capsules to keep, >= 1.
+        ranks: that train together. All look at each step, and rank 0 keeps it, with the parts of the batch that each has.
     """
 
     def __init__(
@@ -81,6 +85,7 @@ class CapsuleWriter:
         phase: int = 0,
         report: Callable[[str], None] = lambda _: None,
         most: int = 3,
+        ranks: Ranks | None = None,
     ) -> None:
         if most < 1:
             raise ConfigError(
@@ -91,6 +96,7 @@ class CapsuleWriter:
         self._phase = phase
         self._report = report
         self._most = most
+        self._ranks = ranks or Ranks()
         self._row: int | None = None  # attempted steps when the row of skipped ones began
         self._overflow_kept = self._folder.is_dir()
 
@@ -116,8 +122,9 @@ class CapsuleWriter:
         skipped = [name for name, one in after.items() if _was_skipped(one, wait=wait)]
         if not skipped:
             return None
-        wanted = self._wanted([after[name] for name in skipped])
-        path = self._write(members(before), dict(after), skipped, batch) if wanted else None
+        # rank 0 decides: what is in the directory may be seen later elsewhere
+        wanted = self._ranks.broadcast_object(self._wanted([after[name] for name in skipped]))
+        path = self._kept(members(before), dict(after), skipped, batch) if wanted else None
         return Skipped(tuple(skipped), path)
 
     def _wanted(self, skipped: list[TrainState]) -> bool:
@@ -133,6 +140,23 @@ class CapsuleWriter:
             return True
         first, self._overflow_kept = not self._overflow_kept, True
         return first
+
+    def _kept(
+        self, before: dict[str, TrainState], after: dict[str, TrainState], skipped: list[str], batch: Any
+    ) -> Path | None:
+        """Write a capsule, on rank 0; its path on all."""
+        if any(is_sharded(param) for one in after.values() for param in one.tensors.leaves):
+            self._report(
+                "The step that was not finite is not kept for steploop replay: no rank has the whole model."
+            )
+            self._report = lambda _: None
+            return None
+        batch = whole_batch(batch, self._ranks)
+        first = self._ranks.rank == 0
+        path: Path | None = self._ranks.broadcast_object(
+            self._write(before, after, skipped, batch) if first else None
+        )
+        return path
 
     def _write(
         self, before: dict[str, TrainState], after: dict[str, TrainState], skipped: list[str], batch: Any

@@ -10,9 +10,12 @@ import attrs
 import torch
 
 from steploop import checkpoint
+from steploop.core.ranks import Ranks
 from steploop.core.state.several import State, members
 from steploop.core.state.train_state import TrainState
+from steploop.core.state.with_ranks import with_ranks
 from steploop.core.trees import to_device
+from steploop.data.batches import epoch_of_parts
 from steploop.errors import ConfigError, DataError, SteploopError
 from steploop.recipe.config_values import configure, fields_of
 from steploop.recipe.recipe import Recipe
@@ -75,17 +78,21 @@ def rebuild(capsule: Capsule, device: torch.device) -> tuple[Recipe, State, Any]
     known = fields_of(file.config_class)
     values = {key: value for key, value in capsule.config.get("config", {}).items() if key in known}
     recipe = file.build(configure(file.config_class, values, where=recorded.get("name") or "recipe"), device)
-    for _ in range(capsule.about.get("phase", 0)):
+    for _ in range(capsule.about.get("phase") or 0):
         if recipe.then is not None:
             recipe = recipe.then(recipe.state)
     with warnings.catch_warnings():
         # the last bits may differ elsewhere; what is not finite will not hide in them, and the report compares
         warnings.simplefilter("ignore", category=UserWarning)
         state = checkpoint.load(capsule.path / "state", like=recipe.state)
+    parts = capsule.about.get("parts")
+    ranks = None if parts is None else Ranks(parts=parts)
+    if ranks is not None:
+        state = _each(state, lambda one: with_ranks(one, ranks))
     batch = capsule.batch
     if batch is None:
         about = capsule.about
-        batch = next(iter(recipe.batches.epoch(about["epoch"], about["batch"])), None)
+        batch = next(iter(epoch_of_parts(recipe.batches, ranks, about["epoch"], about["batch"])), None)
         if batch is None:
             raise DataError(
                 f"{capsule.path} names batch {about['batch']} of epoch {about['epoch']}, and the recipe's data have no such batch. "

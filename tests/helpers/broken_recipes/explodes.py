@@ -92,7 +92,7 @@ class Points:
             draw = torch.Generator().manual_seed(self.config.seed * 1_000_003 + step)
             x = torch.randn(self.config.batch_size, FEATURES, generator=draw)
             if step == self.config.at:
-                x[3] = 0.0
+                x[5] = 0.0
             yield {"points": x, "labels": x.argmax(dim=1) % CLASSES}
 
 
