@@ -5,6 +5,7 @@ from typing import Any
 
 from torch import Tensor
 
+from steploop.core.ranks import Parts
 from steploop.core.state.several import State, members
 from steploop.core.state.train_state import TrainState
 from steploop.core.steps.evaluation import Metric
@@ -38,7 +39,8 @@ def read_step(state: State, batch: Any, metrics: Mapping[str, Metric]) -> dict[s
     Args:
         state: after a train step. The numbers of several states are prefixed with their names.
         batch: what the step was taken on.
-        metrics: name -> ``(outputs, batch) -> (sum, weight)``, of the lead state's outputs.
+        metrics: name -> ``(outputs, batch) -> (sum, weight)``, of each state's outputs. Of ranks each is called for each part of
+            the batch, and every rank calls this; sums and weights are added in the order of the parts.
 
     Raises:
         NonFiniteError: too many steps in a row were not finite.
@@ -47,7 +49,44 @@ def read_step(state: State, batch: Any, metrics: Mapping[str, Metric]) -> dict[s
     for name, one in members(state).items():
         prefix = f"{name}." if name else ""
         values |= {prefix + key: value for key, value in _read(one).items()}
-        for label, metric in metrics.items() if one.outputs is not None else ():
-            total, weight = metric(one.outputs, batch)
-            values[prefix + label] = float(total) / float(weight) if float(weight) else None
+        for label, (total, weight) in _measured(one, batch, metrics).items():
+            values[prefix + label] = total / weight if weight else None
     return values
+
+
+def _measured(
+    state: TrainState, batch: Any, metrics: Mapping[str, Metric]
+) -> Mapping[str, tuple[float, float]]:
+    """The sum and the weight of each metric; of none where the objective gives no outputs."""
+    if not metrics:
+        return {}
+    if state.ranks is None:
+        return {} if state.outputs is None else _called(metrics, state.outputs, batch)
+    mine = [
+        _called(metrics, outputs, part)
+        for place in range(len(state.ranks.mine))
+        # a part that has no samples has no outputs
+        if (part := _part(batch, place)) is not None and (outputs := _part(state.outputs, place)) is not None
+    ]
+    parts = [part for some in state.ranks.gather_objects(mine) for part in some]
+    if not parts:
+        return {}
+    return {
+        label: (sum(part[label][0] for part in parts), sum(part[label][1] for part in parts))
+        for label in metrics
+    }
+
+
+def _called(metrics: Mapping[str, Metric], outputs: Any, batch: Any) -> dict[str, tuple[float, float]]:
+    found = {label: metric(outputs, batch) for label, metric in metrics.items()}
+    return {label: (float(total), float(weight)) for label, (total, weight) in found.items()}
+
+
+def _part(tree: Any, place: int) -> Any:
+    """One part of what a batch became; outputs of micro-batches are a list of parts."""
+    if type(tree) is Parts:
+        return tree.batches[place]
+    if type(tree) is list:
+        items = [_part(item, place) for item in tree]
+        return None if all(item is None for item in items) else items
+    return tree

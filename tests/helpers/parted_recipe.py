@@ -6,7 +6,15 @@ import attrs
 import points_recipe
 import torch
 
-from steploop import backward_scaled, forward_loss, optimizer_step, schedule, unscale_and_clip, update_ema
+from steploop import (
+    accuracy,
+    backward_scaled,
+    forward_loss,
+    optimizer_step,
+    schedule,
+    unscale_and_clip,
+    update_ema,
+)
 from steploop.data import Loader
 
 
@@ -43,4 +51,4 @@ def build(config, device):
         return schedule(state, lambda step: config.learning_rate / (1 + step / 10))
 
     torch.manual_seed(0)
-    return attrs.evolve(recipe, batches=batches, train_step=train_step)
+    return attrs.evolve(recipe, batches=batches, train_step=train_step, train_metrics={"accuracy": accuracy})

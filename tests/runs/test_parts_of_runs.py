@@ -6,10 +6,18 @@ import attrs
 import parted_recipe
 import pytest
 import torch
-from running import digest, lines, train
+from running import changed, digest, lines, train
 
 import steploop
-from steploop import Ranks, checkpoint
+from steploop import (
+    Ranks,
+    accumulate,
+    backward_scaled,
+    checkpoint,
+    forward_loss,
+    optimizer_step,
+    unscale_and_clip,
+)
 from steploop.core.state.with_ranks import with_ranks
 from steploop.errors import ConfigError
 from steploop.tools.cli import call
@@ -102,9 +110,40 @@ def test_samples_per_second_count_all_parts(tmp_path, monkeypatch):
     assert counted == [8, 8]
 
 
-def test_phases_of_a_recipe_keep_the_parts(tmp_path):
-    from running import changed
+def first_logits(outputs, batch):
+    """A sum that takes outputs and batch of one part, and weighs its samples."""
+    logits = torch.cat([o["logits"] for o in outputs]) if isinstance(outputs, list) else outputs["logits"]
+    return (logits[:, 0] * (1 + batch[1])).sum(), len(batch[1])
 
+
+@pytest.mark.parametrize("accumulates", [False, True])
+def test_metrics_of_training_batches_are_weighted_over_parts(tmp_path, accumulates):
+    """By the loss that the same step computes: the mean over parts of what the objective gives for each."""
+
+    def objective(model, batch):
+        logits = model(batch[0])
+        return (logits[:, 0] * (1 + batch[1])).mean(), {"logits": logits}
+
+    def change(recipe, config):
+        def train_step(state, batch):
+            if accumulates:
+                x, y = batch
+                state = accumulate(state, [(x[:2], y[:2]), (x[2:], y[2:])], objective)
+            else:
+                state = backward_scaled(forward_loss(state, batch, objective))
+            return optimizer_step(unscale_and_clip(state, max_norm=1.0))
+
+        samples = 48 if accumulates else 45  # the last of five samples: parts of two and three
+        inner = parted_recipe.build(parted_recipe.Config(samples=samples, epochs=1), CPU)
+        return attrs.evolve(inner, train_step=train_step, train_metrics={"first": first_logits})
+
+    train(tmp_path / "run", recipe=changed(tmp_path, change), parts=2)
+    seen = [line for line in lines(tmp_path / "run") if line["kind"] == "train"]
+    assert len(seen) == 6
+    assert [line["first"] for line in seen] == pytest.approx([line["loss"] for line in seen], rel=1e-5)
+
+
+def test_phases_of_a_recipe_keep_the_parts(tmp_path):
     def second(recipe, config):
         own = parted_recipe.build(parted_recipe.Config(epochs=1, seed=1), CPU)
         first = parted_recipe.build(parted_recipe.Config(epochs=1), CPU)
