@@ -8,7 +8,21 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from rank_cases import ADAMW, CASES, INF, MOMENTUM, batches, create, fast, network, objective, step, values
+from rank_cases import (
+    ADAMW,
+    CASES,
+    INF,
+    MOMENTUM,
+    batches,
+    by_a_metric_that_gathers_nothing,
+    by_torchmetrics,
+    create,
+    fast,
+    network,
+    objective,
+    step,
+    values,
+)
 from rank_processes import RankProcesses
 from torch import nn
 from torch.utils.checkpoint import checkpoint
@@ -54,6 +68,23 @@ def test_the_number_of_ranks_changes_no_bit(two, four, case):
     for ranks in (two, four):
         for rank, found in enumerate(ranks.run(case, 4)):
             assert first_difference(found, alone) is None, f"rank {rank} of {ranks.size}"
+
+
+def test_metrics_of_torchmetrics_see_every_batch_once(two):
+    pytest.importorskip("torchmetrics")
+    alone = by_torchmetrics(4)
+    for found in two.run(by_torchmetrics, 4):
+        for some, whole in zip(found, alone, strict=True):
+            assert some == pytest.approx(whole)
+
+
+def test_a_metric_that_knows_the_batches_of_one_rank_only_is_refused(two):
+    outcomes = two.outcomes(by_a_metric_that_gathers_nothing, 4)
+    assert [fine for fine, _ in outcomes] == [False, False]
+    assert all(
+        "the metric 'hits' is a Hits, which sees the batches of its own rank only" in why
+        for _, why in outcomes
+    )
 
 
 def test_a_number_of_ranks_that_does_not_divide_the_parts_is_refused():

@@ -364,6 +364,33 @@ def evaluated(parts):
     }
 
 
+def by_torchmetrics(parts):
+    """More batches than ranks, and fewer; one metric adds numbers, the other keeps all scores."""
+    import torchmetrics
+
+    kinds = torchmetrics.classification
+    every = {"hinge": kinds.MulticlassHingeLoss(3), "curve": kinds.MulticlassAUROC(3)}
+    metrics = {
+        "all": torchmetrics.MetricCollection(every),
+        "top": kinds.MulticlassAccuracy(3, average="micro"),
+    }
+    state, tests = create(network(), ADAMW, parts), batches(5, 7)
+    return [evaluate(state, tests[:count], objective, metrics) for count in (5, 1, 5, 0)]
+
+
+class Hits:
+    """What ``evaluate`` takes for a metric of torchmetrics, and which gathers nothing."""
+
+    def update(self, logits, labels):
+        pass
+
+    reset = compute = update
+
+
+def by_a_metric_that_gathers_nothing(parts):
+    return evaluate(create(network(), ADAMW, parts), batches(), objective, {"hits": Hits()})
+
+
 CASES = (
     adamw, many_buckets, many_buckets_of_unused_parameters, half_parameters, momentum_of_ragged_batches, tokens_as_weights, fewer_samples_than_parts, muon_and_adamw, bfloat16,
     float16_that_overflows_first, clipped_by_value, clipped_by_unit, nan_in_one_part, averages_and_rates,

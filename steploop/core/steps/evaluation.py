@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -20,6 +21,7 @@ from steploop.core.steps.forward_pass import (
     translated,
 )
 from steploop.core.steps.judged_params import params_to_evaluate
+from steploop.core.steps.metric_ranks import given_all, refuse_unsynchronised
 from steploop.core.steps.trial import first_batches
 from steploop.core.trees import UNCOUNTED, count_samples, map_tensors
 from steploop.errors import ConfigError, ObjectiveError
@@ -124,7 +126,8 @@ def evaluate(
     Where the state has ranks, every rank gives all ``batches``, the same ones in the same order, and computes every
     size-th of them, beginning with its own number; one that it does not compute may be None. What each batch gave is
     gathered and summed in the order of the batches: any number of ranks gives the same bits, on every rank. A
-    torchmetrics metric gathers its own state.
+    torchmetrics metric gathers its own state, in an order of its own: the last bits of its sums may depend on the number
+    of ranks.
 
     Changes nothing: parameters, buffers, ``.grad``, the generators, train and eval modes are as they were.
 
@@ -231,7 +234,10 @@ class _Totals:
     ) -> None:
         self._device = device
         self._ranks = None if ranks is None or ranks.size == 1 else ranks
-        self._index = 0
+        self._index = -1
+        self._first: dict[
+            str, Any
+        ] = {}  # what torchmetrics got of the first batch, where ranks may be without one
         self._told: list[tuple[int, str, Tensor, Tensor]] = []  # for the other ranks
         self._dtype = torch.float32 if device.type == "mps" else torch.float64
         self._sums: dict[str, tuple[Tensor, Tensor]] = {}
@@ -240,6 +246,8 @@ class _Totals:
         self._torch_metrics: dict[str, TorchMetric] = {}
         for name, metric in metrics.items():
             if isinstance(metric, TorchMetric):
+                if self._ranks is not None:
+                    refuse_unsynchronised(name, metric)
                 self._torch_metrics[name] = metric
                 metric.reset()
 
@@ -271,7 +279,10 @@ class _Totals:
         """Count a batch in for every metric."""
         for name, metric in self._metrics.items():
             if isinstance(metric, TorchMetric):
-                metric.update(*_logits_and_labels(outputs, batch, "logits", None))
+                pair = _logits_and_labels(outputs, batch, "logits", None)
+                metric.update(*pair)
+                if self._ranks is not None and self._index < self._ranks.size:
+                    self._first[name] = pair
                 continue
             result = metric(outputs, batch)
             if not isinstance(result, tuple) or len(result) != 2:
@@ -283,7 +294,10 @@ class _Totals:
 
     def results(self) -> dict[str, float | None]:
         """Every value as a float, or None: the one time that the host waits."""
+        alone: AbstractContextManager[object] = nullcontext()
         if self._ranks is not None:
+            if 0 <= self._index < self._ranks.size - 1:
+                alone = given_all(self._torch_metrics, self._first, self._ranks, self._device)
             self._hear(self._ranks)
         values: dict[str, float | None] = {"loss": None, **dict.fromkeys(self._metrics)}
         for name, (total, weight) in self._sums.items():
@@ -298,10 +312,11 @@ class _Totals:
             del values[name]
             pairs = zip(total.tolist(), weight.expand_as(total).tolist(), strict=True)
             values |= {f"{name}.{i}": t / w if w else None for i, (t, w) in enumerate(pairs)}
-        for name, metric in self._torch_metrics.items():
-            del values[name]
-            values |= _flat(name, metric.compute()) if self._sums else {name: None}
-            metric.reset()
+        with alone:
+            for name, metric in self._torch_metrics.items():
+                del values[name]
+                values |= _flat(name, metric.compute()) if self._sums else {name: None}
+                metric.reset()
         return values
 
     def _hear(self, ranks: Ranks) -> None:
