@@ -2,6 +2,7 @@
 
     steploop run recipes/char_lm.py
     steploop run recipes/char_lm.py --set text=shakespeare.txt --set epochs=3
+    torchrun --nproc-per-node 2 -m steploop run recipes/char_lm.py --set shard=true
 
 AdamW with weight decay on the matrices only, warm-up and a cosine, and each batch in micro-batches whose gradients are summed
 by the number of their tokens, so that short pieces at the ends of files count for what they hold. Reports bits per character
@@ -21,6 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from steploop import (
+    ConfigError,
     EmptyDataError,
     Optimizer,
     TrainState,
@@ -54,6 +56,7 @@ class Config:
     max_norm: float = 1.0
     batch_size: int = 16  # pieces of T characters
     micro_batches: int = 2  # that a batch is split into, to need less memory
+    shard: bool = False  # each rank holds a part of every parameter: for models that do not fit one device
     epochs: int = 1
     seed: int = 0
     prompt: str = "def "  # what the sample goes on from
@@ -153,6 +156,8 @@ def build(config: Config, device: torch.device) -> Recipe:
 
     def finish(state: TrainState, directory: Path) -> None:
         prompt = [ids.get(character, 0) for character in config.prompt] or [0]
+        if config.shard:  # a pass needs all ranks, and this is called on one
+            return
         text = "".join(characters[n] for n in sample(state, prompt, config))
         (directory / "sample.txt").write_text(text, encoding="utf-8")
         print(text)
@@ -165,7 +170,10 @@ def build(config: Config, device: torch.device) -> Recipe:
         weight_decay=config.weight_decay,
         no_decay=True,
     )
-    state = TrainState.create(GPT(len(characters), config), optimizer, seed=config.seed, device=device)
+    model = GPT(len(characters), config)
+    if config.shard:
+        shard(model, device)
+    state = TrainState.create(model, optimizer, seed=config.seed, device=device)
     return Recipe(
         state=schedule(state, learning_rate),
         train_step=train_step,
@@ -178,6 +186,22 @@ def build(config: Config, device: torch.device) -> Recipe:
         data=f"{sum(map(len, train_texts)):,} characters of {config.text or 'the standard library'}, {len(characters)} different",
         finish=finish,
     )
+
+
+def shard(model: GPT, device: torch.device) -> None:
+    """Cut every parameter over all ranks; a block gathers its own for the time of its passes."""
+    from torch import distributed
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    if not distributed.is_initialized():
+        raise ConfigError(
+            "shard=true cuts the model over several processes: torchrun --nproc-per-node 2 -m steploop run ..."
+        )
+    mesh = init_device_mesh(device.type, (distributed.get_world_size(),))
+    for block in model.to(device).blocks:
+        fully_shard(block, mesh=mesh)
+    fully_shard(model, mesh=mesh)
 
 
 def read(config: Config) -> tuple[Sequence[str], Sequence[str]]:

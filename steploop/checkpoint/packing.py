@@ -18,6 +18,7 @@ from steploop.checkpoint.left_out import frozen_digests
 from steploop.core.state.machine import Machine
 from steploop.core.state.parts import TensorValues, field_names, plain_names
 from steploop.core.state.several import State, members
+from steploop.core.state.sharded import is_sharded
 from steploop.core.state.shared_memory import shared_memory
 from steploop.core.state.train_state import TrainState
 from steploop.errors import CheckpointUnsupportedError, ConfigError, StepOrderError
@@ -122,6 +123,11 @@ def _collect_one(
         raise StepOrderError(
             "checkpoint.save: this state holds gradients that no optimizer step has used, and a checkpoint holds none. "
             "Save the state that optimizer_step returns."
+        )
+    if state.ranks is None and any(map(is_sharded, state.tensors.params.values())):
+        raise CheckpointUnsupportedError(
+            "This process has a part of each sharded parameter, and alone it can save none of them. All ranks save together a state "
+            "that was made with TrainState.create(..., ranks=ranks)."
         )
     state = state.settle()
     _refuse_shared_memory(state)

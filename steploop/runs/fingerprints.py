@@ -6,6 +6,8 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
+from steploop.core.state.sharded import is_sharded
+
 __all__ = ["fingerprint"]
 
 _VALUES = 1024  # looked at of each tensor, evenly over it, the first and the last among them
@@ -22,7 +24,7 @@ def fingerprint(tensors: Iterable[tuple[str, Tensor]]) -> str:
 
 def _some_bytes(tensor: Tensor) -> bytes:
     count = tensor.numel()
-    if count == 0 or tensor.is_meta or tensor.layout != torch.strided:
+    if count == 0 or tensor.is_meta or tensor.layout != torch.strided or is_sharded(tensor):
         return b""
     places = torch.linspace(0, count - 1, min(count, _VALUES), dtype=torch.float64).long()
     try:

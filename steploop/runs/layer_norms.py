@@ -7,6 +7,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
+from steploop.core.state.sharded import is_sharded
 from steploop.core.state.train_state import TrainState
 from steploop.core.steps.clipping import global_norm
 from steploop.errors import ConfigError
@@ -48,7 +49,12 @@ def layer_norms(grads: Mapping[str, Tensor], *, depth: int = 1) -> dict[str, Ten
     for name, grad in grads.items():
         groups.setdefault(group_of(name, depth), []).append(grad)
     with torch.no_grad():
-        return {group: global_norm(members) for group, members in groups.items()}
+        return {group: _whole(global_norm(members)) for group, members in groups.items()}
+
+
+def _whole(norm: Tensor) -> Tensor:
+    """The norm over all ranks where each holds a part of the gradients; every rank asks at the same step."""
+    return norm.full_tensor() if is_sharded(norm) else norm  # type: ignore[attr-defined]  # a DTensor
 
 
 class LayerNorms:
@@ -106,7 +112,7 @@ class LayerNorms:
                 for name, param in zip(own, group["params"], strict=True)
                 if param.grad is not None
             }
-            if any(type(grad) is not Tensor for grad in grads.values()):
+            if any(type(grad) is not Tensor and not is_sharded(grad) for grad in grads.values()):
                 return  # the step is being traced: these have no values, and the graph will run no hook
             prefix = f"{owner}." if owner else ""
             self._found |= {

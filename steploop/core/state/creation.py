@@ -14,6 +14,7 @@ from steploop.core.state.module_machine import ModuleMachine, module_machine
 from steploop.core.state.ownership import Lease
 from steploop.core.state.parts import TensorValues
 from steploop.core.state.same_start import refuse_wrapped, start_together
+from steploop.core.state.sharded_module import settle_sharded
 from steploop.core.state.shared_memory import shared_memory
 from steploop.core.trees import unkeepable
 from steploop.errors import ConfigError
@@ -78,6 +79,7 @@ def initial_values(
     labels = optimizer.labels(trainable) if hasattr(optimizer, "labels") else (None,) * len(group_names)
     machine = Machine(module, live, group_names, labels, where)
     machine.ranks = ranks
+    settle_sharded(machine)
     _check_extra_state(module)
     averaged = {**params, **buffers} if ema_buffers else params
     tensors = TensorValues(

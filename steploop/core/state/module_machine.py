@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from steploop.core.state.ownership import Holder, Lease
 from steploop.core.state.plain_attributes import PlainAttributes
+from steploop.core.state.sharded_module import sharded_module
 from steploop.errors import ConfigError
 
 __all__ = ["ModuleMachine", "module_machine"]
@@ -27,11 +28,13 @@ class ModuleMachine:
         attributes: the plain attributes that passes change.
         training: the submodules that train in training mode.
         frozen: those that were put into eval mode on purpose, under a training root (frozen BatchNorm).
+        sharded: the parts that ``fully_shard`` was applied to, or None.
     """
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
         self.holder = Holder()
+        self.sharded = sharded_module(model)
         params = dict(model.named_parameters())
         names = {id(value): name for name, value in params.items()}
         modules = dict(model.named_modules())
@@ -50,6 +53,9 @@ class ModuleMachine:
         ]
         # None: not known, as after a pass that failed
         self._buffers_placed: list[Tensor | None] | None = [where[key] for where, key in self._persistent]
+        # a sharded parameter may have the whole one in its place
+        hidden = self.sharded.names if self.sharded is not None else ()
+        self._seen_places = [place for place in self.param_places if place[2] not in hidden]
         self._note_placed(params)
         self._placing: Mapping[str, Tensor] = params
         self._dicts = [where for m in modules.values() for where in (m._modules, m._parameters, m._buffers)]
@@ -70,14 +76,18 @@ class ModuleMachine:
     def place_params(self, params: Mapping[str, Tensor]) -> None:
         """Point the module at these parameters."""
         self._placing = params  # noted first: an exception half-way leaves values that are known
+        if self.sharded is not None:
+            self.sharded.take_back()
         for where, key, name in self.param_places:
             where[key] = params[name]
+        if self.sharded is not None:
+            self.sharded.look_again()
         self._note_placed(params)
 
     def _note_placed(self, params: Mapping[str, Tensor]) -> None:
         """Remember what ``check`` compares with."""
         self.placed = params
-        self._expected = [(where, key, params[name]) for where, key, name in self.param_places]
+        self._expected = [(where, key, params[name]) for where, key, name in self._seen_places]
 
     def place_buffers(self, buffers: Mapping[str, Tensor]) -> None:
         """Point the module at these buffers; one that is not among them is None."""
@@ -170,6 +180,11 @@ class ModuleMachine:
 
         Costs 30 ns for each place and each layer.
         """
+        if (
+            self.sharded is not None
+            and (name := self.sharded.changed(self.placed, self._placing)) is not None
+        ):
+            raise _changed(f"its parameter {name} was replaced by another tensor")
         try:
             for where, key, tensor in self._expected:
                 if where[key] is not tensor:
@@ -188,14 +203,14 @@ class ModuleMachine:
 
     def _first_is_as_it_was(self) -> bool:
         """Whether the first parameter stands where it stood, in its dtype: ``model.to()`` changes them all, in place."""
-        if not self._expected:
+        if not self._expected or self.sharded is not None:  # of whose parameters FSDP keeps dtype and device
             return True
         first = self._expected[0][2]
         return first.dtype is self._kind[0] and first.device == self._kind[1]
 
     def _explain(self) -> None:
         """Raise ConfigError that names what was changed; after an exception half-way through a placing nothing was."""
-        for where, key, name in self.param_places:
+        for where, key, name in self._seen_places:
             try:
                 found = where[key]
             except (KeyError, IndexError):
@@ -230,6 +245,8 @@ class ModuleMachine:
     def adopt(self) -> None:
         """Take the parameters that stand in the module as those that were placed: a new state begins with them."""
         self._buffers_placed = [where[key] for where, key in self._persistent]
+        if self.sharded is not None:
+            self.sharded.take_back()
         now = {name: where[key] for where, key, name in self.param_places}
         self._kind = _kind_of(next(iter(now.values()), None))  # model.to() changes parameters in place
         if any(now[name] is not tensor for name, tensor in self.placed.items()):

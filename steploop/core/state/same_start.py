@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from steploop.core.ranks import Ranks
 from steploop.core.state.machine import Machine
 from steploop.core.state.parts import TensorValues
+from steploop.core.state.sharded import is_sharded
 from steploop.core.trees import first_difference
 from steploop.errors import ConfigError
 
@@ -47,7 +48,8 @@ def start_together(ranks: Ranks, what: str, machine: Machine, tensors: TensorVal
         "extra": tensors.extra,
     }  # fmt: skip
     _check_same(ranks, what, made)
-    _take_from_first_rank(ranks, [*values.values(), *(tensors.ema or {}).values()])
+    every = [*values.values(), *(tensors.ema or {}).values()]
+    _take_from_first_rank(ranks, [t for t in every if not is_sharded(t)])
 
 
 def _take_from_first_rank(ranks: Ranks, tensors: Iterable[Tensor]) -> None:

@@ -5,7 +5,7 @@ from typing import Any
 
 from torch import Tensor
 
-__all__ = ["is_sharded", "local_part"]
+__all__ = ["as_sharded", "is_sharded", "local_part"]
 
 
 def is_sharded(tensor: Any) -> bool:
@@ -22,3 +22,13 @@ def local_part(tensor: Tensor) -> Tensor:
         return tensor
     part: Tensor = tensor.to_local()  # type: ignore[attr-defined]  # a DTensor
     return part
+
+
+def as_sharded(whole: Tensor, like: Tensor) -> Tensor:
+    """Cut this rank's part out of a tensor that every rank has whole, where ``like`` is sharded."""
+    if not is_sharded(like) or is_sharded(whole):
+        return whole
+    from torch.distributed.tensor import distribute_tensor
+
+    mesh, placements = like.device_mesh, like.placements  # type: ignore[attr-defined]  # a DTensor
+    return distribute_tensor(whole.to(like.device), mesh, placements, src_data_rank=None)

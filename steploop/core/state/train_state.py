@@ -16,6 +16,7 @@ from steploop.core.state.creation import OptimizerDescription, initial_values
 from steploop.core.state.machine import Machine
 from steploop.core.state.ownership import Lease
 from steploop.core.state.parts import Gradients, InFlight, PlainValues, TensorValues, field_names, plain_names
+from steploop.core.state.sharded import as_sharded
 from steploop.core.state.surroundings import shielded
 from steploop.core.trees import map_tensors, unkeepable
 from steploop.errors import ConfigError, SpentStateError
@@ -314,7 +315,9 @@ class TrainState(PlainValues):
         tensors = new.tensors
         params, buffers = dict(tensors.params), dict(tensors.buffers)
         for name, value in values.items():
-            copied = torch.empty_like(have[name], requires_grad=False).copy_(value.detach())
+            copied = torch.empty_like(have[name], requires_grad=False).copy_(
+                as_sharded(value.detach(), have[name])
+            )
             if name in params:
                 params[name] = leaf_like(self.tensors.params[name], copied)
             else:

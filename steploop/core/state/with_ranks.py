@@ -4,6 +4,7 @@ import copy
 
 from steploop.core.ranks import Ranks
 from steploop.core.state.same_start import refuse_wrapped, start_together
+from steploop.core.state.sharded_module import settle_sharded
 from steploop.core.state.train_state import TrainState
 
 __all__ = ["with_ranks", "without_ranks"]
@@ -29,6 +30,7 @@ def with_ranks(state: TrainState, ranks: Ranks) -> TrainState:
         seed=state.seed, precision=state.precision, scale=repr(state.scale), hyper=repr(state.hyper),
     )  # fmt: skip
     machine.ranks = ranks
+    settle_sharded(machine)
     return state.replace(machine=machine)
 
 

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from steploop.core.state.sharded import local_part
 from steploop.core.state.surroundings import shielded
 from steploop.core.state.trace import trace_of
 from steploop.core.state.train_state import TrainState
@@ -75,7 +76,8 @@ def _move(averages: dict[str, Tensor], values: Mapping[str, Tensor], decay: Any,
         whole = torch.as_tensor(weight, device=finite.device)
         chosen = torch.where(finite, whole, torch.zeros_like(whole))
         weight = [chosen.to(averages[n].dtype) for n in names]
-    torch._foreach_lerp_([averages[n] for n in names], [values[n].detach() for n in names], weight)
+    moved = [local_part(averages[n]) for n in names]
+    torch._foreach_lerp_(moved, [local_part(values[n].detach()) for n in names], weight)
     for name, average in averages.items():
         if not (average.is_floating_point() or average.is_complex()):
             new = values[name].detach()

@@ -1,15 +1,19 @@
 """``unscale_and_clip``: divide the gradients by the loss scale and bound them."""
 
 import math
+from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from steploop.core.precision import on_host
 from steploop.core.state.parts import Gradients
+from steploop.core.state.sharded import local_part
 from steploop.core.state.surroundings import shielded
 from steploop.core.state.train_state import TrainState
 from steploop.core.steps.clipping import check_bound, clip_adaptive, clip_norm, clip_value, global_norm
+from steploop.core.steps.sharded_steps import sharded_norm
 from steploop.errors import ConfigError, SpentStateError, StepOrderError
 
 __all__ = ["unscale_and_clip"]
@@ -75,15 +79,14 @@ def unscale_and_clip(
         )
     values = held.values
     grads = [g for g in values if g is not None]
-    if bound != "max_norm" and any(g.layout is not torch.strided for g in grads):
-        raise ConfigError(
-            f"unscale_and_clip: {bound} looks at every entry of a gradient, and a sparse one (nn.Embedding(sparse=True)) does "
-            "not hold them all. Use max_norm, or a dense embedding."
-        )
+    _refuse_partial(bound, grads, sharded=state.machine.module.sharded is not None)
     held.taken_by = "unscale_and_clip"
+    norm_of: Callable[[list[Tensor]], Tensor] = global_norm
+    if state.machine.module.sharded is not None:
+        grads, norm_of = [local_part(g) for g in grads], partial(sharded_norm, state)
     if state.scale is not None:
         _multiply(grads, state.scale.inverse())
-    norm = global_norm(grads)
+    norm = norm_of(grads)
     clipped: float | Tensor
     if bound == "max_norm":
         clipped = clip_norm(grads, norm, max_norm)  # type: ignore[arg-type]  # it is the one that was given
@@ -93,7 +96,7 @@ def unscale_and_clip(
         else:
             pairs = zip(values, state.tensors.leaves, strict=True)
             clip_adaptive(grads, [leaf for g, leaf in pairs if g is not None], adaptive)  # type: ignore[arg-type]
-        clipped = global_norm(grads)
+        clipped = norm_of(grads)
     finite: bool | Tensor
     if isinstance(clipped, float):  # the norm was read, and what is clipped is finite if it was
         finite = math.isfinite(clipped)
@@ -103,6 +106,20 @@ def unscale_and_clip(
         grads=Gradients(values), grad_norm=norm, clipped_norm=clipped, finite=finite
     )
     return state.replace(flight=flight)
+
+
+def _refuse_partial(bound: str, grads: list[Tensor], *, sharded: bool) -> None:
+    """Refuse bounds that look at more of a gradient than is here."""
+    if bound != "max_norm" and any(g.layout is not torch.strided for g in grads):
+        raise ConfigError(
+            f"unscale_and_clip: {bound} looks at every entry of a gradient, and a sparse one (nn.Embedding(sparse=True)) does "
+            "not hold them all. Use max_norm, or a dense embedding."
+        )
+    if bound == "adaptive" and sharded:
+        raise ConfigError(
+            "unscale_and_clip: adaptive looks at whole vectors, and of a sharded parameter each rank has a part. Use max_norm or "
+            "max_value."
+        )
 
 
 def _one_bound(max_norm: float | None, max_value: float | None, adaptive: float | None) -> str:

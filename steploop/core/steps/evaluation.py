@@ -22,6 +22,7 @@ from steploop.core.steps.forward_pass import (
 )
 from steploop.core.steps.judged_params import params_to_evaluate
 from steploop.core.steps.metric_ranks import given_all, refuse_unsynchronised
+from steploop.core.steps.sharded_steps import in_rounds
 from steploop.core.steps.trial import first_batches
 from steploop.core.trees import UNCOUNTED, count_samples, map_tensors
 from steploop.errors import ConfigError, ObjectiveError
@@ -165,8 +166,13 @@ def evaluate(
     totals = _Totals(state.device, metrics, state.ranks)
     passes = _Passes(state, objective)
     with _EvalMode(state, use_ema=use_ema) as model:
-        for index, batch in enumerate(first_batches(batches, averaged=use_ema)):
-            check_interruption(together=True)
+        given = first_batches(batches, averaged=use_ema)
+        sharded = state.machine.module.sharded is not None
+        for index, batch in in_rounds(state, given) if sharded else enumerate(given):
+            check_interruption(together=index is not None)
+            if index is None:  # a pass that the other ranks need this one for
+                passes.run(model, 0, batch)
+                continue
             if not totals.begins(index):
                 continue
             loss, outputs, weight = passes.run(model, index, batch)

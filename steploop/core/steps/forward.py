@@ -11,6 +11,7 @@ from steploop.core.state.train_state import TrainState
 from steploop.core.steps.forward_pass import DrewElsewhere, Objective, TrainingPasses
 from steploop.core.steps.part_agreement import agree, mean_buffers
 from steploop.core.steps.part_passes import parts_of, run_parts
+from steploop.core.steps.sharded_steps import require_weights
 
 __all__ = ["after_passes", "forward_loss"]
 
@@ -76,6 +77,8 @@ def _of_parts(state: TrainState, parts: Parts, objective: Objective, *, keep_gra
     except DrewElsewhere:  # before anything was said to the other ranks
         ran = run_parts(state, parts, objective, keep_graph=keep_graph)
     agreed = agree(state, ran.ran, "forward_loss")
+    if state.machine.module.sharded is not None:
+        require_weights(agreed.shares, agreed.ran, "forward_loss")
     flight = type(state.flight)(
         loss=agreed.loss, outputs=ran.outputs(), graph=ran.graphs(agreed), began=ran.began,
         passes=state.flight.passes + parts.total, known=state.flight.known,

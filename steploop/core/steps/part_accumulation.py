@@ -9,6 +9,7 @@ from torch import Tensor
 
 from steploop.core.ranks import Parts, Ranks
 from steploop.core.state.parts import Gradients
+from steploop.core.state.sharded import local_part
 from steploop.core.state.train_state import TrainState
 from steploop.core.steps.backward_pass import gradients, require_some, seed_of, take_gradients
 from steploop.core.steps.forward_pass import DrewElsewhere, Objective, TrainingPasses
@@ -16,6 +17,7 @@ from steploop.core.steps.part_agreement import Ran, agree, mean_buffers
 from steploop.core.steps.part_passes import ended, is_empty, parts_of, run_part
 from steploop.core.steps.part_sums import PartSum
 from steploop.core.steps.part_weights import counts
+from steploop.core.steps.sharded_steps import require_weights, stand_in
 from steploop.core.trees import count_samples
 from steploop.errors import ObjectiveError
 
@@ -30,14 +32,19 @@ def accumulate_parts(state: TrainState, micro_batches: Sequence[Any], objective:
     ranks = cast("Ranks", state.machine.ranks)
     micros = [parts_of(state, batch, "accumulate") for batch in micro_batches]
     units = _Units(ranks, micros)
+    sharded = state.machine.module.sharded is not None
+    filler = stand_in(state, micros, is_empty, "accumulate") if sharded else None
     try:
-        run = _Run(state, micros, objective, units)
+        run = _Run(state, micros, objective, units, filler)
     except DrewElsewhere:  # the passes left no trace, and are taken again with all generators seeded
-        run = _Run(state, micros, objective, units)
+        run = _Run(state, micros, objective, units, filler)
     agreed = agree(state, run.ran, "accumulate")
-    grads = run.total.result()
+    grads = take_gradients(state) if sharded else run.total.result()
+    if sharded:
+        require_weights(agreed.shares, agreed.ran, "accumulate")
     if agreed.own_weights:
-        torch._foreach_div_([g for g in grads if g is not None], agreed.whole / units.whole)
+        values = [local_part(g) for g in grads if g is not None]
+        torch._foreach_div_(values, agreed.whole / units.whole)
     require_some(grads)
     flight = type(state.flight)(
         loss=agreed.loss, outputs=run.outputs(), grads=Gradients(grads), began=run.began,
@@ -88,12 +95,14 @@ class _Run:
     """The passes of this process's parts, each part's micro-batches after one another; one graph is alive at a time."""
 
     def __init__(
-        self, state: TrainState, micros: Sequence[Parts], objective: Objective, units: _Units
+        self, state: TrainState, micros: Sequence[Parts], objective: Objective, units: _Units, filler: Any
     ) -> None:
         ranks = cast("Ranks", state.machine.ranks)
         self._state = state
         self._micros = micros
         self._units = units
+        self._filler = filler
+        self._sharded = state.machine.module.sharded is not None
         self._outputs: list[list[Any]] = [[] for _ in micros]
         self.total = PartSum(ranks, state.tensors.leaves, state.machine.buckets)
         with TrainingPasses(state) as passes:
@@ -108,21 +117,34 @@ class _Run:
         buffers, ran = state.tensors.buffers, []
         for index, micro in enumerate(self._micros):
             batch = micro.batches[place]
+            draw = index * parts + number
             if is_empty(batch):
                 self._outputs[index].append(None)
+                if self._sharded:
+                    self._take_part(passes, objective, draw)
                 continue
-            draw = index * parts + number
             one = run_part(passes, buffers, batch, objective, draw=draw, by="accumulate")
             self._units.agree(one)
             buffers = dict(one.buffers)
-            if counts(one.weight):  # the loss of a part without weight may be 0 / 0, whose gradient is nan
+            if (
+                counts(one.weight) or self._sharded
+            ):  # the loss of a part without weight may be 0 / 0, whose gradient is nan
                 loss = cast("Tensor", one.loss)
                 seed = seed_of(state, loss, one.weight / self._units.whole)
                 gradients(state, loss, seed, keep=True, take=False)
             self._outputs[index].append(one.outputs)
             ran.append(attrs.evolve(one, loss=None if one.loss is None else one.loss.detach()))
-        self.total.add(number, take_gradients(state))
+        if not self._sharded:  # whose backward passes sum over the ranks
+            self.total.add(number, take_gradients(state))
         return _together(ran)
+
+    def _take_part(self, passes: TrainingPasses, objective: Objective, draw: int) -> None:
+        """Of a sharded model: a pass of another batch, which counts for nothing, where this rank has no samples."""
+        state = self._state
+        one = run_part(passes, state.tensors.buffers, self._filler, objective, draw=draw, by="accumulate")
+        self._units.agree()
+        loss = cast("Tensor", one.loss)
+        gradients(state, loss, seed_of(state, loss, 0.0), keep=True, take=False)
 
     def outputs(self) -> list[Parts | None]:
         """Of the objective, for each micro-batch."""

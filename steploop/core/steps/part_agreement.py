@@ -29,6 +29,7 @@ class Ran:
         own: whether the objective gave the weight.
         buffers: after the pass.
         changed: the names of the buffers that it changed.
+        stand_in: of a sharded model: the loss of a batch that was computed in the place of no samples.
     """
 
     loss: Tensor | None = None
@@ -37,6 +38,7 @@ class Ran:
     own: bool = False
     buffers: Mapping[str, Tensor] = attrs.field(factory=dict)
     changed: frozenset[str] = frozenset()
+    stand_in: Tensor | None = None
 
 
 @attrs.frozen(eq=False)
@@ -48,6 +50,7 @@ class Agreed:
         whole: the weight of all parts.
         shares: the weight of every part over that of all.
         own_weights: whether the objective gave the weights.
+        ran: whether each part was run: the others had no samples.
         first: the number of the first part that was run.
         changed: the names of the buffers that some part changed.
     """
@@ -56,6 +59,7 @@ class Agreed:
     whole: Any
     shares: list[Any]
     own_weights: bool
+    ran: list[bool]
     first: int
     changed: tuple[str, ...]
 
@@ -74,8 +78,9 @@ def agree(state: TrainState, ran: Sequence[Ran], by: str) -> Agreed:
     shares = [weight / whole for weight in told.weights]
     first = next(number for number, own in enumerate(told.own) if own is not None)
     changed = tuple(n for n in names if n in told.changed)
+    there = [own is not None for own in told.own]
     return Agreed(
-        weighted_sum(told.losses, shares).to(told.dtype), whole, shares, True in own, first, changed
+        weighted_sum(told.losses, shares).to(told.dtype), whole, shares, True in own, there, first, changed
     )
 
 

@@ -10,11 +10,12 @@ from torch import Tensor
 from steploop.core.ranks import Parts, Ranks
 from steploop.core.state.parts import Began
 from steploop.core.state.train_state import TrainState
-from steploop.core.steps.backward_pass import gradients, recomputed, seed_of
+from steploop.core.steps.backward_pass import gradients, recomputed, seed_of, take_gradients
 from steploop.core.steps.forward_pass import Objective, TrainingPasses, unchanged
 from steploop.core.steps.part_agreement import Agreed, Ran
 from steploop.core.steps.part_sums import PartSum
 from steploop.core.steps.part_weights import checked_weight, counts
+from steploop.core.steps.sharded_steps import stand_in
 from steploop.core.trees import count_samples, first_difference
 from steploop.errors import ConfigError
 
@@ -61,7 +62,7 @@ class RanParts:
 
     def graphs(self, agreed: Agreed) -> PartGraphs:
         """What ``backward_scaled`` differentiates."""
-        losses = tuple(r.loss if counts(r.weight) else None for r in self.ran)
+        losses = tuple(r.loss if counts(r.weight) else r.stand_in for r in self.ran)
         numbers = self.parts.numbers
         return PartGraphs(numbers, losses, tuple(agreed.shares[number] for number in numbers))
 
@@ -111,9 +112,12 @@ def _joined(tree: Any) -> Parts | None:
 
 def run_parts(state: TrainState, parts: Parts, objective: Objective, *, keep_graph: bool) -> RanParts:
     """Run the pass of each part, all from the buffers that the state has; a part without samples is left out."""
+    filler = (
+        None if state.machine.module.sharded is None else stand_in(state, [parts], is_empty, "forward_loss")
+    )
     with TrainingPasses(state) as passes:
         ran = tuple(
-            Ran()
+            _left_out(passes, state, filler, objective, number)
             if is_empty(batch)
             else run_part(
                 passes,
@@ -127,6 +131,16 @@ def run_parts(state: TrainState, parts: Parts, objective: Objective, *, keep_gra
             for number, batch in zip(parts.numbers, parts.batches, strict=True)
         )
         return RanParts(parts, ran, ended(state, passes, ran))
+
+
+def _left_out(
+    passes: TrainingPasses, state: TrainState, filler: Any, objective: Objective, number: int
+) -> Ran:
+    """A part without samples; of a sharded model its rank computes another batch, which counts for nothing."""
+    if state.machine.module.sharded is None:
+        return Ran()
+    done = run_part(passes, state.tensors.buffers, filler, objective, draw=number, by="forward_loss")
+    return Ran(stand_in=done.loss)
 
 
 def is_empty(batch: Any) -> bool:
@@ -175,6 +189,8 @@ def ended(state: TrainState, passes: TrainingPasses, ran: tuple[Ran, ...]) -> Be
 
 def part_gradients(state: TrainState, graphs: PartGraphs, *, keep_graph: bool) -> list[Tensor | None]:
     """The gradients of the mean loss: a backward pass for each part, and their sum over all processes."""
+    if state.machine.module.sharded is not None:
+        return _summed_by_backward(state, graphs, keep_graph=keep_graph)
     total = PartSum(cast("Ranks", state.machine.ranks), state.tensors.leaves, state.machine.buckets)
     for number, loss, share in zip(graphs.numbers, graphs.losses, graphs.shares, strict=True):
         grads: list[Tensor | None] = [None] * len(state.tensors.leaves)
@@ -185,3 +201,13 @@ def part_gradients(state: TrainState, graphs: PartGraphs, *, keep_graph: bool) -
                 _, grads = recomputed(state, partial(gradients, state, loss, seed, keep_graph=keep_graph))
         total.add(number, grads)
     return total.result()
+
+
+def _summed_by_backward(state: TrainState, graphs: PartGraphs, *, keep_graph: bool) -> list[Tensor | None]:
+    """Of a sharded model: every backward pass sums over all ranks, and leaves each the part that it holds."""
+    for number, (loss, share) in enumerate(zip(graphs.losses, graphs.shares, strict=True)):
+        whole = cast("Tensor", loss)  # a part that does not count has a stand-in
+        seed = seed_of(state, whole, share)
+        run = partial(gradients, state, whole, seed, keep=number > 0, take=False, keep_graph=keep_graph)
+        recomputed(state, run)
+    return take_gradients(state)

@@ -8,11 +8,13 @@ from torch import Tensor
 
 from steploop.core.state.optimizer_state import check_slots
 from steploop.core.state.parts import TensorValues, field_names
+from steploop.core.state.sharded import local_part
 from steploop.core.state.surroundings import shielded
 from steploop.core.state.trace import trace_of
 from steploop.core.state.train_state import TrainState
 from steploop.core.steps.closure import Evaluations
 from steploop.core.steps.forward_pass import did_not_fit, seeded_generators
+from steploop.core.steps.sharded_steps import NOT_FOR_SHARDS, check_slots_of_shards
 from steploop.core.trees import map_tensors, paths, with_leaves
 from steploop.errors import CompileError, ConfigError, NonFiniteError, OutOfMemoryError, StepOrderError
 
@@ -146,7 +148,7 @@ def first_nonfinite(state: TrainState) -> str:
     """The name of the first parameter whose gradient is not finite; for messages."""
     grads = state.flight.grads
     for index, grad in enumerate([] if grads is None else grads.values):
-        if grad is not None and not torch.isfinite(grad).all():
+        if grad is not None and not torch.isfinite(local_part(grad)).all():
             return state.machine.trainable[index]
     return "none (their norm overflows float32)"
 
@@ -189,6 +191,8 @@ def _run_optimizer(state: TrainState, evaluations: Evaluations | None = None) ->
             machine.step(tensors.leaves, grads, closure)
         if evaluations is not None:
             tensors = evaluations.last.tensors
+        if first and machine.module.sharded is not None:
+            check_slots_of_shards(state, tensors.slots)
         return _read_back(state, tensors, first=first) if machine.third_party else {"tensors": tensors}
     except BaseException as error:
         if trace_of(state) is None:
@@ -230,6 +234,11 @@ def _after_failure(state: TrainState, error: BaseException, versions: list[int] 
     if machine.third_party:
         machine.forget_hyper()
         _explain_third_party(state, error)
+    if machine.module.sharded is not None and any(sign in str(error) for sign in NOT_FOR_SHARDS):
+        raise ConfigError(
+            f"optimizer_step: {machine.optimizer_name} cannot update sharded parameters: {str(error).splitlines()[0]} Take an optimizer "
+            "that updates every value by itself, such as AdamW or SGD."
+        ) from error
     if did_not_fit(error):
         left = "The state is as it was." if whole else "It was cut off half-way: this state is spent."
         raise OutOfMemoryError(

@@ -1,0 +1,426 @@
+"""Models that do not fit one device: each rank holds a part of every parameter (``fully_shard``), and the step is the same."""
+
+from functools import partial, reduce
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from rank_processes import RankProcesses
+from torch import distributed, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+
+import steploop
+from steploop import (
+    LossScale,
+    Optimizer,
+    Ranks,
+    TrainState,
+    accumulate,
+    backward_scaled,
+    checkpoint,
+    evaluate,
+    forward_loss,
+    optimizer_step,
+    split_parts,
+    unscale_and_clip,
+    update_ema,
+)
+from steploop.checkpoint.format import shards
+from steploop.core.state.sharded import is_sharded
+from steploop.core.trees import first_difference, map_tensors, named_leaves
+from steploop.errors import SteploopError
+from steploop.runs.layer_norms import LayerNorms
+
+ADAMW = Optimizer(torch.optim.AdamW, lr=1e-2)
+SGD = Optimizer(torch.optim.SGD, lr=0.1, momentum=0.9)
+
+
+@pytest.fixture(scope="module")
+def four():
+    ranks = RankProcesses(4)
+    yield ranks
+    ranks.close()
+
+
+def network(norm=nn.LayerNorm):
+    """Widths that four ranks do not share equally, and a tied weight."""
+    torch.manual_seed(0)
+    layers = [
+        nn.Embedding(7, 9),
+        nn.Linear(9, 17),
+        norm(17),
+        nn.Tanh(),
+        nn.Linear(17, 9),
+        nn.Linear(9, 7, bias=False),
+    ]
+    layers[5].weight = layers[0].weight
+    return nn.Sequential(*layers)
+
+
+def cut(model, mesh=None):
+    """The model with each layer cut over all ranks."""
+    mesh = mesh or init_device_mesh("cpu", (distributed.get_world_size(),))
+    for layer in (model[1], model[4]):
+        fully_shard(layer, mesh=mesh)
+    return fully_shard(model, mesh=mesh)
+
+
+def cut_in_replicas(model):
+    """Two replicas of two shards."""
+    return cut(model, init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicate", "shard")))
+
+
+def batches(count=4, samples=24):
+    generator = torch.Generator().manual_seed(1)
+    return [torch.randint(7, (2, samples), generator=generator) for _ in range(count)]
+
+
+def objective(model, batch):
+    inputs, targets = batch[:, 0], batch[:, 1]
+    logits = model(inputs)
+    return F.cross_entropy(logits, targets), logits
+
+
+def tokens(model, batch):
+    loss, _ = objective(model, batch)
+    weight = (batch[:, 1] != 0).sum() + 1
+    return loss, None, weight
+
+
+def whole(tensor):
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+
+
+def values(state):
+    """Everything of a state as whole tensors."""
+    fields = {"params": state.params, "buffers": state.buffers, "slots": state.slots, "ema": state.ema}
+    return map_tensors(lambda t: whole(t.detach()).clone(), fields)
+
+
+def step(state, batch, chosen=objective, donate=True, **bound):
+    state = forward_loss(state, split_parts(batch.T.contiguous(), state.ranks), chosen)
+    state = unscale_and_clip(backward_scaled(state), **(bound or {"max_norm": 0.5}))
+    state = optimizer_step(state, donate=donate)
+    return update_ema(state, decay=0.5) if state.ema is not None else state
+
+
+def micro_step(state, batch, chosen=objective):
+    halves = [
+        split_parts(half.T.contiguous(), state.ranks) for half in batch.split(batch.shape[1] // 2 + 1, dim=1)
+    ]
+    return optimizer_step(unscale_and_clip(accumulate(state, halves, chosen), max_norm=0.5))
+
+
+def create(model, ranks, optimizer=ADAMW, **options):
+    return TrainState.create(model, optimizer, ranks=ranks, **options)
+
+
+CASES = {
+    "plain": (step, {}, {}),
+    "clipped by value": (partial(step, max_value=1e-2), {}, {}),
+    "averages, and statistics of batches": (
+        step,
+        {"ema": True, "ema_buffers": True, "optimizer": SGD},
+        {"norm": nn.BatchNorm1d},
+    ),
+    "tokens as weights": (partial(step, chosen=tokens), {}, {}),
+    "accumulated": (micro_step, {}, {}),
+    "accumulated by tokens": (partial(micro_step, chosen=tokens), {}, {}),
+    "fp16": (step, {"precision": "fp16", "loss_scale": LossScale(scale=2.0**20, growth_interval=2)}, {}),
+    "bf16": (step, {"precision": "bf16"}, {}),
+    "ragged": (step, {}, {"samples": 13}),
+    "a rank without samples": (step, {}, {"samples": 3}),
+    "accumulated, a rank without samples": (micro_step, {}, {"samples": 7}),
+}
+
+
+def train_both(case, cutting):
+    """How far a sharded state is from one process with as many parts, after each of some steps."""
+    function, options, data = CASES[case]
+    size, norm = distributed.get_world_size(), data.get("norm", nn.LayerNorm)
+    ours = create(cutting(network(norm)), Ranks.here(), **options)
+    alone = create(network(norm), Ranks(parts=size), **options)
+    found = []
+    for batch in batches(samples=data.get("samples", 24)):
+        ours, alone = function(ours, batch), function(alone, batch)
+        pairs = zip(leaves(values(ours)), leaves(values(alone)), strict=True)
+        gap = max(float((x.double() - y.double()).abs().max()) for x, y in pairs)
+        ratio = float(ours.grad_norm / alone.grad_norm) - 1
+        found.append((gap, float(ours.loss - alone.loss), ratio, ours.step - alone.step))
+    return found
+
+
+def leaves(tree):
+    return [t for _, t in named_leaves(tree) if isinstance(t, torch.Tensor)]
+
+
+@pytest.mark.parametrize("cutting", [cut, cut_in_replicas])
+@pytest.mark.parametrize("case", CASES)
+def test_a_sharded_model_takes_the_steps_of_one_process(four, case, cutting):
+    """Up to the rounding of a sum in another order; the same steps are skipped."""
+    for found in four.run(train_both, case, cutting):
+        for gap, loss, ratio, steps in found:
+            assert (gap, loss, steps) == (pytest.approx(0, abs=1e-5), pytest.approx(0, abs=1e-5), 0)
+            assert ratio == pytest.approx(0, abs=1e-5) or ratio != ratio  # nan: a step that is skipped
+
+
+# -- one part of everything for each rank -----------------------------------------------------------------------------
+
+
+def elements():
+    state = step(create(cut(network()), Ranks.here(), ema=True), batches()[0])
+    held = [t for t in leaves([state.params, state.slots, state.ema]) if t.dim()]
+    return sum(t.to_local().numel() for t in held), sum(t.numel() for t in held), all(map(is_sharded, held))
+
+
+def test_each_rank_holds_a_part_of_every_parameter_slot_and_average(four):
+    found = four.run(elements)
+    total = found[0][1]
+    assert sum(here for here, _, _ in found) == total
+    assert all(fine for *_, fine in found)
+    assert max(here for here, _, _ in found) < 0.35 * total
+
+
+# -- values ---------------------------------------------------------------------------------------------------------
+
+
+def same(a, b):
+    return first_difference(values(a), values(b))
+
+
+def forms():
+    """What differs where the same steps are taken in other ways: each has to be None."""
+    ranks, data = Ranks.here(), batches()
+    expected = reduce(step, data, create(cut(network()), ranks))
+    original = create(cut(network()), ranks)
+    first, clone = values(original), original.clone()
+    for batch in data:  # the two take the module from each other in every step
+        original, clone = step(original, batch), step(clone, batch)
+    pure = before = create(cut(network()), ranks)
+    for batch in data:
+        pure = step(pure, batch, donate=False)
+    evaluated = create(cut(network()), ranks)
+    for batch in data:
+        evaluated = step(evaluated, batch)
+        evaluate(evaluated, [b.T for b in data], objective)
+    middle = create(cut(network()), ranks)
+    flying = forward_loss(middle, split_parts(data[0].T.contiguous(), ranks), objective)
+    other = step(middle.clone(), data[1])  # another state takes the module in the middle of the step
+    resumed = optimizer_step(unscale_and_clip(backward_scaled(flying), max_norm=0.5))
+    once = step(create(cut(network()), ranks), data[0])
+    given = create(cut(network()), ranks).with_params(
+        {n: whole(p.detach()) for n, p in expected.params.items()}
+    )
+    return {
+        "a state and its clone in turns": same(original, expected),
+        "the clone": same(clone, expected),
+        "donate=False": same(pure, expected),
+        "the state before": first_difference(values(before), first),
+        "evaluations in between": same(evaluated, expected),
+        "another state in the middle of a step": same(resumed, once),
+        "with_params of whole tensors": first_difference(values(given)["params"], values(expected)["params"]),
+        "the one that was in the middle": None if other.step == 1 else "not taken",
+    }
+
+
+def test_copies_pure_steps_evaluations_and_loans_of_a_sharded_model_change_no_bit(four):
+    for found in four.run(forms):
+        assert {name for name, difference in found.items() if difference is not None} == set(), found
+
+
+def skip():
+    state = create(cut(network(nn.BatchNorm1d)), Ranks.here())
+    before = values(state)
+
+    def spoiled(model, batch):
+        loss, _ = objective(model, batch)
+        return loss * (float("nan") if distributed.get_rank() == 2 else 1.0)
+
+    state = step(state, batches()[0], spoiled)
+    return first_difference(before, values(state)), state.step, state.nonfinite_steps, state.attempted_steps
+
+
+def test_a_nan_on_one_rank_skips_the_step_on_all(four):
+    assert four.run(skip) == [(None, 0, 1, 1)] * 4
+
+
+def evaluations():
+    """Loss over 5, 8 and 9 batches beside that of one process, whose batches are the same."""
+    size = distributed.get_world_size()
+    ours, alone = create(cut(network()), Ranks.here()), create(network(), Ranks(parts=size))
+    data = [batch.T for batch in batches(9)]
+    gaps = [
+        evaluate(ours, data[:n], objective)["loss"] - evaluate(alone, data[:n], objective)["loss"]
+        for n in (5, 8, 9)
+    ]
+    try:
+        evaluate(ours, data[:3], objective)
+    except steploop.ConfigError as error:
+        return gaps, str(error)
+
+
+def test_an_evaluation_takes_any_number_of_batches_from_as_many_as_there_are_ranks(four):
+    for gaps, said in four.run(evaluations):
+        assert gaps == pytest.approx([0, 0, 0], abs=1e-6)
+        assert said.startswith("evaluate: 3 batches are fewer than the 4 ranks")
+
+
+def norms():
+    size, batch, found = distributed.get_world_size(), batches()[0], []
+    for model, ranks in ((cut(network()), Ranks.here()), (network(), Ranks(parts=size))):
+        state = create(model, ranks)
+        with LayerNorms(state) as read:
+            read.request()
+            step(state, batch)
+            found.append(read.read())
+    return found
+
+
+def test_norms_of_layers_are_those_of_whole_gradients(four):
+    for ours, alone in four.run(norms):
+        assert ours == pytest.approx(alone, rel=1e-5)
+        assert len(ours) == 4
+
+
+# -- checkpoints ----------------------------------------------------------------------------------------------------
+
+
+def resume(folder):
+    shards.LEAST_SHARE_BYTES = 1
+    ranks, data, path = Ranks.here(), batches(), Path(folder)
+    state = reduce(step, data[:2], create(cut(network()), ranks, ema=True))
+    digest = checkpoint.save(state, path / "half")
+    with checkpoint.BackgroundSaver() as saver:
+        saver.save(state, path / "thread")
+        whole_run = reduce(step, data[2:], state)
+    loaded = checkpoint.load(path / "half", like=create(cut(network()), ranks, ema=True))
+    bits = same(reduce(step, data[2:], loaded), whole_run)
+    replicas = checkpoint.load(path / "half", like=create(cut_in_replicas(network()), ranks, ema=True))
+    found = checkpoint.digest(checkpoint.load(path / "thread", like=replicas)), checkpoint.digest(replicas)
+    plain = create(network(), ranks, ema=True)
+    found += (checkpoint.digest(checkpoint.load(path / "half", like=plain)),)
+    checkpoint.save(plain, path / "plain")
+    again = checkpoint.load(path / "plain", like=loaded)
+    return (
+        digest,
+        set(found),
+        bits,
+        checkpoint.digest(again) == checkpoint.digest(plain),
+        checkpoint.digest(whole_run),
+    )
+
+
+def test_a_resume_on_as_many_ranks_is_exact_and_files_know_nothing_of_shards(four, tmp_path):
+    found = four.run(resume, str(tmp_path))
+    digest, digests, bits, plain, after = found[0]
+    assert all(other == found[0] for other in found)
+    assert (digests, bits, plain) == ({digest}, None, True)
+    assert len(list((tmp_path / "half").glob("model-*"))) > 1
+    like = create(network(), Ranks(parts=4, exact=False), ema=True)
+    with pytest.warns(checkpoint.InexactResumeWarning, match="world_size 4 there, 1 here"):
+        alone = checkpoint.load(tmp_path / "half", like=like)
+    assert checkpoint.digest(alone) == digest
+    alone = reduce(step, batches()[2:], alone)
+    assert alone.step == 4
+    assert checkpoint.digest(alone) != after  # another order of sums
+    weights = checkpoint.load_weights(tmp_path / "half", into=create(network(), None))
+    assert torch.equal(
+        weights.params["1.weight"],
+        checkpoint.open_checkpoint(tmp_path / "half").tensors["model.safetensors"]["1.weight"],
+    )
+
+
+# -- what is refused ------------------------------------------------------------------------------------------------
+
+
+def mesh():
+    return init_device_mesh("cpu", (distributed.get_world_size(),))
+
+
+def half_sharded():
+    model = network()
+    fully_shard(model[1], mesh=mesh())
+    return create(model, Ranks.here())
+
+
+def no_ranks():
+    return forward_loss(create(cut(network()), None), batches()[0].T, objective)
+
+
+def other_ranks():
+    return create(cut(network()), Ranks(parts=4))
+
+
+def looks_at_all():
+    return create(cut(network()), Ranks.here(), Optimizer(torch.optim.LBFGS, lr=0.1))
+
+
+def factored():
+    return step(create(cut(network()), Ranks.here(), Optimizer(torch.optim.Adafactor, lr=0.1)), batches()[0])
+
+
+def adaptive():
+    return step(create(cut(network()), Ranks.here()), batches()[0], adaptive=0.1)
+
+
+def no_weight():
+    def weightless(model, batch):
+        loss, outputs = objective(model, batch)
+        return loss, outputs, 0.0 if distributed.get_rank() == 1 else 1.0
+
+    return step(create(cut(network()), Ranks.here()), batches()[0], weightless)
+
+
+def other_counts():
+    state = create(cut(network()), Ranks.here())
+    parts = split_parts(batches()[0].T.contiguous(), state.ranks)
+    return accumulate(state, [parts] * (2 if distributed.get_rank() == 3 else 1), objective)
+
+
+def no_samples():
+    return step(create(cut(network()), Ranks.here()), batches(samples=0)[0])
+
+
+def replaced():
+    state = create(cut(network()), Ranks.here())
+    state.model[1].bias = nn.Parameter(state.params["1.bias"].detach().clone())
+    return step(state, batches()[0])
+
+
+def alone_saved():
+    return checkpoint.save(create(cut(network()), None), "nowhere")
+
+
+def compiled():
+    return steploop.compile(step)(create(cut(network()), Ranks.here()), batches()[0])
+
+
+REFUSED = {
+    half_sharded: "the parameter 0.weight is not sharded, and others are",
+    no_ranks: "is trained by all its ranks together. Say so: TrainState.create(model, optimizer, ranks=Ranks.here())",
+    other_ranks: "0.weight is sharded over 4 processes, but the state has 1 ranks",
+    looks_at_all: "LBFGS looks at all values of a parameter",
+    factored: "optimizer_step: Adafactor cannot update sharded parameters: ",
+    adaptive: "unscale_and_clip: adaptive looks at whole vectors",
+    no_weight: "forward_loss: part 1 of the batch has samples but a weight of 0",
+    other_counts: "accumulate: the ranks have [1, 1, 1, 2] micro-batches",
+    no_samples: "no part of the batch has samples",
+    replaced: "its parameter 1.bias was replaced by another tensor",
+    alone_saved: "alone it can save none of them",
+    compiled: "a step with ranks cannot be compiled",
+}
+
+
+def refusal(function):
+    try:
+        return f"{function()!r} was not refused"
+    except SteploopError as error:
+        return str(error)
+
+
+@pytest.mark.parametrize("function", REFUSED, ids=lambda function: function.__name__)
+def test_what_a_sharded_model_cannot_do_is_refused_by_name_on_all_ranks(four, function):
+    for said in four.run(refusal, function):
+        assert REFUSED[function] in said
