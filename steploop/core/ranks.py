@@ -13,7 +13,7 @@ from steploop.core.trees import UNCOUNTED, count_samples, map_tensors
 from steploop.core.validators import require_int
 from steploop.errors import ConfigError, DataError
 
-__all__ = ["Parts", "Ranks", "split_parts"]
+__all__ = ["Parts", "Ranks", "split_parts", "without_samples"]
 
 
 @attrs.frozen(kw_only=True)
@@ -231,8 +231,19 @@ def split_parts(batch: Any, ranks: Ranks) -> Parts:
         )
     bounds = [samples * p // ranks.parts for p in range(ranks.parts + 1)]
     cuts = [(bounds[p], bounds[p + 1]) for p in ranks.mine]
-    batches: list[Any] = [None if lo == hi else _cut(batch, lo, hi, samples) for lo, hi in cuts]
+    batches: list[Any] = [
+        without_samples(batch, samples) if lo == hi else _cut(batch, lo, hi, samples) for lo, hi in cuts
+    ]
     return Parts(batches, ranks.mine, ranks.parts)
+
+
+def without_samples(batch: Any, samples: int) -> Any:
+    """What a batch of ``samples`` samples looks like without any, for a part that has none; None where that is not known.
+
+    A step can unpack it: a rank all of whose parts are empty has no other to see the fields in.
+    """
+    empty = _cut(batch, 0, 0, samples)
+    return empty if count_samples(empty) == 0 else None
 
 
 def _cut(tree: Any, start: int, stop: int, samples: int) -> Any:

@@ -52,11 +52,12 @@ class MapDataset(Protocol):
 
 @attrs.frozen
 class Request:
-    """One batch to be made: its place in the run and its samples."""
+    """One batch to be made: its place in the run and its samples; of an empty one, a sample that shows its fields."""
 
     epoch: int
     batch: int
     indices: list[int]
+    empty: bool = False
 
 
 @attrs.frozen
@@ -121,6 +122,8 @@ class PartRequests(Sequence[Request]):
         request: Request = self.whole[batch]
         samples, part = len(request.indices), self.mine[at]
         first, end = part * samples // self.total, (part + 1) * samples // self.total
+        if first == end:  # a part of a short last batch may have no samples
+            return attrs.evolve(request, indices=request.indices[:1], empty=True)
         return attrs.evolve(request, indices=request.indices[first:end])
 
 
@@ -216,8 +219,6 @@ class Fetcher(Dataset[Any]):
         return {"_modules": SentModules(), **self.__dict__}
 
     def __getitem__(self, request: Request) -> Any:
-        if not request.indices:  # a part of a short last batch may have no samples
-            return None
         info = get_worker_info()
         at, collating = request.indices, False
         try:

@@ -7,7 +7,7 @@ import attrs
 import torch
 
 from steploop.core.interruption import check_interruption
-from steploop.core.ranks import Parts, Ranks
+from steploop.core.ranks import Parts, Ranks, without_samples
 from steploop.core.seeds import fold_in
 from steploop.core.steps.trial import in_trial
 from steploop.core.trees import map_tensors
@@ -170,7 +170,7 @@ class Loader:
 
         Part p of P holds the samples ``[p * n // P, (p + 1) * n // P)`` of the n of a batch, and has an augmentation of
         its own, seeded by (seed, epoch, batch number, p). Neither depends on the number of ranks. A part of a last batch of
-        fewer than P samples may have none: it is None.
+        fewer than P samples may have none: its tensors have a first axis of length 0 (None where a batch is no tree of tensors).
 
         Args:
             ranks: whose parts.
@@ -207,10 +207,14 @@ class Loader:
         if pool is not None:
             pool.begin(requests)
         batches: Iterator[Any] = self._batches(requests, pool, poll)
+        # batches with fewer samples than parts: the last one at most, unless all are so small
+        small = isinstance(requests, PartRequests) and self.batch_size < requests.total
+        short = 0 if small else len(requests) - len(numbers)
 
         def finish(batch: Any, n: int) -> Any:
             ahead, at = divmod(n, len(numbers))
-            return self._augmented(batch, epoch, start + ahead, numbers[at])
+            made = self._augmented(batch, epoch, start + ahead, numbers[at])
+            return without_samples(made, 1) if n >= short and requests[n].empty else made
 
         if self.device is None:
             batches = (finish(batch, n) for n, batch in enumerate(batches))
@@ -309,7 +313,7 @@ class Loader:
             yield batch
 
     def _augmented(self, batch: Any, epoch: int, number: int, part: int) -> Any:
-        if self.augment is None or batch is None:
+        if self.augment is None:
             return batch
         generator = torch.Generator().manual_seed(fold_in(self.seed, BATCH, epoch, number, part))
         return self.augment(batch, generator)

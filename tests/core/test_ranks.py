@@ -104,6 +104,10 @@ def test_a_state_without_ranks_takes_no_parts():
     state = TrainState.create(nn.Linear(2, 1), Optimizer(torch.optim.SGD, lr=0.1))
     with pytest.raises(ConfigError, match="made without ranks"):
         forward_loss(state, split_parts(torch.ones(4, 2), Ranks(parts=2)), lambda model, x: model(x).mean())
+    with pytest.raises(
+        ConfigError, match="evaluate: the batch is Parts, but this state was made without ranks"
+    ):
+        evaluate(state, [split_parts(torch.ones(4, 2), Ranks(parts=2))], lambda model, x: model(x).mean())
 
 
 @pytest.mark.parametrize("samples", range(9))

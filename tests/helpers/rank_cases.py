@@ -4,6 +4,7 @@ import random
 from functools import partial
 from unittest.mock import patch
 
+import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -355,8 +356,14 @@ def evaluated(parts):
 
     tests = [*batches(6, 7), *batches(1, 3)]
     metrics = {"accuracy": accuracy, "class": per_class}
+    whole = evaluate(state, tests, objective, metrics)
+    cut = [split_parts(batch, state.ranks) for batch in tests]
+    in_parts = evaluate(state, cut, objective, metrics)
+    assert in_parts == pytest.approx(whole)
+    assert evaluate(state, [(x, y) for x, y in cut], objective, metrics) == in_parts
     return {
-        "raw": evaluate(state, tests, objective, metrics),
+        "raw": whole,
+        "parts": in_parts,
         "tokens": evaluate(state, tests, tokens),
         "averaged": evaluate(state, tests, objective, metrics, use_ema=True),
         "one": evaluate(state, tests[:1], objective),
@@ -375,7 +382,8 @@ def by_torchmetrics(parts):
         "top": kinds.MulticlassAccuracy(3, average="micro"),
     }
     state, tests = create(network(), ADAMW, parts), batches(5, 7)
-    return [evaluate(state, tests[:count], objective, metrics) for count in (5, 1, 5, 0)]
+    whole = [evaluate(state, tests[:count], objective, metrics) for count in (5, 1, 5, 0)]
+    return [*whole, evaluate(state, [split_parts(tests[0], state.ranks)], objective, metrics)]
 
 
 class Hits:

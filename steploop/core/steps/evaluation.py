@@ -1,7 +1,7 @@
 """``evaluate``: metrics of a state over batches, exact for any batch size, changing nothing."""
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Protocol, runtime_checkable
 
@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from steploop.core.interruption import check_interruption
-from steploop.core.ranks import Ranks
+from steploop.core.ranks import Parts, Ranks
 from steploop.core.state.copying import lazy_clone, leaf_like
 from steploop.core.state.surroundings import shielded
 from steploop.core.state.train_state import TrainState
@@ -22,6 +22,7 @@ from steploop.core.steps.forward_pass import (
 )
 from steploop.core.steps.judged_params import params_to_evaluate
 from steploop.core.steps.metric_ranks import given_all, refuse_unsynchronised
+from steploop.core.steps.part_passes import is_empty, joined_parts, parts_of
 from steploop.core.steps.sharded_steps import in_rounds
 from steploop.core.steps.trial import first_batches
 from steploop.core.trees import UNCOUNTED, count_samples, map_tensors
@@ -128,7 +129,7 @@ def evaluate(
     size-th of them, beginning with its own number; one that it does not compute may be None. What each batch gave is
     gathered and summed in the order of the batches: any number of ranks gives the same bits, on every rank. A
     torchmetrics metric gathers its own state, in an order of its own: the last bits of its sums may depend on the number
-    of ranks.
+    of ranks. A batch that comes in parts, as a train step gets it, is computed by those who have them.
 
     Changes nothing: parameters, buffers, ``.grad``, the generators, train and eval modes are as they were.
 
@@ -163,7 +164,7 @@ def evaluate(
         raise ConfigError(
             "evaluate: use_ema=True, but this state carries no average. Make it with TrainState.create(..., ema=True)."
         )
-    totals = _Totals(state.device, metrics, state.ranks)
+    totals = _Totals(state, metrics)
     passes = _Passes(state, objective)
     with _EvalMode(state, use_ema=use_ema) as model:
         given = first_batches(batches, averaged=use_ema)
@@ -173,12 +174,11 @@ def evaluate(
             if index is None:  # a pass that the other ranks need this one for
                 passes.run(model, 0, batch)
                 continue
-            if not totals.begins(index):
-                continue
-            loss, outputs, weight = passes.run(model, index, batch)
-            with torch.no_grad():
-                totals.add("loss", loss.double() * weight, weight)
-                totals.add_metrics(outputs, batch)
+            for number, mine in totals.mine(index, batch):
+                loss, outputs, weight = passes.run(model, number, mine)
+                with torch.no_grad():
+                    totals.add("loss", loss.double() * weight, weight)
+                    totals.add_metrics(outputs, mine)
     return totals.results()
 
 
@@ -235,17 +235,15 @@ class _Passes:
 class _Totals:
     """Running sums of values and weights, in float64 on the device (float32 where it has none)."""
 
-    def __init__(
-        self, device: torch.device, metrics: Mapping[str, Metric | TorchMetric], ranks: Ranks | None
-    ) -> None:
-        self._device = device
-        self._ranks = None if ranks is None or ranks.size == 1 else ranks
-        self._index = -1
-        self._first: dict[
-            str, Any
-        ] = {}  # what torchmetrics got of the first batch, where ranks may be without one
-        self._told: list[tuple[int, str, Tensor, Tensor]] = []  # for the other ranks
-        self._dtype = torch.float32 if device.type == "mps" else torch.float64
+    def __init__(self, state: TrainState, metrics: Mapping[str, Metric | TorchMetric]) -> None:
+        self._state = state
+        self._device = state.device
+        self._ranks = None if state.ranks is None or state.ranks.size == 1 else state.ranks
+        self._place = 0, 0  # number of the batch, and of the part where it comes in parts
+        self._whole = 0  # batches that came whole
+        self._first: dict[str, Any] = {}  # what torchmetrics got of the first, for ranks that get none
+        self._told: list[tuple[tuple[int, int], str, Tensor, Tensor]] = []  # for the other ranks
+        self._dtype = torch.float32 if self._device.type == "mps" else torch.float64
         self._sums: dict[str, tuple[Tensor, Tensor]] = {}
         self._good: dict[str, Any] = {}  # whether every weight was one; read at the end
         self._metrics = metrics
@@ -257,10 +255,23 @@ class _Totals:
                 self._torch_metrics[name] = metric
                 metric.reset()
 
-    def begins(self, index: int) -> bool:
-        """Note which batch is next; whether it is this process's."""
-        self._index = index
-        return self._ranks is None or index % self._ranks.size == self._ranks.rank
+    def mine(self, index: int, batch: Any) -> Iterator[tuple[int, Any]]:
+        """What this process computes of a batch, each with a number of its own among all."""
+        parts = batch if type(batch) is Parts or self._state.ranks is None else joined_parts(batch)
+        if type(parts) is Parts:
+            if self._state.machine.module.sharded is not None:
+                raise ConfigError(
+                    "evaluate: a sharded model takes whole batches here, on every rank, and not the parts of one."
+                )
+            parts = parts_of(self._state, parts, "evaluate")
+            for number, part in zip(parts.numbers, parts.batches, strict=True):
+                self._place = index, number
+                if not is_empty(part):
+                    yield index * parts.total + number, part
+        elif self._ranks is None or index % self._ranks.size == self._ranks.rank:
+            self._place = index, 0
+            yield index, batch
+        self._whole += type(parts) is not Parts
 
     def add(self, name: str, value: Any, weight: Any) -> None:
         """Count a batch in."""
@@ -274,7 +285,7 @@ class _Totals:
                 "entry for each class."
             )
         if self._ranks is not None:
-            self._told.append((self._index, name, v, w))
+            self._told.append((self._place, name, v, w))
             return
         self._good[name] = self._good.get(name, True) & ((w >= 0) & (w < math.inf)).all()
         # a batch without weight has a mean of 0 / 0: it counts for nothing, rather than making all of it nan
@@ -287,7 +298,7 @@ class _Totals:
             if isinstance(metric, TorchMetric):
                 pair = _logits_and_labels(outputs, batch, "logits", None)
                 metric.update(*pair)
-                if self._ranks is not None and self._index < self._ranks.size:
+                if self._ranks is not None and self._whole < self._ranks.size:
                     self._first[name] = pair
                 continue
             result = metric(outputs, batch)
@@ -302,7 +313,7 @@ class _Totals:
         """Every value as a float, or None: the one time that the host waits."""
         alone: AbstractContextManager[object] = nullcontext()
         if self._ranks is not None:
-            if 0 <= self._index < self._ranks.size - 1:
+            if 0 < self._whole < self._ranks.size:
                 alone = given_all(self._torch_metrics, self._first, self._ranks, self._device)
             self._hear(self._ranks)
         values: dict[str, float | None] = {"loss": None, **dict.fromkeys(self._metrics)}
@@ -327,7 +338,7 @@ class _Totals:
 
     def _hear(self, ranks: Ranks) -> None:
         """Add what every process counted, in the order of the batches."""
-        told = [(index, name, v.cpu(), w.cpu()) for index, name, v, w in self._told]
+        told = [(place, name, v.cpu(), w.cpu()) for place, name, v, w in self._told]
         self._ranks, heard = None, ranks.gather_objects(told)
         for _, name, v, w in sorted((one for some in heard for one in some), key=lambda one: one[0]):
             self.add(name, v, w)

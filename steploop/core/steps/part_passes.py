@@ -24,6 +24,7 @@ __all__ = [
     "RanParts",
     "ended",
     "is_empty",
+    "joined_parts",
     "part_gradients",
     "parts_of",
     "run_part",
@@ -75,7 +76,7 @@ def parts_of(state: TrainState, batch: Any, by: str) -> Parts:
             f"{by}: the batch is Parts, but this state was made without ranks. Make it with TrainState.create(..., "
             "ranks=Ranks.here())."
         )
-    parts = _joined(batch)
+    parts = joined_parts(batch)
     if parts is None:
         raise ConfigError(
             f"{by}: this state was made with ranks, and takes the parts of a global batch. Give it split_parts(batch, "
@@ -89,15 +90,15 @@ def parts_of(state: TrainState, batch: Any, by: str) -> Parts:
     return parts
 
 
-def _joined(tree: Any) -> Parts | None:
+def joined_parts(tree: Any) -> Parts | None:
     """The parts of a tree whose fields are parts: (x, y) -> parts of (x, y). None if there are none."""
     if type(tree) is Parts:
         return tree
     fields = {}
     if isinstance(tree, Mapping):
-        fields = {key: _joined(value) for key, value in tree.items()}
+        fields = {key: joined_parts(value) for key, value in tree.items()}
     elif type(tree) in {tuple, list}:
-        fields = dict(enumerate(map(_joined, tree)))
+        fields = dict(enumerate(map(joined_parts, tree)))
     first = next((part for part in fields.values() if part is not None), None)
     if first is None:
         return None
