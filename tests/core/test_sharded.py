@@ -247,24 +247,19 @@ def test_a_nan_on_one_rank_skips_the_step_on_all(four):
 
 
 def evaluations():
-    """Loss over 5, 8 and 9 batches beside that of one process, whose batches are the same."""
+    """Loss over batches beside that of one process, whose batches are the same."""
     size = distributed.get_world_size()
     ours, alone = create(cut(network()), Ranks.here()), create(network(), Ranks(parts=size))
     data = [batch.T for batch in batches(9)]
-    gaps = [
+    return [
         evaluate(ours, data[:n], objective)["loss"] - evaluate(alone, data[:n], objective)["loss"]
-        for n in (5, 8, 9)
+        for n in (1, 3, 5, 8)
     ]
-    try:
-        evaluate(ours, data[:3], objective)
-    except steploop.ConfigError as error:
-        return gaps, str(error)
 
 
-def test_an_evaluation_takes_any_number_of_batches_from_as_many_as_there_are_ranks(four):
-    for gaps, said in four.run(evaluations):
-        assert gaps == pytest.approx([0, 0, 0], abs=1e-6)
-        assert said.startswith("evaluate: 3 batches are fewer than the 4 ranks")
+def test_an_evaluation_takes_any_number_of_batches(four):
+    for gaps in four.run(evaluations):
+        assert gaps == pytest.approx([0, 0, 0, 0], abs=1e-6)
 
 
 def norms():

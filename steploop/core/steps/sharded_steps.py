@@ -90,25 +90,14 @@ def require_weights(shares: Sequence[Any], ran: Sequence[bool], by: str) -> None
 def in_rounds(state: TrainState, batches: Iterable[Any]) -> Iterator[tuple[int | None, Any]]:
     """Index and batch of an evaluation by a sharded model, in which every rank takes part in every pass.
 
-    In a last round with fewer batches than ranks, those without one get their own of the round before, as index None.
-
-    Raises:
-        ConfigError: there are fewer batches than ranks.
+    In a last round with fewer batches than ranks, those without one take the first one again, as index None.
     """
     ranks = cast("Ranks", state.ranks)
-    before: list[Any] = []
     numbered = enumerate(batches)
     while chunk := list(islice(numbered, ranks.size)):
-        short = len(chunk) < ranks.size
-        if short and not before:
-            raise ConfigError(
-                f"evaluate: {len(chunk)} batches are fewer than the {ranks.size} ranks, each of which takes part in every pass of a "
-                "sharded model. Use smaller batches."
-            )
         yield from chunk
-        if short and ranks.rank >= len(chunk):
-            yield None, before[ranks.rank][1]
-        before = chunk
+        if ranks.rank >= len(chunk):
+            yield None, chunk[0][1]
 
 
 def check_slots_of_shards(state: TrainState, slots: dict[str, dict[str, Any]]) -> None:
