@@ -51,6 +51,7 @@ class Loop:
         begun_s: ``time.perf_counter()`` at the start of the run, for the times in the journal.
         witness: shown each step; None: steps that are skipped are only counted.
         team: the ranks that train together.
+        looked: whether there is nothing to look at in the state as it is: it is new, or its evaluation is in the log.
     """
 
     def __init__(
@@ -64,8 +65,10 @@ class Loop:
         begun_s: float,
         witness: Witness | None = None,
         team: Team | None = None,
+        looked: bool = True,
     ) -> None:
         self._team = team or Team()
+        self._looked = looked
         self._recipe = recipe
         self._plan = plan
         self._journal = journal
@@ -260,7 +263,8 @@ class Loop:
 
     def _closed(self, state: State) -> State:
         """The last state, kept; looked at once more where its last step was not evaluated."""
-        if self._ending == "limit" and self.evaluations.last != self._attempted and self._taken:
+        looked = self.evaluations.last == self._attempted or (self._looked and not self._taken)
+        if self._ending == "limit" and not looked:
             # this look leaves no trace in the state: a resume goes on as if it never stopped
             self._evaluated(state, fold=False)
         self._keeper.save(state, best=False)

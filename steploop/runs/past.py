@@ -21,12 +21,14 @@ class Past:
         metrics: of its last evaluation; empty where there was none.
         compiled: which form of the step ``--compile auto`` has chosen; None where it has not.
         forms: the lines that count forms of batches, which a compiled step goes by.
+        evaluated: (phase, attempted steps) of each evaluation.
     """
 
     seconds: float = 0.0
     metrics: Mapping[str, float | None] = attrs.field(factory=dict)
     compiled: bool | None = None
     forms: Sequence[Mapping[str, Any]] = ()
+    evaluated: frozenset[tuple[int, int]] = frozenset()
 
     def forms_seen(self, phase: int, attempted: int) -> dict[str, int]:
         """Form of a batch -> how often it had come in a phase after so many attempted steps."""
@@ -58,6 +60,13 @@ def read_past(directory: RunDirectory, status: Mapping[str, Any]) -> Past:
             and is_count(line.get("seen"))
             and is_count(line.get("attempted"))
         ],
+        evaluated=frozenset(
+            (line.get("phase", 0), line["attempted"])
+            for line in lines
+            if line.get("kind") == "eval"
+            and is_count(line.get("phase", 0))
+            and is_count(line.get("attempted"))
+        ),
     )
 
 

@@ -130,6 +130,7 @@ class Phases:
                 self._request.directory.path, phase=phase, report=screen.note, ranks=self._team.control
             ),
             team=self._team,
+            looked=not beginning.loaded or (phase, attempted_steps(state)) in self._past.evaluated,
         )
         if beginning.loaded:
             self._go_on(beginning, journal, loop)

@@ -1,5 +1,6 @@
 """What a run asks of an evaluation: numbers, by a trial before the first step; and it never costs the epoch before it."""
 
+import json
 import random
 
 import attrs
@@ -201,3 +202,26 @@ def test_an_epoch_is_saved_before_its_evaluation_begins(tmp_path):
 
     train(out, {"precision": "fp32"}, recipe=changed(tmp_path, evaluating(looking)))
     assert seen == [7, 14]
+
+
+def test_the_look_at_the_limit_that_a_kill_has_cost_is_taken_by_the_resume(tmp_path):
+    """The limit is met, its checkpoint stands, and the process dies in the evaluation after it."""
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    for out in (whole, cut):
+        train(out, limit_steps=5, checkpoint_every=5)
+    (cut / "metrics.jsonl").write_text(
+        "".join(json.dumps(line) + "\n" for line in lines(cut) if line["kind"] != "eval")
+    )
+    status = json.loads((cut / "status.json").read_bytes())
+    (cut / "status.json").write_text(
+        json.dumps({**status, "state": "running", "metrics": {}, "ending": None})
+    )
+    summary = train(cut, resume=True, limit_steps=5)
+    looks = [
+        [(line["attempted"], line["metrics"]) for line in lines(out) if line["kind"] == "eval"]
+        for out in (whole, cut)
+    ]
+    assert looks[0] == looks[1]
+    assert summary.metrics == looks[0][0][1]
+    train(cut, resume=True, limit_steps=5)  # and once only
+    assert [line for line in lines(cut) if line["kind"] == "eval"][1:] == []
