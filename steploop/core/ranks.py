@@ -9,6 +9,7 @@ import attrs
 import torch
 from torch import Tensor
 
+from steploop.core.rank_meeting import meet
 from steploop.core.trees import UNCOUNTED, count_samples, map_tensors
 from steploop.core.validators import require_int
 from steploop.errors import ConfigError, DataError
@@ -143,12 +144,18 @@ def _joined() -> tuple[int, int] | None:
 
 def _join(timeout_s: float) -> None:
     from torch import distributed
+    from torch.distributed import PrefixStore, rendezvous  # type: ignore[attr-defined]  # torch does not list them
 
     backend = "gloo"
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
         backend = "cpu:gloo,cuda:nccl"
-    distributed.init_process_group(backend, timeout=timedelta(seconds=timeout_s))
+    timeout = timedelta(seconds=timeout_s)
+    store, rank, size = next(rendezvous("env://", timeout=timeout))
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":  # torchrun's, which outlives the ranks
+        name = meet(PrefixStore("steploop", store), rank, size, timeout_s)
+        store = PrefixStore(f"steploop/{name}", store)
+    distributed.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout)
 
 
 @attrs.frozen(eq=False)

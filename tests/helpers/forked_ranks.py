@@ -19,14 +19,16 @@ def environment(**values):
 class ForkedRanks:
     """``steploop ...`` on ``size`` ranks; on one, a plain process.
 
-    They find each other in a store of this process, as under torchrun in one of torchrun; which makes a new one for each
-    ``attempt``.
+    They find each other in a store of this process, as under torchrun in one of torchrun; which starts them again with the
+    same one: ``again`` are the ranks before.
     """
 
-    def __init__(self, folder, size, *arguments, attempt=0, **variables):
+    def __init__(self, folder, size, *arguments, again=None, **variables):
         self.size = size
-        store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-        _stores.append(store)
+        self.attempt = 0 if again is None else again.attempt + 1
+        if again is None:
+            _stores.append(TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False))
+        self.store = store = _stores[-1] if again is None else again.store
         self.ranks = []
         for rank in range(size):
             (own := folder / f"rank-{rank}").mkdir(exist_ok=True, parents=True)
@@ -34,7 +36,7 @@ class ForkedRanks:
                 "RANK": rank, "WORLD_SIZE": size, "LOCAL_RANK": rank, "LOCAL_WORLD_SIZE": size,
                 "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": store.port, "GLOO_SOCKET_IFNAME": "lo",
                 "TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_RUN_ID": "test",
-                "TORCHELASTIC_RESTART_COUNT": attempt,
+                "TORCHELASTIC_RESTART_COUNT": self.attempt,
             }  # fmt: skip
             inside = environment(**(where if size > 1 else {}), **variables)
             self.ranks.append(Forked(own, *arguments, inside=inside))

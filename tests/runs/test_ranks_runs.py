@@ -130,9 +130,10 @@ def test_ranks_that_are_started_again_go_on_with_their_run(named, whole, tmp_pat
     out = tmp_path / "run" if named else tmp_path / "runs" / f"{path.rpartition('/')[2][:-3]}-1"
     given = ["run", path, "--parts", "4", *GIVEN, "--checkpoint-every", "2"]
     given += ["--out", str(out)] if named else []
-    assert ForkedRanks(tmp_path, 2, *given, FAULT="kill").end()[0] == (7, -9)
+    first = ForkedRanks(tmp_path, 2, *given, FAULT="kill")
+    assert first.end()[0] == (7, -9)
     assert steps(out)[-1] in {2, 4}  # the newest may have been on its way to the disk
-    codes, said, errors = ForkedRanks(tmp_path, 2, *given, attempt=1).end()
+    codes, said, errors = ForkedRanks(tmp_path, 2, *given, again=first).end()
     assert codes == (0, 0), errors
     assert f'"run": "{out if named else out.relative_to(tmp_path)}"' in said[0]
     assert digest(out)[1] == digest(whole)[1]

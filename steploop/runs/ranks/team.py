@@ -11,6 +11,7 @@ from datetime import timedelta
 from hashlib import sha256
 from pathlib import Path
 from typing import Any, TypeVar
+from uuid import uuid4
 
 import attrs
 
@@ -78,7 +79,8 @@ class Team:
             out: the directory that was named, or None.
             name: of the recipe.
         """
-        if not self.several or attempt() == 0:
+        # on each machine torchrun counts its own restarts
+        if not self.several or not any(self.control.gather_objects(attempt())):
             return None
 
         def found() -> str | None:
@@ -227,11 +229,15 @@ def assembled(*, exact: bool = True, limit_s: float | None = None) -> Iterator[T
         raise ConfigError(f"rank_timeout must be a number of seconds >= 1, but is {limit_s!r}.")
     from torch import distributed
 
+    global _teams  # noqa: PLW0603
+    _teams += 1
     ranks = Ranks.here(exact=exact, timeout_s=limit_s)
     group = distributed.new_group(backend="gloo", timeout=timedelta(seconds=limit_s))
     control = attrs.evolve(ranks, group=group)
     processes = control.gather_objects(Process.here())
-    watch = PeerWatch(_store(), ranks.rank, processes)
+    # of this run and this start of it: torchrun's store may hold what the ranks before said
+    name = control.broadcast_object(uuid4().hex)
+    watch = PeerWatch(_store(name), ranks.rank, processes)
     team = Team(ranks=ranks, control=control, limit_s=limit_s, watch=watch, launch=launch_id(_teams))
     try:
         yield team
@@ -247,13 +253,11 @@ def assembled(*, exact: bool = True, limit_s: float | None = None) -> Iterator[T
     watch.close()
 
 
-def _store() -> Any:
-    """The store where the ranks found each other, in a corner for this run."""
-    global _teams  # noqa: PLW0603  (a second run in this process gets another corner)
+def _store(name: str) -> Any:
+    """The store where the ranks found each other, in a corner of this name."""
     from torch.distributed import PrefixStore, TCPStore  # type: ignore[attr-defined]  # torch does not list them
 
-    _teams += 1
     host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     # a connection of our own: the group's may be waiting
     store = TCPStore(host, port, is_master=False, wait_for_workers=False, timeout=timedelta(seconds=30))
-    return PrefixStore(f"steploop/{_teams}", store)
+    return PrefixStore(f"steploop/{name}", store)
