@@ -17,6 +17,9 @@ from steploop.errors import ConfigError, DataError
 __all__ = ["Parts", "Ranks", "split_parts", "without_samples"]
 
 
+_TO_START_S = 60.0  # ranks are given at least: machines start at their own speed
+
+
 @attrs.frozen(kw_only=True)
 class Ranks:
     """The processes that train one state together, each with its own parts of every batch.
@@ -153,7 +156,7 @@ def _join(timeout_s: float) -> None:
     timeout = timedelta(seconds=timeout_s)
     store, rank, size = next(rendezvous("env://", timeout=timeout))
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":  # torchrun's, which outlives the ranks
-        name = meet(PrefixStore("steploop", store), rank, size, timeout_s)
+        name = meet(PrefixStore("steploop", store), rank, size, max(timeout_s, _TO_START_S))
         store = PrefixStore(f"steploop/{name}", store)
     distributed.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout)
 
