@@ -11,7 +11,16 @@ from torch import Tensor
 
 from steploop.errors import ConfigError
 
-__all__ = ["DTYPES", "LossScale", "Precision", "autocast", "best_precision", "check_precision", "on_host"]
+__all__ = [
+    "DTYPES",
+    "LossScale",
+    "Precision",
+    "autocast",
+    "best_precision",
+    "check_precision",
+    "float32",
+    "on_host",
+]
 
 Precision = Literal["fp32", "bf16", "fp16"]
 DTYPES = {
@@ -20,6 +29,7 @@ DTYPES = {
     "fp16": torch.float16,
 }  # what products are computed in
 _NO_AUTOCAST: AbstractContextManager[None] = nullcontext()
+_FLOAT32 = struct.Struct("f")
 
 
 def on_host(tensor: Tensor) -> bool:
@@ -27,17 +37,17 @@ def on_host(tensor: Tensor) -> bool:
     return type(tensor) is Tensor and tensor.is_cpu
 
 
-def _float32(x: float) -> float:
+def float32(x: float) -> float:
     """Round ``x`` to float32, to inf if it does not fit, as torch's scale does."""
     try:
-        return float(struct.unpack("f", struct.pack("f", x))[0])
+        return _FLOAT32.unpack(_FLOAT32.pack(x))[0]  # type: ignore[no-any-return]
     except OverflowError:
         return math.inf
 
 
 def _to_float32(value: Any) -> Any:
     """Round a number to float32; return anything else (a tensor, a mistake) unchanged."""
-    return _float32(value) if isinstance(value, int | float) else value
+    return float32(value) if isinstance(value, int | float) else value
 
 
 def _scale_is_legal(owner: "LossScale", attribute: Any, value: Any) -> None:
@@ -99,7 +109,7 @@ class LossScale:
         """Return 1 / S, divided in float64 and rounded to float32 as torch does."""
         if isinstance(self.scale, Tensor):
             return self.scale.double().reciprocal().float()
-        return _float32(1.0 / self.scale) if self.scale else math.inf
+        return float32(1.0 / self.scale) if self.scale else math.inf
 
     def updated(self, finite: bool | Tensor) -> "LossScale":
         """Return the scale after a step whose gradients were finite, or not."""
@@ -107,12 +117,12 @@ class LossScale:
             return self._updated_on_device(torch.as_tensor(finite))
         if not finite:
             return attrs.evolve(
-                self, scale=max(_float32(self.scale * self.backoff_factor), self.floor), growth_tracker=0
+                self, scale=max(float32(self.scale * self.backoff_factor), self.floor), growth_tracker=0
             )
         tracker = int(self.growth_tracker) + 1
         if tracker < self.growth_interval:
             return attrs.evolve(self, growth_tracker=tracker)
-        grown = _float32(self.scale * self.growth_factor)
+        grown = float32(self.scale * self.growth_factor)
         return attrs.evolve(self, scale=grown if math.isfinite(grown) else self.scale, growth_tracker=0)
 
     def _updated_on_device(self, finite: Tensor) -> "LossScale":

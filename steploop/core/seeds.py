@@ -41,6 +41,6 @@ def fold_in(seed: int, *coordinates: int) -> int:
     """
     h = (seed * _GOLDEN + _GOLDEN) & _MASK
     for x in coordinates:
-        h = (((h ^ (h >> 32) ^ x) & _MASK) * _MIX_1 + _GOLDEN) & _MASK
+        h = ((h ^ (h >> 32) ^ x) * _MIX_1 + _GOLDEN) & _MASK
     h = ((h ^ (h >> 29)) * _MIX_2) & _MASK
     return h ^ (h >> 32)

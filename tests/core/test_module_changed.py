@@ -147,6 +147,25 @@ def test_a_module_that_is_changed_behind_the_state_is_refused_by_name_at_the_nex
     assert "TrainState.create(model" in str(caught.value)
 
 
+class Tempered(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.temperature, self.body = nn.Parameter(torch.ones(1)), nn.Linear(3, 2)
+
+    def forward(self, x):
+        return self.body(x) * self.temperature
+
+
+def test_an_equal_tensor_in_the_place_of_a_parameter_of_one_element_is_another_one():
+    state = step(create(Tempered), batches()[0])
+    state.model.temperature = nn.Parameter(state.params["temperature"].detach().clone())
+    with pytest.raises(
+        ConfigError,
+        match=re.escape(BEHIND.format("its parameter temperature was replaced by another tensor")),
+    ):
+        step(state, batches()[1])
+
+
 def test_a_buffer_replaced_before_an_evaluation_is_refused_there():
     state = step(TrainState.create(made(chain), SGD), batches()[0])
     gives_a_buffer(state.model)

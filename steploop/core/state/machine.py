@@ -162,9 +162,11 @@ class Machine:
         self, lease: Lease, tensors: TensorValues, hyper: tuple[Mapping[str, Any], ...]
     ) -> Callable[[], None] | None:
         """Make the optimizer hold these values; a function that puts the others back after the call, or None."""
-        own = self.holder.holds(lease) or self.holder.free()
+        holds = self.holder.holds(lease)
+        own = holds or self.holder.free()
         if own and self._pointed is tensors.params and not self.third_party:
-            self.holder.give_to(lease)
+            if not holds:
+                self.holder.give_to(lease)
             self._set_hyper(hyper)
             return None
         put_back = self._putting_back()

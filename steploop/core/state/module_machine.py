@@ -55,14 +55,23 @@ class ModuleMachine:
         self._buffers_placed: list[Tensor | None] | None = [where[key] for where, key in self._persistent]
         # a sharded parameter may have the whole one in its place
         hidden = self.sharded.names if self.sharded is not None else ()
+        hiding = {id(where) for where, _, name in self.param_places if name in hidden}
+        self._registered = [
+            m._parameters for m in modules.values() if m._parameters and id(m._parameters) not in hiding
+        ]
         self._seen_places = [place for place in self.param_places if place[2] not in hidden]
+        self._one_by_one = _not_by_equality(self._seen_places, self._registered)
         self._note_placed(params)
         self._placing: Mapping[str, Tensor] = params
         self._dicts = [where for m in modules.values() for where in (m._modules, m._parameters, m._buffers)]
         self._sizes = list(map(len, self._dicts))
-        self._names = _names(model)
         self._children = [m._modules for m in modules.values() if m._modules]
         self._known_children = list(map(dict, self._children))
+        compared = set(map(id, (*self._registered, *self._children)))
+        self._empty = [where for where in self._dicts if not where]
+        self._counted = [where for where in self._dicts if where and id(where) not in compared]
+        self._counts = list(map(len, self._counted))
+        self._names = _names(model)
         plain = nn.Module.get_extra_state
         self.extras = [(name, m) for name, m in modules.items() if type(m).get_extra_state is not plain]
         self.attributes = PlainAttributes(modules)
@@ -87,7 +96,7 @@ class ModuleMachine:
     def _note_placed(self, params: Mapping[str, Tensor]) -> None:
         """Remember what ``check`` compares with."""
         self.placed = params
-        self._expected = [(where, key, params[name]) for where, key, name in self._seen_places]
+        self._expected = list(map(dict, self._registered))
 
     def place_buffers(self, buffers: Mapping[str, Tensor]) -> None:
         """Point the module at these buffers; one that is not among them is None."""
@@ -146,10 +155,12 @@ class ModuleMachine:
         if not checked:
             self.check()
         holder = self.holder
-        if holder.holds(lease) or holder.free():
+        holds = holder.holds(lease)
+        if holds or holder.free():
             if self.placed is not params or self._placing is not params:
                 self.place_params(params)
-            holder.give_to(lease)
+            if not holds:
+                holder.give_to(lease)
             return None
         before = self.placed
         self.place_params(params)
@@ -178,7 +189,7 @@ class ModuleMachine:
     def check(self) -> None:
         """Raise ConfigError if somebody put other tensors or layers into the module.
 
-        Costs 30 ns for each place and each layer.
+        Costs 10 ns for each place and each layer.
         """
         if (
             self.sharded is not None
@@ -186,26 +197,31 @@ class ModuleMachine:
         ):
             raise _changed(f"its parameter {name} was replaced by another tensor")
         try:
-            for where, key, tensor in self._expected:
-                if where[key] is not tensor:
-                    break
-            else:
-                if (
-                    list(map(len, self._dicts)) == self._sizes
-                    and self._children
-                    == self._known_children  # in C, and by identity: layers have no equality
-                    and self._first_is_as_it_was()
-                ):
-                    return
-        except (KeyError, IndexError):
+            # dictionaries are compared in C, and by identity: layers have no equality, and that of two tensors of more
+            # than one element is no truth
+            if (
+                self._registered == self._expected
+                and self._children == self._known_children
+                and not any(self._empty)
+                and (not self._counted or list(map(len, self._counted)) == self._counts)
+                and (not self._one_by_one or self._each_is_as_it_was())
+                and self._first_is_as_it_was()
+            ):
+                return
+        except Exception:  # noqa: BLE001, S110  (whatever a comparison of two tensors raises, they are two)
             pass
         self._explain()
 
+    def _each_is_as_it_was(self) -> bool:
+        return all(where[key] is self.placed[name] for where, key, name in self._one_by_one)
+
     def _first_is_as_it_was(self) -> bool:
         """Whether the first parameter stands where it stood, in its dtype: ``model.to()`` changes them all, in place."""
-        if not self._expected or self.sharded is not None:  # of whose parameters FSDP keeps dtype and device
+        # of sharded ones FSDP keeps dtype and device
+        if not self.param_places or self.sharded is not None:
             return True
-        first = self._expected[0][2]
+        where, key, _ = self.param_places[0]
+        first = where[key]
         return first.dtype is self._kind[0] and first.device == self._kind[1]
 
     def _explain(self) -> None:
@@ -220,7 +236,8 @@ class ModuleMachine:
         if list(map(len, self._dicts)) != self._sizes:
             raise _changed(self._difference())
         if not self._first_is_as_it_was():
-            name, first = self.param_places[0][2], self._expected[0][2]
+            where, key, name = self.param_places[0]
+            first = where[key]
             raise _changed(
                 f"its parameters were moved: {name} is {first.dtype} on {first.device} now, and was {self._kind[0]} on "
                 f"{self._kind[1]} when the state was made"
@@ -325,6 +342,16 @@ def _lists_of(modules: Mapping[str, nn.Module], names: Mapping[int, str]) -> lis
                 items = enumerate(value) if type(value) is list else value.items()
                 found += [(value, key, names[id(item)]) for key, item in items if id(item) in names]
     return found
+
+
+def _not_by_equality(places: list[_Place], registered: list[dict[str, Tensor | None]]) -> list[_Place]:
+    """The places where ``==`` of dictionaries would not tell one tensor from another, or that stand in others."""
+    known = set(map(id, registered))
+    return [
+        (where, key, name)
+        for where, key, name in places
+        if id(where) not in known or type(where[key]) is not nn.Parameter or where[key].numel() < 2
+    ]
 
 
 def _names(model: nn.Module) -> list[str]:

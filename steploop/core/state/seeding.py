@@ -31,23 +31,16 @@ class _Words:
 
     def __init__(self, address: int, *, position: int) -> None:
         self._address = address
-        self._position = ctypes.c_uint32.from_address(address + 4 * position)
-        self._word = ctypes.c_uint32.from_address(address + 4 * 300)
-        self._kept: tuple[tuple[int, int] | None, bytes] = (None, b"")
+        self.position = ctypes.c_uint32.from_address(address + 4 * position)
+        self.word = ctypes.c_uint32.from_address(address + 4 * 300)
 
     def mark(self) -> tuple[int, int]:
         """What differs after a draw."""
-        return self._position.value, self._word.value
+        return self.position.value, self.word.value
 
     def copy(self) -> bytes:
         """The state."""
         return ctypes.string_at(self._address, _STATE_BYTES)
-
-    def kept(self, mark: tuple[int, int]) -> bytes:
-        """The state, whose mark this is: the copy of the last time, where nothing was drawn since."""
-        if self._kept[0] != mark:
-            self._kept = mark, self.copy()
-        return self._kept[1]
 
     def put(self, state: bytes) -> None:
         """Take a state that ``copy`` gave."""
@@ -152,34 +145,45 @@ def generators_of(device: torch.device) -> tuple[torch.Generator, ...]:
     return (torch.default_generator,)
 
 
+# positions and words of Python's generator and of NumPy's, and the second Gaussian of a pair that ``random.gauss`` made
+_Marks = tuple[int, int, int, int, float | None]
+
+
 class SeededGenerators:
     """Keeps the generators of the caller on entering and puts them back on leaving; in between they are seeded.
 
     Args:
         generators: torch's.
-        coordinates: seed at once, from these; without any, ``seed`` is called later.
+        coordinates: seed at once, from these; if it is empty, ``seed`` is called later.
         others: seed Python's and NumPy's too. False only watches them, for a fifth of the time: ``moved`` says whether
             something was drawn, and leaving puts them back in either case.
     """
 
-    __slots__ = ("_coordinates", "_generators", "_kept", "_marks", "_others", "_others_kept")
+    __slots__ = ("_coordinates", "_generators", "_kept", "_marks", "_numpy", "_others", "_others_kept")
+
+    # of the callers' generators that were watched last: their marks, and both states
+    _last: tuple[_Words | None, _Marks | None, bytes, bytes] = (None, None, b"", b"")
 
     def __init__(
-        self, generators: tuple[torch.Generator, ...], *coordinates: int, others: bool = True
+        self, generators: tuple[torch.Generator, ...], coordinates: tuple[int, ...], others: bool
     ) -> None:
         self._generators = generators
         self._coordinates = coordinates
         # what cannot be watched is seeded
         self._others = others or _PYTHON.words is None or _NUMPY.look() is _NUMPY._own or _NUMPY.words is None
+        self._numpy = _OWN_NUMPY_WORDS if self._others else _NUMPY.words
 
     def __enter__(self) -> Self:
-        self._kept = [generator.get_state() for generator in self._generators]
+        self._kept = [(generator, generator.get_state()) for generator in self._generators]
         if self._others:
             self._others_kept: Any = _PYTHON.keep(), _NUMPY.keep()
         else:
-            python, numpy, gauss = _PYTHON.words, _NUMPY.words, _GLOBAL.gauss_next
-            self._marks = marks = python.mark(), numpy.mark(), gauss  # type: ignore[union-attr]  # looked at
-            self._others_kept = gauss, python.kept(marks[0]), numpy.kept(marks[1])  # type: ignore[union-attr]
+            self._marks, numpy = self._look(), self._numpy
+            kept = SeededGenerators._last
+            if kept[1] != self._marks or kept[0] is not numpy:  # something was drawn since
+                kept = numpy, self._marks, _PYTHON.words.copy(), numpy.copy()  # type: ignore[union-attr]  # watched
+                SeededGenerators._last = kept
+            self._others_kept = kept
         if self._coordinates:
             try:
                 self.seed(*self._coordinates)
@@ -196,8 +200,7 @@ class SeededGenerators:
         if self._others:
             random.seed(seed)
             _NUMPY.seed(seed)
-            words = _PYTHON.words
-            self._marks = None if words is None else words.mark(), _OWN_NUMPY_WORDS.mark(), _GLOBAL.gauss_next
+            self._marks = self._look()
 
     @property
     def watched(self) -> bool:
@@ -206,20 +209,25 @@ class SeededGenerators:
 
     def moved(self) -> bool:
         """Whether something was drawn from Python's or NumPy's generator since they were seeded or kept."""
-        numpy = _OWN_NUMPY_WORDS if self._others else _NUMPY.words
-        python = _PYTHON.words
+        return self._marks is None or self._look() != self._marks
+
+    def _look(self) -> _Marks | None:
+        """What differs after a draw; None where that cannot be read."""
+        python, numpy = _PYTHON.words, self._numpy
         if python is None or numpy is None:
-            return True
-        return (python.mark(), numpy.mark(), _GLOBAL.gauss_next) != self._marks
+            return None
+        return (
+            python.position.value, python.word.value, numpy.position.value, numpy.word.value, _GLOBAL.gauss_next,
+        )  # fmt: skip
 
     def __exit__(self, *_: object) -> None:
-        for generator, kept in zip(self._generators, self._kept, strict=True):
+        for generator, kept in self._kept:
             generator.set_state(kept)
         if self._others:
             python, numpy = self._others_kept
             _PYTHON.restore(python)
             _NUMPY.restore(numpy)
         elif self.moved():
-            _GLOBAL.gauss_next, words, state = self._others_kept
-            _PYTHON.words.put(words)  # type: ignore[union-attr]  # they were watched
-            _NUMPY.words.put(state)  # type: ignore[union-attr]
+            numpy, (*_, _GLOBAL.gauss_next), words, state = self._others_kept
+            _PYTHON.words.put(words)  # type: ignore[union-attr]  # likewise
+            numpy.put(state)

@@ -10,6 +10,17 @@ from contextlib import ExitStack
 from typing import Any, Concatenate, ParamSpec, Protocol, TypeVar
 
 import torch
+from torch import get_default_dtype, is_autocast_enabled, is_grad_enabled, is_inference_mode_enabled
+
+try:
+    # asked at every step function: for a device it costs three times as much
+    from torch._C import _is_any_autocast_enabled as any_autocast
+except ImportError:  # it is private, and may go
+
+    def any_autocast() -> bool:
+        """Autocast may be on for some device."""
+        return True
+
 
 __all__ = ["DefaultDtype", "is_usual", "shield", "shielded"]
 
@@ -47,9 +58,9 @@ class DefaultDtype:
 def is_usual(machine: _Machine) -> bool:
     """Whether nothing around the call would get into a step of ``machine``."""
     return (
-        torch.get_default_dtype() is machine.default_dtype
-        and not torch.is_inference_mode_enabled()
-        and not torch.is_autocast_enabled(machine.device_type)
+        get_default_dtype() is machine.default_dtype
+        and not is_inference_mode_enabled()
+        and not (any_autocast() and is_autocast_enabled(machine.device_type))
     )
 
 
@@ -77,17 +88,17 @@ def shielded(function: Callable[Concatenate[S, P], R]) -> Callable[Concatenate[S
     @functools.wraps(function)
     def call(state: S, /, *args: P.args, **kwargs: P.kwargs) -> R:
         machine: _Machine = state.machine
-        if (
-            torch.get_default_dtype() is machine.default_dtype
-            and not torch.is_inference_mode_enabled()
-            and not torch.is_autocast_enabled(machine.device_type)
+        if (  # as is_usual says, without a call
+            get_default_dtype() is machine.default_dtype
+            and not is_inference_mode_enabled()
+            and not (any_autocast() and is_autocast_enabled(machine.device_type))
         ):
-            grad = torch.is_grad_enabled()
+            grad = is_grad_enabled()
             try:
                 return function(state, *args, **kwargs)
             finally:
                 # an exception between the switch of a grad mode and the `with` that undoes it would leave it switched
-                if torch.is_grad_enabled() is not grad:
+                if is_grad_enabled() is not grad:
                     torch.set_grad_enabled(grad)
         with shield(machine):
             return function(state, *args, **kwargs)

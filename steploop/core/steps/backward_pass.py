@@ -9,7 +9,7 @@ from torch import Tensor
 from steploop.core.state.parts import TensorValues
 from steploop.core.state.trace import trace_of
 from steploop.core.state.train_state import TrainState
-from steploop.core.steps.forward_pass import translated
+from steploop.core.steps.forward_pass import drop_leftovers, translated
 from steploop.errors import ObjectiveError, SpentStateError
 
 try:
@@ -60,9 +60,7 @@ def gradients(
     """
     leaves = state.tensors.leaves
     if not keep:
-        for leaf in leaves:
-            if leaf.grad is not None:  # somebody's leftover would be added to ours
-                leaf.grad = None
+        drop_leftovers(leaves)
     try:
         _backward(loss, seed, keep_graph=keep_graph)
     except (RuntimeError, MemoryError) as error:
@@ -99,11 +97,13 @@ def _backward(loss: Tensor, seed: Tensor, *, keep_graph: bool) -> None:
 
 def require_some(grads: list[Tensor | None]) -> None:
     """Raise ObjectiveError if no parameter of the state has a gradient."""
-    if all(grad is None for grad in grads):
-        raise ObjectiveError(
-            "No parameter of the state got a gradient: the loss depends on other tensors than the state's. Let the objective "
-            "compute with the model that it is given, objective(model, batch), and with no other copy of it."
-        )
+    for grad in grads:
+        if grad is not None:
+            return
+    raise ObjectiveError(
+        "No parameter of the state got a gradient: the loss depends on other tensors than the state's. Let the objective "
+        "compute with the model that it is given, objective(model, batch), and with no other copy of it."
+    )
 
 
 def recomputed(

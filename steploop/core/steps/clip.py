@@ -123,6 +123,9 @@ def _refuse_partial(bound: str, grads: list[Tensor], *, sharded: bool) -> None:
 
 
 def _one_bound(max_norm: float | None, max_value: float | None, adaptive: float | None) -> str:
+    if max_norm is not None and max_value is None and adaptive is None:  # the usual one, at every step
+        check_bound("unscale_and_clip: max_norm", max_norm)
+        return "max_norm"
     given = [
         (k, v)
         for k, v in (("max_norm", max_norm), ("max_value", max_value), ("adaptive", adaptive))

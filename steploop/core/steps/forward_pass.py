@@ -1,6 +1,6 @@
 """Forward passes of an objective on a state's values, in training mode, whatever the surroundings are."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack
 from typing import Any, Self
 
@@ -22,6 +22,7 @@ __all__ = [
     "Objective",
     "TrainingPasses",
     "did_not_fit",
+    "drop_leftovers",
     "read_objective",
     "seeded_generators",
     "surroundings",
@@ -39,11 +40,18 @@ def seeded_generators(machine: Machine, *coordinates: int, others: bool = True) 
     """Seed the generators that a computation of ``machine`` may draw from, for the length of a ``with`` block."""
     if machine.generators is None:
         machine.generators = generators_of(machine.device)
-    return SeededGenerators(machine.generators, *coordinates, others=others)
+    return SeededGenerators(machine.generators, coordinates, others)
 
 
 class DrewElsewhere(Exception):  # noqa: N818  (it says what happened: the passes are taken again)
     """A pass drew from Python's or NumPy's generator for the first time, when they were not seeded."""
+
+
+def drop_leftovers(leaves: Sequence[Tensor]) -> None:
+    """Let no parameter have a ``.grad``: somebody's leftover would be added to ours."""
+    for leaf in leaves:
+        if leaf.grad is not None:
+            leaf.grad = None
 
 
 def surroundings(machine: Machine, precision: Precision, *, grad: bool = True) -> AbstractContextManager[Any]:
@@ -108,9 +116,7 @@ class TrainingPasses:
         module, tensors = machine.module, state.tensors
         if machine.not_trained:
             machine.check_frozen(tensors.params)
-        for leaf in tensors.leaves:
-            if leaf.grad is not None:  # somebody's leftover would be added to ours
-                leaf.grad = None
+        drop_leftovers(tensors.leaves)
         self._own_params = self._params()
         self._before = module.point(state.lease, self._own_params)
         if self._before is not None:
@@ -188,8 +194,7 @@ class TrainingPasses:
             raise ours from error
         if self._drawing:
             self._look_at_draws()
-        found = [leaf.grad for leaf in leaves if leaf.grad is not None]
-        if found and (len(found) != len(grads) or any(g._version != version for g, version in grads)):
+        if _have_changed(leaves, grads):
             raise ObjectiveError(
                 "The objective called backward() itself. An objective returns the loss; backward_scaled computes the "
                 "gradients. For gradients inside of an objective, use torch.autograd.grad(..., create_graph=True)."
@@ -256,7 +261,7 @@ class TrainingPasses:
             if not self._drawing:
                 _require_traceable(tensors.extra, changes["extra"])
         self.tensors = tensors.replace(**changes) if changes else tensors
-        return state.flight.began or Began(tensors, self._kept(overwritten))
+        return state.flight.began or Began(tensors, self._kept(overwritten) if overwritten else {})
 
     def _kept(self, names: list[str]) -> dict[str, Tensor]:
         """The first values of parameters that were overwritten; of one that moved for the first time there is none."""
@@ -284,6 +289,15 @@ class TrainingPasses:
         known = machine.moved or ()
         pairs = zip(machine.trainable, versions, self._versions, strict=True)
         return [name for name, now, before in pairs if now != before or name in known]
+
+
+def _have_changed(leaves: Sequence[Tensor], grads: list[tuple[Tensor, int]]) -> bool:
+    """Whether the leaves have other gradients than ``grads``, which are given with their versions."""
+    count = 0
+    for leaf in leaves:
+        if leaf.grad is not None:
+            count += 1
+    return count > 0 and (count != len(grads) or any(g._version != version for g, version in grads))
 
 
 def _require_traceable(before: Mapping[str, Any], now: Mapping[str, Any]) -> None:

@@ -99,14 +99,14 @@ def optimizer_step(
         advanced = _selected(state, finite)  # type: ignore[arg-type]  # a tensor that is being traced
     last = flight if evaluations is None else evaluations.last.flight
     known, finite = advanced.pop("known", last.known), advanced.pop("finite", finite)
-    new = state.replace(
-        scale=None if state.scale is None else state.scale.updated(finite),
-        attempted_steps=state.attempted_steps + 1,
-        batch=state.batch + 1,
-        flight=flight.ended(finite=finite, known=known),
-        generation=state.lease.hand_on("optimizer_step"),
-        **advanced,
-    )  # fmt: skip
+    advanced |= {
+        "scale": None if state.scale is None else state.scale.updated(finite),
+        "attempted_steps": state.attempted_steps + 1,
+        "batch": state.batch + 1,
+        "flight": flight.ended(finite=finite, known=known),
+        "generation": state.lease.hand_on("optimizer_step"),
+    }
+    new = state.over(state.__dict__ | advanced)
     if finite is False and new.nonfinite_steps >= max_nonfinite_steps:
         check_nonfinite(
             new, max_nonfinite_steps, first_nonfinite(state if evaluations is None else evaluations.last)
@@ -265,19 +265,20 @@ def _explain_third_party(state: TrainState, error: BaseException) -> None:
 
 def _decided(state: TrainState, evaluations: Evaluations | None, *, finite: bool) -> dict[str, Any]:
     """What a step changes where the host knows whether it is finite."""
-    skipped = {"finite": False, "nonfinite_steps": state.nonfinite_steps + 1}
     if not finite:
         state.lease.tear()
-        return {"tensors": _as_it_began(state), **skipped}
+        return {"tensors": _as_it_began(state), "nonfinite_steps": state.nonfinite_steps + 1}
     changed = _run_optimizer(state, evaluations)
     if evaluations is not None and evaluations.spoiled(changed["tensors"]):
         slots, beside, hyper = evaluations.undo(state)
         return {
             "tensors": _as_it_began(state).replace(slots=slots, beside=beside),
             "hyper": hyper,
-            **skipped,
+            "finite": False,
+            "nonfinite_steps": state.nonfinite_steps + 1,
         }
-    return {**changed, "applied_steps": state.applied_steps + 1, "nonfinite_steps": 0}
+    changed["applied_steps"], changed["nonfinite_steps"] = state.applied_steps + 1, 0
+    return changed
 
 
 def _as_it_began(state: TrainState) -> TensorValues:
