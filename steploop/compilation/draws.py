@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, fx
 
 from steploop.compilation.generator_events import Event, mark
+from steploop.core.ambient_generators import generators_of
 from steploop.core.seeds import fold_in
-from steploop.core.state.seeding import generators_of
 from steploop.errors import CompileError
 
 __all__ = ["Draws", "drawing", "is_random"]

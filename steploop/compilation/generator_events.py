@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import fx
 
-from steploop.core.state.seeding import generators_of
+from steploop.core.ambient_generators import generators_of
 from steploop.errors import CompileError
 
 __all__ = ["Event", "Events", "TracedGenerators", "mark"]

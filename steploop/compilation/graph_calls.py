@@ -16,9 +16,9 @@ from steploop.compilation.leaves import constants_of, counted_on_host, signature
 from steploop.compilation.next_state import SPENDER, Advance
 from steploop.compilation.parameter_flags import flags_of, same_flags
 from steploop.compilation.plans import StepPlan
+from steploop.core.ambient_generators import generators_of
 from steploop.core.seeds import fold_in
 from steploop.core.state.parts import InFlight
-from steploop.core.state.seeding import generators_of
 from steploop.core.state.train_state import TrainState
 from steploop.core.steps.set_rates import put_rates, schedule, values_at
 

@@ -4,18 +4,17 @@ A request says everything that a batch depends on, so that it does not matter wh
 Errors travel back as values: an exception that crosses a process loses its type, or cannot be built again.
 """
 
-import random
 import traceback
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from typing import Any, Protocol
 
 import attrs
-import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset, Subset, default_collate, get_worker_info
 
+from steploop.core.ambient_generators import ambient_kept, generators_of, seed_ambient
 from steploop.core.seeds import fold_in
 from steploop.core.trees import map_tensors
 from steploop.data.accepted import is_tensors
@@ -31,10 +30,10 @@ __all__ = [
     "PartRequests",
     "Request",
     "Transform",
-    "ambient_generators_restored",
     "listed",
-    "seed_ambient_generators",
 ]
+
+_ON_CPU = generators_of(torch.device("cpu"))  # a sample is made on the CPU
 
 Transform = Callable[[Any, torch.Generator], Any]
 """``(sample, generator) -> sample``; the generator (CPU) is seeded by (seed, epoch, sample index)."""
@@ -165,25 +164,6 @@ def listed(indices: list[int]) -> str:
     return f"samples [{shown}{f', ... {len(indices)} in all' if len(indices) > 16 else ''}]"
 
 
-@contextmanager
-def ambient_generators_restored() -> Iterator[None]:
-    """Restore afterwards the states of torch's, Python's and NumPy's global generators (on the CPU)."""
-    state = torch.default_generator.get_state(), random.getstate(), np.random.get_state()  # noqa: NPY002  (the global one is meant)
-    try:
-        yield
-    finally:
-        torch.default_generator.set_state(state[0])
-        random.setstate(state[1])
-        np.random.set_state(state[2])  # noqa: NPY002  (the global one is meant)
-
-
-def seed_ambient_generators(seed: int) -> None:
-    """Seed the global generators, which most datasets and torchvision's transforms draw from."""
-    torch.default_generator.manual_seed(seed)  # torch.manual_seed costs a hundred times as much
-    random.seed(seed)
-    np.random.seed(seed & 0xFFFF_FFFF)  # noqa: NPY002  (the global one is what such datasets use)
-
-
 class Fetcher(Dataset[Any]):
     """A dataset of batches, indexed by requests; torch's DataLoader carries it into its workers.
 
@@ -228,15 +208,15 @@ class Fetcher(Dataset[Any]):
                     lambda t: t.index_select(0, rows.to(t.device, non_blocking=True)), self._data
                 )
             # only this process uses a worker's generators: there is nothing to restore
-            with ambient_generators_restored() if info is None else nullcontext():
+            with ambient_kept(_ON_CPU) if info is None else nullcontext():
                 samples: list[Any] = []
                 if _fetches_many(self._data):
-                    seed_ambient_generators(fold_in(self._seed, AMBIENT, request.epoch, at[0]))
+                    seed_ambient(fold_in(self._seed, AMBIENT, request.epoch, at[0]), _ON_CPU)
                     samples = [self._transformed(s, request.epoch, i) for s, i in self._many(request.indices)]
                 else:
                     for index in request.indices:
                         at = [index]
-                        seed_ambient_generators(fold_in(self._seed, AMBIENT, request.epoch, index))
+                        seed_ambient(fold_in(self._seed, AMBIENT, request.epoch, index), _ON_CPU)
                         samples.append(self._transformed(self._sample(index), request.epoch, index))
                 at, collating = request.indices, True
                 return self._collate(samples)

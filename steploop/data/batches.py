@@ -18,9 +18,9 @@ from torch.utils.data import (
     default_collate,
 )
 
+from steploop.core.ambient_generators import ambient_kept, generators_of, seed_ambient
 from steploop.core.ranks import Ranks, split_parts
 from steploop.core.seeds import fold_in
-from steploop.data.batch_requests import ambient_generators_restored, seed_ambient_generators
 from steploop.data.loader import Loader
 from steploop.data.order import AMBIENT, ORDER
 from steploop.data.sampling import weighted_order
@@ -184,13 +184,14 @@ def _read(loader: Any, seed: int, epoch: int, start: int) -> Iterator[Any]:  # n
             set_epoch(epoch)
         if isinstance(generator := getattr(part, "generator", None), torch.Generator):
             generator.manual_seed(fold_in(seed, ORDER, epoch))
-    with ambient_generators_restored():
-        seed_ambient_generators(fold_in(seed, ORDER, epoch))
+    on_cpu = generators_of(torch.device("cpu"))
+    with ambient_kept(on_cpu):
+        seed_ambient(fold_in(seed, ORDER, epoch), on_cpu)
         source = iter(loader)
     number = 0
     while True:
-        with ambient_generators_restored():
-            seed_ambient_generators(fold_in(seed, AMBIENT, epoch, number))
+        with ambient_kept(on_cpu):
+            seed_ambient(fold_in(seed, AMBIENT, epoch, number), on_cpu)
             try:
                 batch = next(source)
             except StopIteration:

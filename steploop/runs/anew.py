@@ -7,6 +7,7 @@ from typing import Any
 import attrs
 import torch
 
+from steploop.core.ambient_generators import ambient_kept, generators_of_all_devices
 from steploop.core.early_stopping import StoppingState
 from steploop.core.plateau import PlateauState
 from steploop.core.state.several import State, members
@@ -15,7 +16,6 @@ from steploop.data.batches import epoch_of_parts
 from steploop.errors import ConfigError, NonFiniteError, SteploopError
 from steploop.recipe.recipe import Recipe
 from steploop.runs.contract import as_json
-from steploop.runs.generators import generators_kept
 from steploop.runs.members import arranged, lead, with_lead
 
 __all__ = ["with_folds", "with_hyperparameters", "with_loss_scales"]
@@ -198,7 +198,7 @@ def _after_a_step(recipe: Recipe, states: Mapping[str, TrainState]) -> dict[str,
     given: State = states if isinstance(recipe.state, Mapping) else states[""]
     batches = epoch_of_parts(recipe.batches, lead(given).ranks, lead(given).epoch, 0)
     try:
-        with generators_kept(), warnings.catch_warnings():
+        with ambient_kept(generators_of_all_devices()), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             return members(arranged(recipe.train_step(given, next(iter(batches))), tuple(states)))
     except NonFiniteError:

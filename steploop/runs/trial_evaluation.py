@@ -3,11 +3,11 @@
 import warnings
 from typing import Literal
 
+from steploop.core.ambient_generators import ambient_kept, generators_of_all_devices
 from steploop.core.state.several import State
 from steploop.core.steps.trial import trial_evaluations
 from steploop.errors import SteploopError
 from steploop.recipe.recipe import Recipe
-from steploop.runs.generators import generators_kept
 from steploop.runs.metric_values import read_metrics
 from steploop.runs.monitoring import refuse_missing
 
@@ -30,7 +30,7 @@ def try_evaluation(recipe: Recipe, state: State) -> Weights | None:
     """
     if recipe.evaluate is None:
         return None
-    with generators_kept(), warnings.catch_warnings():
+    with ambient_kept(generators_of_all_devices()), warnings.catch_warnings():
         warnings.simplefilter(
             "ignore"
         )  # a metric of a single batch may be undefined; the whole evaluation says so

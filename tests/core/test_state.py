@@ -22,11 +22,11 @@ from steploop import (
     schedule,
     unscale_and_clip,
 )
+from steploop.core.ambient_generators import generators_of
 from steploop.core.state.creation import copy_leaf
 from steploop.core.state.machine import _settle_implementation
 from steploop.core.state.parts import Gradients
 from steploop.core.state.shared_memory import shared_memory
-from steploop.core.steps.forward_pass import generators_of
 from steploop.core.trees import first_difference, named_leaves
 from steploop.errors import ConfigError, SpentStateError, StepOrderError
 

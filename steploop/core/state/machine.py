@@ -218,14 +218,12 @@ class Machine:
         self._set_hyper(hyper)
 
     @contextmanager
-    def lent(
-        self, tensors: TensorValues, hyper: tuple[Mapping[str, Any], ...]
-    ) -> Iterator[torch.optim.Optimizer]:
-        """The optimizer with other values for the length of a ``with`` block."""
+    def lent(self, tensors: TensorValues, hyper: tuple[Mapping[str, Any], ...]) -> Iterator[None]:
+        """Let the optimizer hold other values for the length of a ``with`` block."""
         put_back = self._putting_back()
         try:
             self._put(tensors, hyper)
-            yield self.optimizer
+            yield
         finally:
             put_back()
 

@@ -9,9 +9,10 @@ from typing import Any, Self
 import numpy as np
 import torch
 
+from steploop.core.ambient_generators import seed_ambient
 from steploop.core.seeds import fold_in
 
-__all__ = ["SeededGenerators", "generators_of"]
+__all__ = ["SeededGenerators"]
 
 _GLOBAL: Any = random._inst  # what random.random and the others are methods of
 _NUMPY_RANDOM: Any = np.random  # which does not declare the two functions that exchange its generator
@@ -117,10 +118,9 @@ class _NumPy:
         self._seen = None if state["has_gauss"] else now
         return current, state if now is None or state["has_gauss"] else None
 
-    def seed(self, seed: int) -> None:
-        """Let NumPy draw from a generator of ours, seeded."""
+    def exchange(self) -> None:
+        """Let NumPy draw from a generator of ours."""
         _NUMPY_RANDOM.set_bit_generator(self._own)
-        np.random.seed(seed & 0xFFFF_FFFF)  # noqa: NPY002  (an objective may draw from the global generator)
 
     def restore(self, kept: tuple[Any, Any]) -> None:
         """Put the caller's generator back."""
@@ -133,16 +133,6 @@ class _NumPy:
 _PYTHON = _Python()
 _NUMPY = _NumPy()
 _OWN_NUMPY_WORDS = _Words(_NUMPY._own.ctypes.state_address, position=624)
-
-
-def generators_of(device: torch.device) -> tuple[torch.Generator, ...]:
-    """The global generators of torch that a computation on ``device`` may draw from."""
-    if device.type == "cuda":
-        index = torch.cuda.current_device() if device.index is None else device.index
-        return (torch.default_generator, torch.cuda.default_generators[index])
-    if device.type == "mps":
-        return (torch.default_generator, torch.mps._get_default_mps_generator())
-    return (torch.default_generator,)
 
 
 # positions and words of Python's generator and of NumPy's, and the second Gaussian of a pair that ``random.gauss`` made
@@ -195,12 +185,13 @@ class SeededGenerators:
     def seed(self, *coordinates: int) -> None:
         """Seed the generators from the place ``coordinates``."""
         seed = fold_in(*coordinates)
+        if self._others:
+            _NUMPY.exchange()
+            seed_ambient(seed, self._generators)
+            self._marks = self._look()
+            return
         for generator in self._generators:
             generator.manual_seed(seed)
-        if self._others:
-            random.seed(seed)
-            _NUMPY.seed(seed)
-            self._marks = self._look()
 
     @property
     def watched(self) -> bool:

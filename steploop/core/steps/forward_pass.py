@@ -7,11 +7,12 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
+from steploop.core.ambient_generators import generators_of
 from steploop.core.precision import Precision, autocast
 from steploop.core.state.copying import lazy_clone, leaf_like
 from steploop.core.state.machine import Machine
 from steploop.core.state.parts import Began, TensorValues
-from steploop.core.state.seeding import SeededGenerators, generators_of
+from steploop.core.state.seeding import SeededGenerators
 from steploop.core.state.trace import trace_of
 from steploop.core.state.train_state import TrainState
 from steploop.core.trees import map_tensors, named_leaves, shapes
