@@ -2,22 +2,39 @@
 
 import inspect
 import io
+import itertools
 import json
 import math
 import re
 from pathlib import Path
 from typing import ClassVar
 
+import attrs
 import pytest
 import torch
 from compiled_runs import needs_compiler
 
+from steploop import Ranks
 from steploop.data import Loader, Stream
 from steploop.errors import ConfigError
 from steploop.tools.bench import handwritten, worker
 from steploop.tools.bench import rounds as measuring
+from steploop.tools.bench.by_ranks import ddp_step, on_ranks
 from steploop.tools.bench.data_advice import faster_batches
-from steploop.tools.bench.jobs import CASES, COMPILED, COMPILED_MODEL, CONTENDERS, EAGER, HANDWRITTEN, Job
+from steploop.tools.bench.jobs import (
+    CASES,
+    COMPILED,
+    COMPILED_MODEL,
+    CONTENDERS,
+    DDP,
+    EAGER,
+    EXACT,
+    FAST,
+    HANDWRITTEN,
+    RANK_CONTENDERS,
+    Job,
+)
+from steploop.tools.bench.rank_workers import RankWorkers
 from steploop.tools.bench.rounds import Measured, Results, advice, measure
 from steploop.tools.cli import call
 
@@ -176,11 +193,14 @@ class Fake:
         EAGER: 0.008,
         COMPILED: 0.002,
         COMPILED_MODEL: 0.020,
+        DDP: 0.010,
+        EXACT: 0.015,
+        FAST: 0.010,
     }
 
     def __init__(self, job, name):
         if name == "broken":
-            raise measuring._ContenderFailed("ImportError: no module named broken")
+            raise measuring.ContenderFailed("ImportError: no module named broken")
         self.name, self.samples, self.turns, self.closed = name, 8.0, 0, False
 
     def call(self, method, count):
@@ -263,7 +283,7 @@ def fake_workers(monkeypatch):
     real = measuring.measure
 
     def with_fakes(*args, **kwargs):
-        return real(*args, **kwargs, workers=Fake)
+        return real(*args, **{**kwargs, "workers": Fake})
 
     monkeypatch.setattr(measuring, "measure", with_fakes)
     monkeypatch.setattr(handwritten, "installed_peers", list)
@@ -304,7 +324,7 @@ def test_a_mistake_in_the_settings_is_said_once(recipe, capsys):
 
 
 def test_a_worker_process_measures_for_real(recipe):
-    real = measuring._Worker(job(recipe), EAGER)
+    real = measuring.Worker(job(recipe), EAGER)
     try:
         assert real.samples == 8.0
         assert real.call("steps", 3) > 0
@@ -313,6 +333,55 @@ def test_a_worker_process_measures_for_real(recipe):
     assert real._process.returncode is not None
 
 
+def by_hand(recipe, step, count=5):
+    """The loss of the last of so many steps."""
+    batches = [*itertools.islice(recipe.batches.epoch(0), 4)]
+    return [step(batch).item() for batch in (batches * 2)[:count]][-1]
+
+
+def test_processes_on_two_ranks_take_the_steps_of_one_and_answer_as_one(recipe):
+    ranks = RankWorkers(attrs.evolve(job(recipe), nproc=2), EXACT)
+    try:
+        assert ranks.samples == 8.0
+        loss = ranks.call("loss", 5)
+        assert ranks.call("steps", 2) > 0
+    finally:
+        ranks.close()
+    built, _ = job(recipe).build()
+    alone = handwritten.handwritten_step(built.state, built.objective)
+    assert loss == pytest.approx(by_hand(built, alone), rel=1e-4)
+
+
+def test_the_step_with_distributed_data_parallel_is_the_handwritten_one(recipe):
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    try:
+        built, again = (job(recipe).build()[0] for _ in range(2))
+        loss = by_hand(built, ddp_step(built.state, built.objective))
+    finally:
+        torch.distributed.destroy_process_group()
+    assert loss == by_hand(again, handwritten.handwritten_step(again.state, again.objective))
+
+
+def test_the_parts_of_all_ranks_are_the_batches(recipe):
+    built, _ = job(recipe).build()
+    batches = [*built.batches.epoch(0)]
+    ranks = [Ranks(rank=rank, size=2, parts=2) for rank in range(2)]
+    cut = [on_ranks(built, batches, one, whole_parts=False)[1] for one in ranks]
+    for batch, *parts in zip(batches, *cut, strict=True):
+        assert torch.equal(torch.cat([inputs for inputs, _ in parts]), batch[0])
+
+
+def test_the_table_on_ranks_compares_with_distributed_data_parallel(recipe, capsys, fake_workers):
+    assert call(["bench", str(recipe), "--device", "cpu", "--rounds", "2", "--nproc", "2"]) == 0
+    out = capsys.readouterr().out
+    assert "points on cpu, 2 ranks, each with " in out
+    rows = [name for line in out.splitlines() for name in RANK_CONTENDERS if line.startswith(f"{name}  ")]
+    assert rows == list(RANK_CONTENDERS)
+    assert "Waiting for data" not in out
+    last = "Exact sums take 1.50 of the time of DistributedDataParallel, fast ones 1.00; single rounds differ by 0.00. Use --ranks fast"
+    assert out.splitlines()[-1].startswith(last)
+
+
 def test_a_worker_process_that_fails_says_why(recipe):
-    with pytest.raises(measuring._ContenderFailed, match="loop needs a single state"):
-        measuring._Worker(job(recipe, "several=true"), HANDWRITTEN)
+    with pytest.raises(measuring.ContenderFailed, match="loop needs a single state"):
+        measuring.Worker(job(recipe, "several=true"), HANDWRITTEN)

@@ -99,9 +99,15 @@ def fabric_step(state: TrainState, objective: Objective) -> Step:
     import lightning
 
     parts = _Parts(state)
+    several = torch.distributed.is_initialized()  # this process is one of several ranks
     fabric = lightning.Fabric(
-        accelerator=state.device.type, devices=1, precision=_FABRIC_PRECISION[state.precision]
+        accelerator=state.device.type,
+        devices=torch.distributed.get_world_size() if several else 1,
+        strategy="ddp" if several else "auto",
+        precision=_FABRIC_PRECISION[state.precision],
     )
+    if several:
+        fabric.launch()
     model, optimizer = fabric.setup(parts.model, parts.optimizer)
 
     def step(batch: Any) -> Any:

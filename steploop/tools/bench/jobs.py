@@ -13,13 +13,17 @@ from steploop.recipe.recipe_files import load_recipe_file
 from steploop.runs.environment import find_device
 from steploop.runs.monitoring import prepared
 
-__all__ = ["CASES", "CONTENDERS", "Job"]
+__all__ = ["CASES", "CONTENDERS", "RANK_CONTENDERS", "Job"]
 
 HANDWRITTEN = "hand-written"
 COMPILED_MODEL = "torch.compile(model)"
 EAGER = "steploop"
 COMPILED = "steploop compiled"
 CONTENDERS = (HANDWRITTEN, COMPILED_MODEL, EAGER, COMPILED)
+DDP = "DistributedDataParallel"
+EXACT = "steploop exact"
+FAST = "steploop fast"
+RANK_CONTENDERS = (DDP, EXACT, FAST)
 
 # The yardsticks that come with the package: recipes with nothing to learn, by name.
 CASES = {name: Path(__file__).parent / "cases" / f"{name}.py" for name in ("overhead", "smallcnn")}
@@ -34,6 +38,7 @@ class Job:
         overrides: ``name=value`` for fields of its Config.
         device: as on the command line.
         batches: how many of its batches are kept in memory and cycled through.
+        nproc: processes of each contender, each with its part of every batch.
         tune: whether to let glibc keep freed memory, as ``steploop run`` does.
     """
 
@@ -41,6 +46,7 @@ class Job:
     overrides: tuple[str, ...] = ()
     device: str = "auto"
     batches: int = 16
+    nproc: int = 1
     tune: bool = True
 
     def build(self) -> tuple[Recipe, torch.device]:

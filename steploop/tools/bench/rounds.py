@@ -4,15 +4,15 @@ import json
 import statistics
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import attrs
 
 from steploop.errors import SteploopError
-from steploop.tools.bench.jobs import COMPILED, EAGER, HANDWRITTEN, Job
+from steploop.tools.bench.jobs import COMPILED, EAGER, EXACT, FAST, Job
 
-__all__ = ["Measured", "Results", "advice", "measure"]
+__all__ = ["ContenderFailed", "Measured", "Results", "Worker", "advice", "measure"]
 
 _FIRST_STEPS = 3  # the first makes slots, the second compiles, the third runs what was compiled
 _CHUNK_S = 0.25  # seconds of one contender's turn
@@ -68,21 +68,31 @@ class Results:
     waiting: float | None
 
 
-class _Worker:
-    """A process that runs ``steploop.tools.bench.worker``."""
+class Worker:
+    """A process that runs ``steploop.tools.bench.worker``.
 
-    def __init__(self, job: Job, name: str) -> None:
+    Args:
+        job: the recipe; None: it is given later, by ``ask``.
+        name: of the contender.
+        environment: of the process; None: this one's.
+    """
+
+    def __init__(
+        self, job: Job | None = None, name: str = "", *, environment: Mapping[str, str] | None = None
+    ) -> None:
         self._process = subprocess.Popen(
             [sys.executable, "-m", "steploop.tools.bench.worker"],
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env=environment,
         )  # fmt: skip
-        self.samples: float = self._ask({"job": job.to_json(), "name": name})["samples"]
+        if job is not None:
+            self.samples: float = self.ask({"job": job.to_json(), "name": name})["samples"]
 
     def call(self, method: str, count: int) -> Any:
         """Call a method of the contender and return its result."""
-        return self._ask({"call": method, "count": count})["value"]
+        return self.ask({"call": method, "count": count})["value"]
 
-    def _ask(self, request: dict[str, Any]) -> dict[str, Any]:
+    def ask(self, request: dict[str, Any]) -> dict[str, Any]:
+        """Send a request and wait for the answer; ContenderFailed where it is an error."""
         requests, answers = self._process.stdin, self._process.stdout
         if requests is None or answers is None:
             raise SteploopError("bench: the worker has no pipes.")
@@ -97,7 +107,7 @@ class _Worker:
         )
         if "error" in answer:
             self.close()
-            raise _ContenderFailed(answer["error"])
+            raise ContenderFailed(answer["error"])
         return answer
 
     def close(self) -> None:
@@ -106,7 +116,7 @@ class _Worker:
         self._process.communicate()
 
 
-class _ContenderFailed(Exception):  # noqa: N818  (it never leaves this module)
+class ContenderFailed(Exception):  # noqa: N818  (it never leaves this module)
     """Says why a contender cannot be measured."""
 
 
@@ -116,7 +126,7 @@ def measure(
     *,
     rounds: int,
     report: Callable[[str], None],
-    workers: Callable[[Job, str], Any] = _Worker,
+    workers: Callable[[Job, str], Any] = Worker,
 ) -> Results:
     """Measure the contenders, one process each, one at a time.
 
@@ -139,7 +149,7 @@ def measure(
                 firsts[name] = worker.call("steps", _FIRST_STEPS)
                 per_step = worker.call("steps", _FIRST_STEPS) / _FIRST_STEPS
                 counts[name] = max(1, min(1000, round(_CHUNK_S / max(per_step, 1e-6))))
-            except _ContenderFailed as error:
+            except ContenderFailed as error:
                 alive.pop(name, None)
                 errors[name] = str(error)
         times: dict[str, list[float]] = {name: [] for name in alive}
@@ -148,7 +158,7 @@ def measure(
             for name, worker in alive.items():
                 times[name].append(worker.call("steps", counts[name]) / counts[name] * 1e6)
         peaks = {name: worker.call("peak_mib", min(10, counts[name])) for name, worker in alive.items()}
-        base = HANDWRITTEN if HANDWRITTEN in alive else next(iter(alive), HANDWRITTEN)
+        base = next(iter(alive), names[0])
         rows = tuple(
             Measured(name=name, error=errors[name])
             if name in errors
@@ -182,6 +192,8 @@ def advice(results: Results, remedy: str = "") -> str:
         remedy: what helps a step that waits for its data.
     """
     rows = {row.name: row for row in results.rows if not row.error}
+    if EXACT in rows and FAST in rows:
+        return _advice_on_ranks(results, rows[EXACT], rows[FAST])
     eager, compiled = rows.get(EAGER), rows.get(COMPILED)
     if eager is None and compiled is None:
         return "steploop could not be measured; the table says why."
@@ -199,3 +211,12 @@ def advice(results: Results, remedy: str = "") -> str:
         steps = (compiled.first_s or 0.0) * 1e6 / (eager.best_us - compiled.best_us)
         return f"Use --compile: it is {gain:.2f} times as fast as eager{first} are won back after {steps:,.0f} steps."
     return f"Use the eager form: compiling does not pay here ({gain:.2f} times its speed)."
+
+
+def _advice_on_ranks(results: Results, exact: Measured, fast: Measured) -> str:
+    between = max(max(row.ratios) - min(row.ratios) for row in results.rows if not row.error)
+    said = f"Exact sums take {exact.ratio:.2f} of the time of {results.base}, fast ones {fast.ratio:.2f}; single rounds differ by {between:.2f}."
+    gain = exact.ratio / fast.ratio
+    if gain > 1 + max(_NOISE, between):
+        return f"{said} Use --ranks fast where the number of ranks need not leave the bits alone."
+    return f"{said} Keep the exact sums: what the others would save is within the noise."

@@ -14,15 +14,19 @@ from typing import Any, TextIO
 
 import torch
 
+from steploop.core.ranks import Ranks
 from steploop.core.trees import count_samples
 from steploop.errors import EmptyDataError, SteploopError
 from steploop.recipe.recipe import Recipe
 from steploop.runs.allocator import tune_allocator
 from steploop.runs.members import lead
+from steploop.tools.bench.by_ranks import ddp_step, on_ranks
 from steploop.tools.bench.handwritten import PEERS, Step, compiled_model_step, handwritten_step, single
-from steploop.tools.bench.jobs import COMPILED, COMPILED_MODEL, EAGER, HANDWRITTEN, Job
+from steploop.tools.bench.jobs import COMPILED, COMPILED_MODEL, DDP, EAGER, EXACT, FAST, HANDWRITTEN, Job
 
 __all__ = ["Contender", "main"]
+
+OURS = {EAGER, COMPILED, EXACT, FAST}
 
 
 class Contender:
@@ -43,6 +47,10 @@ class Contender:
             raise EmptyDataError(
                 "bench: the recipe has no batch. Look at the size of the data and at drop_last."
             )
+        self._samples = sum(count_samples(batch) or 0 for batch in self.batches) / len(self.batches)
+        if job.nproc > 1:
+            ranks = Ranks.here(exact=name != FAST)
+            recipe, self.batches = on_ranks(recipe, self.batches, ranks, whole_parts=name in OURS)
         self._step = _form(recipe, name)
         self._next = itertools.cycle(self.batches)
 
@@ -53,6 +61,10 @@ class Contender:
             self._step(next(self._next))
         self._wait()
         return time.perf_counter() - begun
+
+    def loss(self, count: int) -> float:
+        """Take ``count`` steps; return the loss of the last, on several ranks of this one's part where it is known of no other."""
+        return [float(self._step(next(self._next))) for _ in range(count)][-1]
 
     def peak_mib(self, count: int) -> float | None:
         """Return the peak memory of ``count`` steps in MiB; None if it cannot be read."""
@@ -81,7 +93,7 @@ class Contender:
 
     def samples(self) -> float:
         """Return the mean number of samples in a batch."""
-        return sum(count_samples(batch) or 0 for batch in self.batches) / len(self.batches)
+        return self._samples
 
     def _stream(self) -> Iterator[Any]:
         for epoch in itertools.count():
@@ -100,6 +112,8 @@ def _form(recipe: Recipe, name: str) -> Step:
         return handwritten_step(*single(recipe.state, recipe.objective))
     if name == COMPILED_MODEL:
         return compiled_model_step(*single(recipe.state, recipe.objective))
+    if name == DDP:
+        return ddp_step(*single(recipe.state, recipe.objective))
     if name in PEERS:
         return PEERS[name][2](*single(recipe.state, recipe.objective))
     train_step: Any = recipe.train_step
@@ -107,7 +121,7 @@ def _form(recipe: Recipe, name: str) -> Step:
         from steploop.compilation import compile as compile_step
 
         train_step = compile_step(train_step)
-    elif name != EAGER:
+    elif name not in OURS:
         raise SteploopError(f"bench: there is no contender {name!r}.")
     state = recipe.state
 

@@ -24,6 +24,9 @@ ROUNDS = typer.Option(min=1, help="Rounds in which the contenders take turns.")
 PEERS = typer.Option(
     "--no-peers", help="Leave out Lightning Fabric and Accelerate, even where they are installed."
 )
+NPROC = typer.Option(
+    min=1, help="Processes that share each batch: DistributedDataParallel by hand, and steploop on ranks."
+)
 TUNE = typer.Option("--no-tune", help="Leave the memory allocator's thresholds as they are.")
 JSON = typer.Option("--json", help="Print one JSON object with every number, instead of the table.")
 
@@ -34,6 +37,7 @@ def bench(
     overrides: Annotated[list[str] | None, SET] = None,
     device: Annotated[str, DEVICE] = "auto",
     rounds: Annotated[int, ROUNDS] = 7,
+    nproc: Annotated[int, NPROC] = 1,
     no_peers: Annotated[bool, PEERS] = False,
     no_tune: Annotated[bool, TUNE] = False,
     as_json: Annotated[bool, JSON] = False,
@@ -43,8 +47,9 @@ def bench(
     from steploop.recipe.written_settings import settings_in
     from steploop.tools.bench.data_advice import faster_batches
     from steploop.tools.bench.handwritten import installed_peers
-    from steploop.tools.bench.jobs import CASES, CONTENDERS, Job
-    from steploop.tools.bench.rounds import measure
+    from steploop.tools.bench.jobs import CASES, CONTENDERS, RANK_CONTENDERS, Job
+    from steploop.tools.bench.rank_workers import RankWorkers
+    from steploop.tools.bench.rounds import Worker, measure
 
     settings = list(overrides or [])
     if recipe is None:
@@ -53,13 +58,18 @@ def bench(
         recipe=(CASES.get(recipe) or find_recipe(recipe)).resolve(),
         overrides=tuple(settings),
         device=device,
+        nproc=nproc,
         tune=not no_tune,
     )
     built, _ = job.build()  # a mistake is said here, once, and not by every contender
     remedy = faster_batches(built.batches, [setting.name for setting in settings_in(job.recipe)])
     del built
-    names = [*CONTENDERS, *([] if no_peers else installed_peers())]
-    results = measure(job, names, rounds=rounds, report=lambda line: _say(f"{line}\n"))
+    names = [
+        *(CONTENDERS if nproc == 1 else RANK_CONTENDERS),
+        *([] if no_peers else installed_peers()),
+    ]
+    workers = Worker if nproc == 1 else RankWorkers
+    results = measure(job, names, rounds=rounds, report=lambda line: _say(f"{line}\n"), workers=workers)
     sys.stdout.write(
         json.dumps(_to_json(job, results, remedy), allow_nan=False) + "\n"
         if as_json
@@ -84,8 +94,10 @@ def _conditions(job: "Job") -> str:
 
     device = find_device(job.device)
     where = torch.cuda.get_device_name(device) if device.type == "cuda" else str(device)
+    threads = torch.get_num_threads() if job.nproc == 1 else os.environ.get("OMP_NUM_THREADS", "1")
+    ranks = "" if job.nproc == 1 else f"{job.nproc} ranks, each with "
     return (
-        f"{job.recipe.stem} on {where}, {torch.get_num_threads()} threads of {os.cpu_count()} processors; steploop {__version__}, "
+        f"{job.recipe.stem} on {where}, {ranks}{threads} threads of {os.cpu_count()} processors; steploop {__version__}, "
         f"torch {torch.__version__}, Python {platform.python_version()}"
     )
 
