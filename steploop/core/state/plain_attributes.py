@@ -1,24 +1,42 @@
 """Plain attributes that a model changes while it computes: a hidden state, a count of passes, a temperature."""
 
+import copy
+import itertools
+import random
+import sys
+from collections import Counter, OrderedDict, defaultdict, deque
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+import numpy as np
+import torch
 from torch import Tensor, nn
 
 from steploop.core.state.copying import lazy_clone
 from steploop.core.trees import map_tensors, unkeepable
+from steploop.errors import ConfigError
 
 __all__ = ["PlainAttributes"]
 
 _MISSING = object()  # the attribute was not there
-_OTHER = object()  # a value that no state holds
+_OTHER = object()  # a value that no state holds, and of which nobody can see whether it changes
 _MOST_ITEMS = 1000  # a container that is larger is a table, not a value of the next step
+_MOST_BYTES = 1 << 20  # the same for an array
 
 # What every module has: parameters, buffers, layers, hooks, the mode.
 _OF_TORCH = frozenset(vars(nn.Module()))
 
-# module path -> attribute -> (value, what it looks like)
+# containers that are held as a list or a dictionary
+_AS_PLAIN: dict[type, type] = {deque: list, OrderedDict: dict, defaultdict: dict, Counter: dict}
+
+# owner path -> attribute -> (value, what it looks like)
 _Seen = dict[str, dict[str, tuple[Any, Any]]]
+
+
+class _Refused(tuple[str, Any, str]):
+    """What tells a value that no state holds from another: what it is, its mark, and what to do instead."""
+
+    __slots__ = ()
 
 
 class PlainAttributes:
@@ -26,20 +44,22 @@ class PlainAttributes:
 
     Which ones they are is looked at in the passes 1, 2, 4, 8, ...: so it costs nothing in the long run. From then on
     each is put into its module before a pass and read after it. Held are numbers, texts, tensors without a graph, and
-    lists, tuples and mappings of them; a tensor with a graph is a result of the pass (an auxiliary loss), which the next
-    one does not read.
+    lists, tuples, queues and mappings of them; a tensor with a graph is a result of the pass (an auxiliary loss), which
+    the next one does not read. Objects of the user's own that hang on a layer are looked into. A random generator, an
+    array of NumPy or a set that changes is refused.
 
     Attributes:
-        known: ``path.attribute`` -> its module, its name, and its value before it changed for the first time.
+        known: ``path.attribute`` -> its owner, its name, and its value before it changed for the first time.
     """
 
     def __init__(self, modules: Mapping[str, nn.Module]) -> None:
         # what a module gives as its extra state it keeps itself
         keeps = nn.Module.get_extra_state
-        self._modules = {path: m for path, m in modules.items() if type(m).get_extra_state is keeps}
+        own = {path: m for path, m in modules.items() if type(m).get_extra_state is keeps}
+        self._owners: dict[str, Any] = {**own, **_objects_on(own)}
         self._paths = frozenset(modules)
         self._passes = 0
-        self.known: dict[str, tuple[nn.Module, str, Any]] = {}
+        self.known: dict[str, tuple[Any, str, Any]] = {}
 
     def look(self) -> _Seen | None:
         """All attributes before a pass; None where this pass is not looked at."""
@@ -48,20 +68,30 @@ class PlainAttributes:
 
     def seen(self) -> _Seen:
         """All plain attributes as they are now."""
-        return {path: _seen_in(module) for path, module in self._modules.items()}
+        return {path: _seen_in(module) for path, module in self._owners.items()}
 
     def learn(self, before: _Seen) -> None:
-        """Know the attributes that have changed since ``before``."""
-        for path, module in self._modules.items():
+        """Know the attributes that have changed since ``before``.
+
+        Raises:
+            ConfigError: one of them is of a kind that no state holds.
+        """
+        for path, module in self._owners.items():
             old, now = before[path], _seen_in(module)
             for name in [name for name in now if name not in old or now[name][1] != old[name][1]]:
                 key = f"{path}.{name}".removeprefix(".")
+                if isinstance(look := now[name][1], _Refused):
+                    what, _, instead = look
+                    raise ConfigError(
+                        f"The model changes {key}, {what}, in its forward pass. No state holds it, so that a copied or resumed run would "
+                        f"compute something else. {instead}"
+                    )
                 if key not in self.known and _held(now[name]):
                     self.known[key] = (module, name, old.get(name, (_MISSING,))[0])
 
     def put_back(self, before: _Seen) -> None:
         """Undo what has changed since ``before``."""
-        for path, module in self._modules.items():
+        for path, module in self._owners.items():
             old, now = before[path], _seen_in(module)
             for name in old.keys() | now.keys():
                 if name not in old:
@@ -70,26 +100,38 @@ class PlainAttributes:
                     module.__dict__[name] = old[name][0]
 
     def values(self) -> dict[str, Any]:
-        """Key -> a copy of each known attribute that is there and that a state can hold."""
-        return {
-            key: map_tensors(_own, module.__dict__[name])
-            for key, (module, name, _) in self.known.items()
-            if name in module.__dict__ and _held(_look_of(module.__dict__[name]))
-        }
+        """Key -> a copy of each known attribute that is there and that a state can hold.
+
+        Raises:
+            ConfigError: one has grown too large to be copied in every pass.
+        """
+        found = {}
+        for key, (owner, name, _) in self.known.items():
+            value = owner.__dict__.get(name, _MISSING)
+            if _held(_look_of(value)):
+                found[key] = map_tensors(_own, _plain(value))
+            elif isinstance(value, list | dict | deque) and len(value) > _MOST_ITEMS:
+                raise ConfigError(
+                    f"The model has put more than {_MOST_ITEMS} items into {key}, which belongs to the state and is copied in every pass. "
+                    "Keep the last ones only (collections.deque(maxlen=...)), in a tensor, or outside of the model."
+                )
+        return found
 
     def put(self, values: Mapping[str, Any]) -> None:
         """Give each known attribute a copy of its value; one that has none, what it was before it first changed."""
-        for key, (module, name, first) in self.known.items():
+        for key, (owner, name, first) in self.known.items():
             value = values.get(key, first)
             if value is _MISSING:
-                module.__dict__.pop(name, None)
-            else:
-                module.__dict__[name] = map_tensors(_own, value)
+                owner.__dict__.pop(name, None)
+                continue
+            value = map_tensors(_own, _plain(value))
+            kinds = [k for k in (owner.__dict__.get(name), first) if type(k) in _AS_PLAIN]
+            owner.__dict__[name] = _like(kinds[0], value) if kinds else value
 
     def is_one(self, key: str) -> bool:
         """Whether ``key`` may be a plain attribute of one of the layers."""
         path, _, name = key.rpartition(".")
-        module = self._modules.get(path)
+        module = self._owners.get(path)
         return (
             module is not None
             and name.isidentifier()
@@ -103,22 +145,62 @@ class PlainAttributes:
         for key in keys:
             path, _, name = key.rpartition(".")
             if key not in self.known and self.is_one(key):
-                module = self._modules[path]
+                module = self._owners[path]
                 self.known[key] = (module, name, module.__dict__.get(name, _MISSING))
 
 
-def _seen_in(module: nn.Module) -> dict[str, tuple[Any, Any]]:
+def _objects_on(modules: Mapping[str, nn.Module]) -> dict[str, Any]:
+    """The objects of the user's own that hang on layers, each under the first path that leads to it."""
+    found: dict[str, Any] = {}
+    seen: set[int] = set()
+    for path, module in modules.items():
+        for name, value in module.__dict__.items():
+            if name not in _OF_TORCH and id(value) not in seen and _is_users(value):
+                seen.add(id(value))
+                found[f"{path}.{name}".removeprefix(".")] = value
+    return found
+
+
+def _is_users(value: Any) -> bool:
+    """Whether a value is an object with attributes, of no class of a library that keeps to itself."""
+    if isinstance(value, nn.Module | Tensor | type) or callable(value) or not hasattr(value, "__dict__"):
+        return False
+    package = type(value).__module__.partition(".")[0]
+    known = package in sys.stdlib_module_names and package not in {"__main__", "types", "argparse"}
+    return isinstance(value.__dict__, dict) and not known and package not in {"torch", "numpy", "steploop"}
+
+
+def _seen_in(owner: Any) -> dict[str, tuple[Any, Any]]:
+    # a text in an object is a setting: a library writes what it has chosen into its configuration
+    texts = isinstance(owner, nn.Module)
     return {
         name: _look_of(value)
-        for name, value in module.__dict__.items()
-        if name not in _OF_TORCH and not isinstance(value, nn.Module)
+        for name, value in owner.__dict__.items()
+        if name not in _OF_TORCH and not isinstance(value, nn.Module) and (texts or type(value) is not str)
     }
+
+
+def _plain(value: Any) -> Any:
+    """A queue as a list, a kind of dictionary as a dictionary; anything else as it is."""
+    kind = _AS_PLAIN.get(type(value))
+    return value if kind is None else kind(value)
+
+
+def _like(original: Any, plain: Any) -> Any:
+    """The items of ``plain`` in a container like ``original``: its length, its default."""
+    new = copy.copy(original)
+    new.clear()
+    (new.extend if isinstance(new, deque) else new.update)(plain)
+    return new
 
 
 def _look_of(value: Any) -> tuple[Any, Any]:
     """A value, copied where it can change in place, and what tells it from another; tensors are copied lazily."""
     look = _mark(value)
-    return (value, look) if look is _OTHER else (map_tensors(_copied, value), look)
+    if look is _OTHER or isinstance(look, _Refused):
+        return value, look
+    copied = map_tensors(_copied, _plain(value))
+    return (_like(value, copied) if type(value) in _AS_PLAIN else copied), look
 
 
 def _copied(tensor: Tensor) -> Tensor:
@@ -133,22 +215,48 @@ def _own(tensor: Tensor) -> Tensor:
 
 def _mark(value: Any) -> Any:
     if isinstance(value, Tensor):
-        if isinstance(value, nn.Parameter):
-            return _OTHER
-        return id(value), None if value.is_inference() else value._version
+        hidden = isinstance(value, nn.Parameter)
+        return _OTHER if hidden else (id(value), None if value.is_inference() else value._version)
     if value is None or isinstance(value, bool | int | float | str):
         return type(value), repr(value)  # nan is nan, and 0.0 is not -0.0
-    if type(value) not in {list, tuple, dict} or len(value) > _MOST_ITEMS:
+    plain = _plain(value)
+    if type(plain) not in {list, tuple, dict}:
+        return _mark_of_refused(value)
+    items = plain.items() if type(plain) is dict else enumerate(plain)
+    marks = [(key, _mark(item)) for key, item in items] if len(plain) <= _MOST_ITEMS else [(0, _OTHER)]
+    unmarked = any(mark is _OTHER or isinstance(mark, _Refused) for _, mark in marks)
+    return _OTHER if unmarked else (type(plain), tuple(marks))
+
+
+def _mark_of_refused(value: Any) -> Any:
+    """The mark of a value that no state holds and that is seen to change; _OTHER for any other value."""
+    instead = "Keep numbers, lists, dictionaries or tensors there: they belong to the state."
+    if isinstance(value, np.ndarray) and value.nbytes <= _MOST_BYTES and not value.dtype.hasobject:
+        return _Refused(("an array of NumPy", (value.shape, value.dtype.str, value.tobytes()), instead))
+    if isinstance(value, set) and len(value) <= _MOST_ITEMS:
+        return _Refused(("a set", frozenset(value), instead))
+    if isinstance(value, itertools.count):
+        return _Refused(("a counter", repr(value), instead))
+    if isinstance(value, torch.Generator):
+        state: Any = value.get_state().numpy().tobytes()
+    elif isinstance(value, random.Random):
+        state = value.getstate()
+    elif isinstance(value, np.random.Generator):
+        state = repr(value.bit_generator.state)
+    elif isinstance(value, np.random.RandomState):
+        state = repr(value.get_state(legacy=False))
+    else:
         return _OTHER
-    items = value.items() if type(value) is dict else enumerate(value)
-    marks = [(key, _mark(item)) for key, item in items]
-    return _OTHER if any(mark is _OTHER for _, mark in marks) else (type(value), tuple(marks))
+    instead = "Draw from torch's own generator (torch.rand), which is seeded from the state in every pass."
+    return _Refused(("a random generator", state, instead))
 
 
 def _held(seen: tuple[Any, Any]) -> bool:
     """Whether a state can hold a value."""
     value, look = seen
-    return look is not _OTHER and unkeepable(value) is None and not _has_graph(value)
+    if look is _OTHER or isinstance(look, _Refused) or value is _MISSING:
+        return False
+    return unkeepable(_plain(value)) is None and not _has_graph(_plain(value))
 
 
 def _has_graph(value: Any) -> bool:

@@ -366,11 +366,13 @@ class _EvalMode:
             averages = tensors.ema
             self._params = {name: averages[name] for name in tensors.params}
             self._buffers |= {name: averages[name].clone() for name in tensors.buffers if name in averages}
-        # the model may move some in this pass too; which ones is known after the first training pass
-        moved = state.machine.moved
-        for name in self._params if moved is None else moved:
-            leaf = self._params[name]
-            self._params = {**self._params, name: leaf_like(leaf, lazy_clone(leaf))}
+        # the model may move some in this pass too; of those that are trained it is known after the first training pass
+        machine = state.machine
+        frozen = () if self._module.sharded is not None else machine.not_trained
+        names = self._params if machine.moved is None else {*machine.moved, *frozen}
+        copies = {name: leaf_like(self._params[name], lazy_clone(self._params[name])) for name in names}
+        if copies:
+            self._params = {**self._params, **copies}
 
     def __enter__(self) -> nn.Module:
         module = self._module

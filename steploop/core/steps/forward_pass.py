@@ -91,8 +91,8 @@ class TrainingPasses:
     """
 
     __slots__ = (
-        "_attributes", "_before", "_buffers_before", "_copies", "_drawing", "_generators", "_machine", "_own_params", "_state", "_untouched",
-        "_versions", "tensors", "updated_in_place",
+        "_attributes", "_before", "_buffers_before", "_copies", "_drawing", "_frozen_versions", "_generators", "_machine", "_own_params",
+        "_state", "_untouched", "_versions", "tensors", "updated_in_place",
     )  # fmt: skip
 
     def __init__(self, state: TrainState) -> None:
@@ -135,6 +135,7 @@ class TrainingPasses:
             self._attributes = module.attributes.look()
         module.set_training(training=True)
         self._versions = [leaf._version for leaf in tensors.leaves]
+        self._frozen_versions = [self._own_params[name]._version for name in machine.not_trained]
         self._generators.__enter__()
         return self
 
@@ -271,7 +272,8 @@ class TrainingPasses:
     def _moved(self) -> tuple[str, ...]:
         """The names of the parameters that the first pass has changed."""
         before, now = self._copies, self._own_params
-        frozen = [n for n in self._machine.not_trained if not unchanged(now[n], before[n])]
+        written = self._written()  # a momentum encoder begins as a copy, and its first move changes no value
+        frozen = [n for n in self._machine.not_trained if n in written or not unchanged(now[n], before[n])]
         trained = [
             name
             for name, leaf, version in zip(
@@ -281,15 +283,32 @@ class TrainingPasses:
         ]
         return (*frozen, *trained)
 
-    def _overwritten(self) -> list[str]:
-        """The names of the trained parameters that the passes changed in place, through .data too where that is known."""
-        machine = self._machine
-        versions = [leaf._version for leaf in self._state.tensors.leaves]
-        if versions == self._versions and not machine.moved:
+    def _written(self) -> list[str]:
+        """The names of the frozen parameters that the passes wrote to."""
+        names = self._machine.not_trained
+        if not names:
             return []
+        pairs = zip(names, self._frozen_versions, strict=True)
+        return [name for name, before in pairs if self._own_params[name]._version != before]
+
+    def _overwritten(self) -> list[str]:
+        """The names of the state's own parameters that the passes changed in place, through .data too where that is known.
+
+        Raises:
+            CompileError: while a step is traced.
+        """
+        machine = self._machine
         known = machine.moved or ()
-        pairs = zip(machine.trainable, versions, self._versions, strict=True)
-        return [name for name, now, before in pairs if now != before or name in known]
+        late = [name for name in self._written() if name not in known]  # the others were copies
+        versions = [leaf._version for leaf in self._state.tensors.leaves]
+        if versions == self._versions and not known:
+            found = late
+        else:
+            pairs = zip(machine.trainable, versions, self._versions, strict=True)
+            found = [*(name for name, now, before in pairs if now != before or name in known), *late]
+        if found and not self._drawing:
+            raise _moves(found[0])
+        return found
 
 
 def _have_changed(leaves: Sequence[Tensor], grads: list[tuple[Tensor, int]]) -> bool:
