@@ -402,6 +402,14 @@ def test_a_compiled_part_is_traced_like_the_rest():
     assert_alike(folded(step, state.clone(), batches(4)), folded(compile(step), state, batches(4)), 1e-5)
 
 
+@pytest.mark.filterwarnings("ignore:The .grad attribute")
+def test_torch_compile_around_a_step_changes_nothing_of_it():
+    """Somebody who compares puts torch.compile around it: it breaks the graph where it has to, and follows the rest."""
+    state = first_state()
+    around = torch.compile(updated, backend="eager")
+    assert_alike(folded(updated, state.clone(), batches(3)), folded(around, state, batches(3)), 0)
+
+
 def test_gradients_of_gradients_are_captured():
     def penalised(model, batch):
         x = batch[0].clone().requires_grad_()

@@ -315,3 +315,13 @@ def test_a_pickle_is_refused_in_words(protocol, tmp_path):
     assert str(caught.value) == says
     with pytest.raises(ConfigError, match="cannot be pickled"):
         torch.save(trained(), tmp_path / "state.pt")
+
+
+def test_writing_to_a_tensor_that_was_given_changes_no_state():
+    mine = torch.zeros(3)
+    state = TrainState.create(
+        torch.nn.Linear(2, 1), Optimizer(torch.optim.SGD, lr=0.1), carry={"hidden": mine}
+    )
+    later = state.with_carry({"hidden": mine})
+    mine.add_(1)
+    assert state.carry["hidden"].tolist() == later.carry["hidden"].tolist() == [0, 0, 0]

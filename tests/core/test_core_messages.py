@@ -45,6 +45,11 @@ SGD = Optimizer(torch.optim.SGD, lr=0.1)
 NAMES = "a.0.weight, a.0.bias, a.1.weight, a.1.bias, a.2.weight, ... (6 in all)"
 
 
+def made_in_inference_mode():
+    with torch.inference_mode():
+        return nn.Linear(2, 1)
+
+
 def create(model=None, optimizer=SGD, **options):
     return TrainState.create(model or nn.Linear(2, 1), optimizer, **options)
 
@@ -174,6 +179,8 @@ REFUSALS = [
     (lambda: create(nn.Linear(2, 1).half(), precision="fp16"), ConfigError, HALF.format("float16")),
     (lambda: create(nn.Linear(2, 1).bfloat16(), precision="fp16"), ConfigError, HALF.format("bfloat16")),
     (lambda: create(nn.LazyLinear(1)), ConfigError, "TrainState.create: weight is lazy and has no shape yet. Run the model on one batch first."),
+    (lambda: create(torch.jit.ScriptModule()), ConfigError, "TrainState.create: the model is a ScriptModule, whose tensors Python cannot exchange. Train the module that it was made of, and script that afterwards."),
+    (lambda: create(made_in_inference_mode()), ConfigError, "TrainState.create: weight was made under torch.inference_mode(), and such tensors are never trained. Make the model outside of it."),
     (lambda: create(nn.Linear(2, 1, device="meta")), ConfigError, "TrainState.create: weight is on the meta device. Call model.to_empty(device=...) and initialise it."),
     (lambda: create(loss_scale=LossScale(scale=2.0)), ConfigError, "TrainState: fp16 needs a LossScale and fp32 has none, but precision is 'fp32' and scale is LossScale(scale=2.0, growth_tracker=0, growth_factor=2.0, backoff_factor=0.5, growth_interval=2000, floor=1.0). Make a new state with TrainState.create(..., precision=...)."),
     (lambda: Optimizer("SGD"), ConfigError, "Optimizer: expected a subclass of torch.optim.Optimizer, but got 'SGD'. Pass the class itself, as in Optimizer(torch.optim.SGD, lr=0.1)."),

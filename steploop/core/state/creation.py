@@ -124,10 +124,21 @@ def _check_extra_state(module: ModuleMachine) -> None:
 
 
 def _refuse_unready(model: nn.Module) -> None:
+    for path, module in model.named_modules():
+        if isinstance(module, torch.jit.ScriptModule):
+            raise ConfigError(
+                f"TrainState.create: {path or 'the model'} is a ScriptModule, whose tensors Python cannot exchange. Train the module that it "
+                "was made of, and script that afterwards."
+            )
     for name, value in (*model.named_parameters(), *model.named_buffers()):
         if nn.parameter.is_lazy(value):
             raise ConfigError(
                 f"TrainState.create: {name} is lazy and has no shape yet. Run the model on one batch first."
+            )
+        if value.is_inference():
+            raise ConfigError(
+                f"TrainState.create: {name} was made under torch.inference_mode(), and such tensors are never trained. Make the model "
+                "outside of it."
             )
         if value.is_meta:
             raise ConfigError(

@@ -39,19 +39,18 @@ class Replaceable:
     def replace(self, **changes: Any) -> Self:
         """This value with some fields changed: a fifth of the time of ``attrs.evolve``, and no checks."""
         new = _new(type(self))
-        _put_fields(new, self.__dict__ | changes)
+        _set(new, "__dict__", self.__dict__ | changes)
         return new
 
     def over(self, fields: dict[str, Any]) -> Self:
         """A value of this class over a dictionary of all its fields, which it takes as its own."""
         new = _new(type(self))
-        _put_fields(new, fields)
+        _set(new, "__dict__", fields)
         return new
 
 
 _new = object.__new__
-# object.__setattr__, which a frozen class leaves, looks this up each time; a step makes nine values
-_put_fields: Any = Replaceable.__dict__["__dict__"].__set__
+_set = object.__setattr__  # torch.compile around a step follows this, and no descriptor
 
 
 def field_names(part: type[Any]) -> tuple[str, ...]:
@@ -205,11 +204,11 @@ class InFlight(Replaceable):
     def begun(self, **values: Any) -> Self:
         """What is in flight after the forward passes of a step: these values, and nothing of the step before."""
         new = _new(type(self))
-        _put_fields(new, _defaults(type(self)) | values)
+        _set(new, "__dict__", _defaults(type(self)) | values)
         return new
 
     def ended(self, **results: Any) -> Self:
         """What a finished step leaves: its results, and nothing that the next step could go on from."""
         new = _new(type(self))
-        _put_fields(new, self.__dict__ | _ended(type(self)) | results)
+        _set(new, "__dict__", self.__dict__ | _ended(type(self)) | results)
         return new

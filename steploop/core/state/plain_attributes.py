@@ -2,14 +2,12 @@
 
 import copy
 import itertools
-import random
 import sys
 from collections import Counter, OrderedDict, defaultdict, deque
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor, nn
 
 from steploop.core.state.copying import lazy_clone
@@ -28,6 +26,14 @@ _OF_TORCH = frozenset(vars(nn.Module()))
 
 # containers that are held as a list or a dictionary
 _AS_PLAIN: dict[type, type] = {deque: list, OrderedDict: dict, defaultdict: dict, Counter: dict}
+
+# by their names: torch.compile around a step of ours cannot follow the classes
+_GENERATORS: dict[str, Callable[[Any], Any]] = {
+    "torch._C.Generator": lambda g: g.get_state().numpy().tobytes(),
+    "random.Random": lambda g: g.getstate(),
+    "numpy.random._generator.Generator": lambda g: repr(g.bit_generator.state),
+    "numpy.random.mtrand.RandomState": lambda g: repr(g.get_state(legacy=False)),
+}
 
 # owner path -> attribute -> (value, what it looks like)
 _Seen = dict[str, dict[str, tuple[Any, Any]]]
@@ -237,18 +243,10 @@ def _mark_of_refused(value: Any) -> Any:
         return _Refused(("a set", frozenset(value), instead))
     if isinstance(value, itertools.count):
         return _Refused(("a counter", repr(value), instead))
-    if isinstance(value, torch.Generator):
-        state: Any = value.get_state().numpy().tobytes()
-    elif isinstance(value, random.Random):
-        state = value.getstate()
-    elif isinstance(value, np.random.Generator):
-        state = repr(value.bit_generator.state)
-    elif isinstance(value, np.random.RandomState):
-        state = repr(value.get_state(legacy=False))
-    else:
+    if (state_of := _GENERATORS.get(f"{type(value).__module__}.{type(value).__qualname__}")) is None:
         return _OTHER
     instead = "Draw from torch's own generator (torch.rand), which is seeded from the state in every pass."
-    return _Refused(("a random generator", state, instead))
+    return _Refused(("a random generator", state_of(value), instead))
 
 
 def _held(seen: tuple[Any, Any]) -> bool:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from steploop.core.optimizer import check_rate
 from steploop.core.precision import LossScale, Precision, check_precision
 from steploop.core.ranks import Ranks
-from steploop.core.state.copying import copy_began, copy_tensors, leaf_like
+from steploop.core.state.copying import copy_began, copy_tensors, lazy_clone, leaf_like
 from steploop.core.state.creation import OptimizerDescription, initial_values
 from steploop.core.state.machine import Machine
 from steploop.core.state.ownership import Lease
@@ -329,10 +329,11 @@ class TrainState(PlainValues):
         )
 
     def with_carry(self, carry: Any) -> Self:
-        """Make a state that carries another tree of your own; the tensors are shared with this one.
+        """Make a state that carries another tree of your own; all its other tensors are shared with this one.
 
         A hidden state, a queue, a running reward, a stage of a curriculum: whatever the next step depends on. Tensors
-        are detached. A skipped step brings back the carry that the step began with.
+        are detached, and the state's own: writing to yours changes none. A skipped step brings back the carry that the
+        step began with.
 
         Args:
             carry: None, bool, int, float, str, tensors, and lists, tuples and mappings of them.
@@ -425,7 +426,7 @@ class TrainState(PlainValues):
 
 
 def _own_carry(carry: Any) -> Any:
-    """The tree with its tensors detached; ConfigError where a checkpoint could not keep it."""
+    """A copy of the tree with its tensors detached; ConfigError where a checkpoint could not keep it."""
     if carry is None:
         return None
     if (found := unkeepable(carry)) is not None:
@@ -434,4 +435,5 @@ def _own_carry(carry: Any) -> Any:
             f"The carry of a state must be a tree of tensors, numbers, texts and None (lists, tuples, mappings), but "
             f"{('carry' + name)!r} is a {type(value).__name__}."
         )
-    return map_tensors(Tensor.detach, carry)
+    # while a step is traced nobody but its own code holds them
+    return map_tensors(lambda t: lazy_clone(t) if type(t) is Tensor else t.detach(), carry)
