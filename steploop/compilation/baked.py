@@ -24,6 +24,11 @@ class Baked:
 
     def __init__(self, train_step: Callable[..., Any], models: Sequence[nn.Module]) -> None:
         self._found = in_reach(train_step, models)
+        if self._found.iterators:  # before a trace moves it on
+            raise CompileError(
+                f"reads the iterator {self._found.iterators[0]}, of which a graph would use one value at every step. Take the values "
+                "outside of train_step, and give each with its batch."
+            )
         self._places = self._found.values
         self._hooks = [
             h for m in models for one in m.modules() for h in (one._forward_hooks, one._forward_pre_hooks)

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-__all__ = ["MISSING", "Cells", "MappingWatch", "Snapshot"]
+__all__ = ["MISSING", "Attributes", "Cells", "MappingWatch", "Snapshot"]
 
 _OF_EVERY_MODULE = frozenset(vars(nn.Module()))
 MISSING = object()
@@ -35,6 +35,29 @@ class Cells(dict[str, Any]):
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.cells)
+
+
+class Attributes:
+    """The attributes of something that keeps them in no dictionary one may write to: a class, an object with slots.
+
+    Args:
+        owner: whose they are.
+    """
+
+    def __init__(self, owner: Any) -> None:
+        self._owner = owner
+
+    def __getitem__(self, name: str) -> Any:
+        """The attribute itself, of a class as it stands there."""
+        if isinstance(self._owner, type):
+            return vars(self._owner)[name]
+        return getattr(self._owner, name, MISSING)
+
+    def __setitem__(self, name: str, value: Any) -> None:
+        setattr(self._owner, name, value)
+
+    def __delitem__(self, name: str) -> None:
+        delattr(self._owner, name)
 
 
 class Snapshot:

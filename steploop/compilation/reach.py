@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from steploop.compilation.mapping_watch import Cells, MappingWatch, Snapshot
+from steploop.compilation.mapping_watch import Attributes, Cells, MappingWatch, Snapshot
 
 __all__ = ["Found", "in_reach"]
 
@@ -34,6 +34,7 @@ _LIBRARIES = frozenset(sys.stdlib_module_names - {"__main__"}) | {
 }
 # what every module has: its tensors are the state's, its mode is set for each pass
 _OF_EVERY_MODULE = frozenset(vars(nn.Module()))
+_OF_PYTHON = frozenset({"builtins", "itertools"})  # whose iterators Python moves on
 _MOST_DEEP = 4
 _MOST_ITEMS = 100  # of a list or dictionary: a larger one holds data
 _GENERATORS = (random.Random, np.random.RandomState, np.random.Generator)
@@ -48,12 +49,14 @@ class Found:
         values: that another part of the program may change.
         generators: of random numbers, which only their use changes.
         by_use: attributes that the code in reach does not name; if the step changes one, it does so by another way.
+        iterators: the names of those that Python moves on as it reads them.
         put_back_only: what layers of torch keep for themselves.
     """
 
     values: list[MappingWatch] = attrs.field(factory=list)
     generators: list[MappingWatch] = attrs.field(factory=list)
     by_use: list[MappingWatch] = attrs.field(factory=list)
+    iterators: list[str] = attrs.field(factory=list)
     put_back_only: list[MappingWatch] = attrs.field(factory=list)
 
 
@@ -126,7 +129,7 @@ class _Walk:
                 if k in self._names or (k.startswith("__") and k != "__init__") or k == "forward"
             ]
             plain = [k for k in named if not k.startswith("__") and _is_plain(values[k])]
-            self._add(values, plain, lambda k: f"{path}.{k}", 0)
+            self._add(Attributes(one), plain, lambda k: f"{path}.{k}", 0)
             for key in named:
                 value = values[key]
                 self.into(
@@ -147,7 +150,13 @@ class _Walk:
                 MappingWatch(_state_of(value), ["state"], lambda _: name, whole=False)
             )
             return
+        if isinstance(value, Iterator) and type(value).__module__ in _OF_PYTHON:
+            self.found.iterators.append(name)
+            return
         if _is_library(value) and not isinstance(value, (dict, deque)):
+            return
+        if isinstance(value, type):
+            self._class(value, name)
             return
         self._seen[id(value)] = value
         if isinstance(value, types.FunctionType):
@@ -168,8 +177,6 @@ class _Walk:
             keys = list(value) if isinstance(value, dict) else range(len(value))
             if len(keys) <= _MOST_ITEMS:
                 self._add(value, keys, lambda k: f"{name}[{k!r}]", depth, whole=True)
-        elif isinstance(value, type):
-            self._class(value, name)
         elif isinstance(getattr(value, "__dict__", None), dict):
             own = [k for k in vars(value) if k in self._names]
             self._add(vars(value), own, lambda k: f"{name}.{k}".strip("."), depth)
@@ -177,11 +184,25 @@ class _Walk:
             self.found.by_use.append(
                 MappingWatch(vars(value), others, lambda k: f"{name}.{k}".strip("."), whole=False)
             )
+            self._slots(value, name, depth)
+            self._class(type(value), name)
+        else:
+            self._slots(value, name, depth)
+
+    def _slots(self, value: Any, name: str, depth: int) -> None:
+        """The attributes that an object keeps in slots."""
+        kinds = [vars(one) for one in type(value).__mro__ if not _is_library(one)]
+        slots = [k for kind in kinds for k, v in kind.items() if isinstance(v, types.MemberDescriptorType)]
+        if own := [k for k in slots if k in self._names]:
+            self._add(Attributes(value), own, lambda k: f"{name}.{k}".strip("."), depth)
             self._class(type(value), name)
 
     def _function(self, function: Any, depth: int) -> None:
         names = set(_names(function.__code__))
         self.named |= names
+        attributes, itself = vars(function), function.__name__
+        if attributes or itself in names or itself in function.__code__.co_freevars:
+            self._add(attributes, list(attributes), lambda k: f"{itself}.{k}", depth, whole=True)
         values = function.__globals__
         own = [k for k in names if k in values]
         self._add(values, [k for k in own if not isinstance(values[k], types.ModuleType)], str, depth)

@@ -1,5 +1,6 @@
 """What lies beside state and batch: a trace changes none of it, and what Python reads of it is guarded or refused."""
 
+import itertools
 import random
 import types
 from collections import deque
@@ -504,6 +505,64 @@ def test_generators_and_containers_of_the_program_are_not_built_in(kind):
     assert before[1] == ARRAY_RNG.bit_generator.state
     assert all(a is b for a, b in zip(before[2], HISTORY, strict=True))
     assert before[3] == SEEN
+
+
+class Counter:
+    count = 0
+
+
+class Slotted:
+    __slots__ = ("count",)
+
+    def __init__(self):
+        self.count = 0
+
+
+def numbers():
+    while True:
+        yield 1.0
+
+
+SLOTTED, NUMBERS, TURNS = Slotted(), numbers(), itertools.cycle([1.0, 2.0])
+
+
+def count_of_class(step):
+    Counter.count += 1
+    return Counter.count
+
+
+def count_of_slots(step):
+    SLOTTED.count += 1
+    return SLOTTED.count
+
+
+def count_of_function(step):
+    count_of_function.count = getattr(count_of_function, "count", 0) + 1
+    return count_of_function.count
+
+
+COUNTS = {
+    "a class": (count_of_class, r"changes Counter\.count"),
+    "an object with slots": (count_of_slots, r"changes SLOTTED\.count"),
+    "a function": (count_of_function, r"changes count_of_function\.count"),
+    "a generator": (lambda step: next(NUMBERS), "reads the iterator NUMBERS"),
+    "a cycle": (lambda step: next(TURNS), "reads the iterator TURNS"),
+}
+
+
+@pytest.mark.parametrize("kind", list(COUNTS))
+def test_what_counts_in_no_dictionary_is_not_built_in(kind):
+    count, says = COUNTS[kind]
+
+    def step(state, batch):
+        return updated(state, batch, lambda m, b: objective(m, b)[0] / count(state))
+
+    state = folded(updated, first_state(), batches(1))
+    with pytest.raises(CompileError, match=says):
+        compile(step)(state, batches(1)[0])
+    assert (Counter.count, SLOTTED.count, vars(count_of_function)) == (0, 0, {})
+    if kind == "a cycle":
+        assert next(TURNS) == 1.0
 
 
 def test_a_set_in_reach_costs_no_full_look_at_every_step(monkeypatch):
