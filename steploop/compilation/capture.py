@@ -111,6 +111,7 @@ def trace_step(
         result = train_step(traced[""] if "" in traced else dict(traced), fake_batch)
         given: list[Any] = []
         for owner, new in _named(result, traced).items():
+            _refuse_frozen(states[owner], came[owner], new)
             plans[owner] = collect(
                 states[owner], traced[owner], came[owner], new, given,
                 before=trace.before[owner], after=trace.after[owner], limit=trace.limits.get(owner, 0),
@@ -152,6 +153,17 @@ def _refuse_extra_state(state: TrainState) -> None:
             f"trains {name or 'a model'} ({type(module).__name__}), which keeps an extra state in Python (get_extra_state) that no "
             "graph changes. Keep it in a buffer (register_buffer), or run this step in eager."
         )
+
+
+def _refuse_frozen(state: TrainState, came: Mapping[Any, Tensor], new: TrainState) -> None:
+    """Raise CompileError if the step has frozen or thawed a parameter: the graph does it once, and not to the state's."""
+    for name, param in state.tensors.params.items():
+        found = (came["params", (name,)], new.tensors.params[name])
+        if any(tensor.requires_grad is not param.requires_grad for tensor in found):
+            raise CompileError(
+                f"changes requires_grad of {name} in Python, which a graph would do once. Freeze it between two steps: it is looked at "
+                "before each one."
+            )
 
 
 def _named(result: Any, traced: Mapping[str, TracedState]) -> dict[str, TracedState]:

@@ -403,6 +403,28 @@ def test_a_compiled_part_is_traced_like_the_rest():
     assert_alike(folded(step, state.clone(), batches(4)), folded(compile(step), state, batches(4)), 1e-5)
 
 
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_a_step_that_freezes_a_parameter_is_refused_by_name_and_between_steps_it_is_followed(when):
+    def step(state, batch):
+        if when == "before" and state.step == 2:
+            state.model[0].weight.requires_grad_(requires_grad=False)
+        state = updated(state, batch)
+        if when == "after" and state.step == 2:
+            state.model[0].weight.requires_grad_(requires_grad=False)
+        return state
+
+    fast, state = compile(step), first_state()
+    with pytest.raises(CompileError, match=r"changes requires_grad of 0\.weight in Python"):
+        folded(fast, state, batches(4))
+
+    def by_hand(one):
+        state = folded(one, first_state(), batches(2))
+        state.model[0].weight.requires_grad_(requires_grad=False)
+        return folded(one, state, batches(3))
+
+    assert_alike(by_hand(updated), by_hand(compile(updated)), 1e-5)
+
+
 @pytest.mark.filterwarnings("ignore:The .grad attribute")
 def test_torch_compile_around_a_step_changes_nothing_of_it():
     """Somebody who compares puts torch.compile around it: it breaks the graph where it has to, and follows the rest."""

@@ -130,7 +130,11 @@ REFUSED = {
     ),
     "an array of NumPy": ((lambda: np.zeros(2), lambda net, x: np.add(net.kept, 1, out=net.kept)[0]),),
     "a set": ((set, lambda net, x: net.kept.add(len(net.kept)) or len(net.kept)),),
-    "a counter": ((itertools.count, lambda net, x: next(net.kept)),),
+    "an iterator": (
+        (itertools.count, lambda net, x: next(net.kept)),
+        (lambda: iter([1.0, 2.0]), lambda net, x: next(net.kept)),
+        (lambda: (1.0 for _ in range(9)), lambda net, x: next(net.kept)),
+    ),
 }
 
 
@@ -146,6 +150,23 @@ def test_what_cannot_be_held_is_refused_by_name_in_the_first_pass(what, number):
     assert state.alive
     unused = TrainState.create(Net(make(), lambda net, x: 1.0), SGD)
     assert reduce(step, batches(), unused).step == 6
+
+
+def test_a_value_of_the_class_is_refused_and_one_that_stays_is_not():
+    class Counting(Net):
+        calls, scale, table = 0, 2.0, [1, 2]
+
+    def count(net, x):
+        Counting.calls += 1
+        return Counting.scale
+
+    state = TrainState.create(Counting(None, count), SGD)
+    with pytest.raises(
+        ConfigError, match=r"changes class Counting\.calls, a value that all modules of the class share, in"
+    ):
+        step(state, batches()[0])
+    still = TrainState.create(Counting(None, lambda net, x: Counting.scale), SGD)
+    assert reduce(step, batches(), still).step == 6
 
 
 def test_a_list_that_outgrows_a_state_is_refused_and_not_begun_anew(monkeypatch):

@@ -2,9 +2,10 @@
 
 import copy
 import itertools
+import operator
 import sys
 from collections import Counter, OrderedDict, defaultdict, deque
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -62,7 +63,12 @@ class PlainAttributes:
         # what a module gives as its extra state it keeps itself
         keeps = nn.Module.get_extra_state
         own = {path: m for path, m in modules.items() if type(m).get_extra_state is keeps}
-        self._owners: dict[str, Any] = {**own, **_objects_on(own)}
+        classes = {kind for m in own.values() for kind in type(m).__mro__ if not _is_a_librarys(kind)}
+        self._owners: dict[str, Any] = {
+            **own,
+            **_objects_on(own),
+            **{f"class {k.__name__}": k for k in classes},
+        }
         self._paths = frozenset(modules)
         self._passes = 0
         self.known: dict[str, tuple[Any, str, Any]] = {}
@@ -98,6 +104,8 @@ class PlainAttributes:
     def put_back(self, before: _Seen) -> None:
         """Undo what has changed since ``before``."""
         for path, module in self._owners.items():
+            if isinstance(module, type):  # its change is refused
+                continue
             old, now = before[path], _seen_in(module)
             for name in old.keys() | now.keys():
                 if name not in old:
@@ -171,14 +179,23 @@ def _is_users(value: Any) -> bool:
     """Whether a value is an object with attributes, of no class of a library that keeps to itself."""
     if isinstance(value, nn.Module | Tensor | type) or callable(value) or not hasattr(value, "__dict__"):
         return False
-    package = type(value).__module__.partition(".")[0]
+    return isinstance(value.__dict__, dict) and not _is_a_librarys(type(value))
+
+
+def _is_a_librarys(kind: type) -> bool:
+    package = kind.__module__.partition(".")[0]
     known = package in sys.stdlib_module_names and package not in {"__main__", "types", "argparse"}
-    return isinstance(value.__dict__, dict) and not known and package not in {"torch", "numpy", "steploop"}
+    return known or package in {"torch", "numpy", "steploop"}
 
 
 def _seen_in(owner: Any) -> dict[str, tuple[Any, Any]]:
     # a text in an object is a setting: a library writes what it has chosen into its configuration
     texts = isinstance(owner, nn.Module)
+    if isinstance(owner, type):
+        instead = "Keep it in the module itself (self.x in the place of type(self).x): then it belongs to the state."
+        counts = {n: v for n, v in owner.__dict__.items() if type(v) in {int, float} or isinstance(v, Tensor)}
+        what = "a value that all modules of the class share"  # a flag or a table may be a cache
+        return {name: (None, _Refused((what, _mark(value), instead))) for name, value in counts.items()}
     return {
         name: _look_of(value)
         for name, value in owner.__dict__.items()
@@ -241,8 +258,12 @@ def _mark_of_refused(value: Any) -> Any:
         return _Refused(("an array of NumPy", (value.shape, value.dtype.str, value.tobytes()), instead))
     if isinstance(value, set) and len(value) <= _MOST_ITEMS:
         return _Refused(("a set", frozenset(value), instead))
-    if isinstance(value, itertools.count):
-        return _Refused(("a counter", repr(value), instead))
+    if isinstance(value, Iterator) and type(value).__module__ in {"builtins", "itertools"}:
+        frame = getattr(value, "gi_frame", None)
+        at = (operator.length_hint(value, -1), frame and frame.f_lasti)
+        return _Refused(
+            ("an iterator", (repr(value) if isinstance(value, itertools.count) else None, at), instead)
+        )
     if (state_of := _GENERATORS.get(f"{type(value).__module__}.{type(value).__qualname__}")) is None:
         return _OTHER
     instead = "Draw from torch's own generator (torch.rand), which is seeded from the state in every pass."
