@@ -10,7 +10,15 @@ import attrs
 import pytest
 import torch
 
-from steploop.core.trees import count_samples, first_difference, map_tensors, named_leaves, shapes, to_device
+from steploop.core.trees import (
+    count_samples,
+    first_difference,
+    map_tensors,
+    named_leaves,
+    shapes,
+    to_device,
+    with_leaves,
+)
 
 
 class Pair(NamedTuple):
@@ -231,3 +239,9 @@ def test_nan_in_one_place_is_a_difference_and_in_both_is_none():
 def test_a_tensor_that_is_not_contiguous_is_compared_by_its_values():
     a = torch.arange(6.0).reshape(2, 3).T
     assert first_difference(a, a.contiguous()) is None
+
+
+def test_other_leaves_stand_where_their_paths_say():
+    tree = {"a": [1, (2, 3)], "b": 4}
+    assert with_leaves(tree, {("a", 1, 0): 9, ("b",): [5], ("c",): 6}) == {"a": [1, (9, 3)], "b": [5]}
+    assert tree == {"a": [1, (2, 3)], "b": 4}
