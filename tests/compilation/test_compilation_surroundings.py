@@ -425,6 +425,20 @@ def test_a_step_that_freezes_a_parameter_is_refused_by_name_and_between_steps_it
     assert_alike(by_hand(updated), by_hand(compile(updated)), 1e-5)
 
 
+def test_other_weights_in_the_midst_of_a_step_are_refused_and_run_in_eager_by_auto():
+    def step(state, batch):
+        state = updated(state, batch)
+        return state.with_params({"0.bias": torch.ones(8)}) if state.step == 2 else state
+
+    with pytest.raises(CompileError, match=r"calls with_params.*between two steps"):
+        folded(compile(step), first_state(), batches(3))
+    assert_alike(
+        folded(step, first_state(), batches(3)),
+        folded(compile(step, mode="auto"), first_state(), batches(3)),
+        0,
+    )
+
+
 @pytest.mark.filterwarnings("ignore:The .grad attribute")
 def test_torch_compile_around_a_step_changes_nothing_of_it():
     """Somebody who compares puts torch.compile around it: it breaks the graph where it has to, and follows the rest."""

@@ -18,8 +18,9 @@ from steploop.core.state.ownership import Lease
 from steploop.core.state.parts import Gradients, InFlight, PlainValues, TensorValues, field_names, plain_names
 from steploop.core.state.sharded import as_sharded
 from steploop.core.state.surroundings import shielded
+from steploop.core.state.trace import trace_of
 from steploop.core.trees import map_tensors, unkeepable
-from steploop.errors import ConfigError, SpentStateError
+from steploop.errors import CompileError, ConfigError, SpentStateError
 
 __all__ = ["TrainState", "read_host"]
 
@@ -292,6 +293,10 @@ class TrainState(PlainValues):
             1.0
         """
         self.check_alive("with_params")
+        if trace_of(self) is not None:
+            raise CompileError(
+                "calls with_params, which makes a state of its own in the midst of a step. Call it between two steps."
+            )
         have = {**self.tensors.params, **self.tensors.buffers}
         for name, value in values.items():
             if name not in have:
