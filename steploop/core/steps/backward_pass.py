@@ -17,8 +17,12 @@ try:
     # all of that is known, and it costs 7% of the forward and backward pass of a small perceptron.
     from torch._C import _are_functorch_transforms_active as _transforms_active
     from torch.autograd.graph import _engine_run_backward
-except ImportError:  # both are private, and may go: nothing but the time depends on them
-    _engine_run_backward: Any = None  # type: ignore[no-redef]
+
+    # It leaves its caller's context for the threads of other devices, and looks whether torch logs its graphs: on a CPU
+    # the backward pass runs in the thread that calls it.
+    _run_on_cpu = torch.autograd.Variable._execution_engine.run_backward
+except (ImportError, AttributeError):  # all are private, and may go: nothing but the time depends on them
+    _engine_run_backward = _run_on_cpu = None  # type: ignore[assignment]
 
 __all__ = ["gradients", "recomputed", "require_some", "seed_of", "take_gradients"]
 
@@ -89,10 +93,9 @@ def _backward(loss: Tensor, seed: Tensor, *, keep_graph: bool) -> None:
     """``torch.autograd.backward(loss, seed)``; of a traced loss, and under torch.func, where that is an error, itself."""
     if type(loss) is not Tensor or _engine_run_backward is None or _transforms_active():
         torch.autograd.backward(loss, seed, retain_graph=keep_graph)
-    else:
-        _engine_run_backward(
-            (loss,), (seed,), keep_graph=keep_graph, create_graph=False, accumulate_grad=True
-        )
+        return
+    run = _run_on_cpu if loss.is_cpu else _engine_run_backward
+    run((loss,), (seed,), keep_graph=keep_graph, create_graph=False, accumulate_grad=True)
 
 
 def require_some(grads: list[Tensor | None]) -> None:

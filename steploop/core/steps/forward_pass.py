@@ -135,7 +135,8 @@ class TrainingPasses:
             self._attributes = module.attributes.look()
         module.set_training(training=True)
         self._versions = [leaf._version for leaf in tensors.leaves]
-        self._frozen_versions = [self._own_params[name]._version for name in machine.not_trained]
+        if machine.not_trained:
+            self._frozen_versions = [self._own_params[name]._version for name in machine.not_trained]
         self._generators.__enter__()
         return self
 
@@ -299,8 +300,10 @@ class TrainingPasses:
         """
         machine = self._machine
         known = machine.moved or ()
-        late = [name for name in self._written() if name not in known]  # the others were copies
         versions = [leaf._version for leaf in self._state.tensors.leaves]
+        if versions == self._versions and not known and not machine.not_trained:
+            return []
+        late = [name for name in self._written() if name not in known]  # the others were copies
         if versions == self._versions and not known:
             found = late
         else:
