@@ -55,6 +55,9 @@ def compile(  # noqa: A001  (steploop.compile, as in torch.compile)
     times, so a short last batch costs no graph in a short run and one in a long one; a third warns, and beyond eight no
     more are compiled. Texts, bools and enums in a batch are part of its form; numbers are not.
 
+    **Ranks.** Where a state has ranks, torch.compile compiles the pass of each part of a batch, and the rest of the step is eager: so the
+    number of ranks changes no bit of a compiled run, and compiled and eager ranks train together. See ``steploop docs ranks``.
+
     **What Python reads besides** is built into the graph and guarded, so that another value is another graph: attributes
     of modules and objects, globals, closures, defaults, as far as the code in reach names them. Tensors there are read anew,
     and what the step leaves in attributes (attention maps) is the newest after each step. Not seen are the clock, the

@@ -20,10 +20,15 @@ def cloned(state: Any) -> Any:
     return {name: one.clone() for name, one in state.items()}
 
 
-def measure(forms: Mapping[str, Callable[[Any, Any], Any]], state: Any, batch: Any) -> dict[str, float]:
+def measure(
+    forms: Mapping[str, Callable[[Any, Any], Any]],
+    state: Any,
+    batch: Any,
+    agree: Callable[[int], int] = int,
+) -> dict[str, float]:
     """Time the forms in turns; return the best microseconds per step of each.
 
-    Interference only ever adds time, so the fastest round says most about the form.
+    Interference only ever adds time, so the fastest round says most about the form. Ranks ``agree`` on the number of steps.
     """
     states = {name: cloned(state) for name in forms}
     steps = {}
@@ -32,7 +37,7 @@ def measure(forms: Mapping[str, Callable[[Any, Any], Any]], state: Any, batch: A
         begin = time.perf_counter()
         states[name] = _finished(step(states[name], batch))
         took = time.perf_counter() - begin
-        steps[name] = max(_FEWEST, min(_MOST, int(_BUDGET_S / max(took, 1e-6))))
+        steps[name] = agree(max(_FEWEST, min(_MOST, int(_BUDGET_S / max(took, 1e-6)))))
     best = dict.fromkeys(forms, float("inf"))
     for _ in range(_ROUNDS):
         for name, step in forms.items():

@@ -19,6 +19,7 @@ from steploop.compilation.host_numbers import Now
 from steploop.compilation.inductor import check_torch, compile_graph, reads_a_value
 from steploop.compilation.plans import StepPlan
 from steploop.compilation.step_failures import raise_nonfinite, refuse_shared
+from steploop.compilation.step_of_parts import PASSES_ONLY, StepOfParts
 from steploop.core.state.surroundings import is_usual, shield
 from steploop.core.state.train_state import TrainState
 from steploop.errors import (
@@ -79,6 +80,7 @@ class CompiledStep:
         self._graph: CompiledGraph | None = None  # and the graph that ran for it
         self._refused: set[Any] = set()  # forms of batches that cannot be compiled, under mode="auto"
         self._eager = False
+        self._parts: StepOfParts | None = None  # where states have ranks
 
     def __call__(self, state: Any, batch: Any) -> Any:
         """Take one step, like ``train_step(state, batch)``.
@@ -108,9 +110,9 @@ class CompiledStep:
             try:
                 flat = flatten(batch)
             except Exception as error:  # noqa: BLE001  (raised again unless mode is "auto")
-                if not self._has_ranks(states):
+                if not _have_ranks(states):
                     self._give_up(type(batch), error)
-                return self.train_step(state, batch)
+                return self._without_graph(state, states, batch)
             self._form, self._graph = UsualForm.of(batch, flat), self._store.current.get(flat[1])
         for one in states:
             if one.generation != one.lease.generation:
@@ -118,9 +120,9 @@ class CompiledStep:
         now = Now(states, flat[2], _FINITE if single else [True] * len(states))
         graph, bound = self._graph, self._bound
         if graph is None or not bound.holds(states) or not graph.fits(states, bound) or not graph.holds(now):
-            graph = self._graph = None if self._has_ranks(states) else self._find(state, now, batch, flat)
+            graph = self._graph = None if _have_ranks(states) else self._find(state, now, batch, flat)
             if graph is None:
-                return self.train_step(state, batch)
+                return self._without_graph(state, states, batch)
         new = graph(bound, now, flat[0])
         if new is None:
             return self.train_step(state, batch)
@@ -170,17 +172,29 @@ class CompiledStep:
             self._bound.take(states)
         return graph
 
-    def _has_ranks(self, states: Sequence[TrainState]) -> bool:
-        """Whether a state has ranks: its steps run in eager; CompileError unless mode is "auto"."""
-        if all(state.ranks is None for state in states):
-            return False
-        why = "a step with ranks cannot be compiled: a graph would sum the parts of a batch in another order, and ranks have to agree"
-        if self.mode is True:
-            raise CompileError(
-                f"The train step: {why}. Run it in eager, without steploop.compile or with mode='auto'."
-            )
-        self._go_on_in_eager(why)
-        return True
+    def _without_graph(self, state: Any, states: Sequence[TrainState], batch: Any) -> Any:
+        """Take a step in eager; where a state has ranks, with passes that are compiled part by part."""
+        if self._eager or not _have_ranks(states):
+            return self.train_step(state, batch)
+        parts = self._parts
+        if parts is None:
+            parts = self._parts = StepOfParts(self.train_step, self.mode, self._note_pass)
+        if self.mode == "auto" and self.figures.form == "undecided":
+            took, why = parts.measured(state, states, batch)
+            if took is not None:
+                self.figures = attrs.evolve(
+                    self.figures, eager_us=took["eager"], compiled_us=took["compiled"]
+                )
+            if why is not None:
+                self._go_on_in_eager(why)
+                return self.train_step(state, batch)
+        if self.figures.form != "compiled":
+            self.figures = attrs.evolve(self.figures, form="compiled", reason=PASSES_ONLY)
+        return parts(state, states, batch)
+
+    def _note_pass(self, what: str, seconds: float) -> None:
+        self.figures = attrs.evolve(self.figures, compile_s=(*self.figures.compile_s, seconds))
+        self._report(f"compiled the passes of parts of {what}: {seconds:.0f} s")
 
     def _give_up(self, key: Any, error: Exception) -> None:
         """Under mode="auto", run batches of this form in eager and say so once; else raise."""
@@ -256,3 +270,7 @@ class CompiledStep:
         self._eager = True
         self.figures = attrs.evolve(self.figures, form="eager", reason=reason)
         self._report(f"goes on in eager; {reason}")
+
+
+def _have_ranks(states: Sequence[TrainState]) -> bool:
+    return any(state.ranks is not None for state in states)

@@ -24,6 +24,7 @@ __all__ = [
     "CapturedGraph",
     "Run",
     "capture",
+    "check_compiler",
     "check_torch",
     "compile_graph",
     "fake_mode",
@@ -85,7 +86,8 @@ def check_torch() -> None:
         )
 
 
-def _check_compiler(device: torch.device) -> None:
+def check_compiler(device: torch.device) -> None:
+    """Raise CompileError where Inductor would find no C++ compiler for the CPU."""
     from torch._inductor.cpp_builder import get_cpp_compiler
     from torch._inductor.exc import InvalidCxxCompiler
 
@@ -274,7 +276,7 @@ def compile_graph(graph: CapturedGraph, mode: Any) -> Run:
     from torch._inductor.virtualized import V
 
     device = graph.inputs[0].device
-    _check_compiler(device)
+    check_compiler(device)
     remove_truncated()
     module = graph.module
     settings: Any = torch.compiler.config

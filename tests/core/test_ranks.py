@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from compiled_runs import compile_runs_on_this_torch
 from rank_cases import (
     ADAMW,
     CASES,
@@ -45,7 +44,7 @@ from steploop import (
 )
 from steploop.core.steps.part_sums import PartSum
 from steploop.core.trees import first_difference
-from steploop.errors import CompileError, ConfigError, DataError
+from steploop.errors import ConfigError, DataError
 
 
 @pytest.fixture(scope="module")
@@ -325,24 +324,6 @@ def test_a_step_without_ranks_asks_torch_distributed_nothing(monkeypatch):
         state = forward_loss(state, batch, objective)
         state = optimizer_step(unscale_and_clip(backward_scaled(state), max_norm=1.0))
     assert evaluate(state, batches(), objective)["loss"] > 0
-
-
-@pytest.mark.skipif(not compile_runs_on_this_torch(), reason="steploop.compile is written for another torch")
-def test_a_step_with_ranks_is_not_compiled():
-    state = create(network(), ADAMW, 2)
-    cut = split_parts(batches()[0], state.ranks)
-
-    def plain(state, parts):
-        state = backward_scaled(forward_loss(state, parts, objective))
-        return optimizer_step(unscale_and_clip(state, max_norm=1.0))
-
-    with pytest.raises(CompileError, match=r"a step with ranks cannot be compiled.*in eager"):
-        steploop.compile(plain)(state, cut)
-    said = []
-    automatic = steploop.compile(plain, mode="auto", report=said.append)
-    assert automatic(state, cut).step == 1
-    assert automatic.figures.form == "eager"
-    assert len(said) == 1
 
 
 class Moves(nn.Linear):

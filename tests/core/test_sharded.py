@@ -405,7 +405,7 @@ REFUSED = {
     no_samples: "no part of the batch has samples",
     replaced: "its parameter 1.bias was replaced by another tensor",
     alone_saved: "alone it can save none of them",
-    compiled: "a step with ranks cannot be compiled"
+    compiled: "A step of a model under fully_shard cannot be compiled"
     if compile_runs_on_this_torch()
     else "uses internals of torch",
 }

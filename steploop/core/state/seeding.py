@@ -12,7 +12,7 @@ import torch
 from steploop.core.ambient_generators import seed_ambient
 from steploop.core.seeds import fold_in
 
-__all__ = ["SeededGenerators"]
+__all__ = ["SeededGenerators", "python_mark"]
 
 _GLOBAL: Any = random._inst  # what random.random and the others are methods of
 _NUMPY_RANDOM: Any = np.random  # which does not declare the two functions that exchange its generator
@@ -134,6 +134,11 @@ class _NumPy:
 _PYTHON = _Python()
 _NUMPY = _NumPy()
 _OWN_NUMPY_WORDS = _Words(_NUMPY._own.ctypes.state_address, position=624)
+
+
+def python_mark() -> Any:
+    """What differs after a draw from Python's global generator."""
+    return random.getstate() if _PYTHON.words is None else (*_PYTHON.words.mark(), _GLOBAL.gauss_next)
 
 
 # positions and words of Python's generator and of NumPy's, and the second Gaussian of a pair that ``random.gauss`` made

@@ -1,8 +1,10 @@
 """One pass for each part of a batch, and their gradients summed."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
 from functools import partial
-from typing import Any, cast
+from typing import Any, Protocol, cast
 
 import attrs
 from torch import Tensor
@@ -22,6 +24,7 @@ from steploop.errors import ConfigError
 __all__ = [
     "PartGraphs",
     "RanParts",
+    "computed_by",
     "ended",
     "is_empty",
     "joined_parts",
@@ -30,6 +33,25 @@ __all__ = [
     "run_part",
     "run_parts",
 ]
+
+
+class _Compiler(Protocol):
+    def __call__(self, objective: Objective, *, keep_graph: bool) -> Objective:
+        """What computes the pass of a part in the place of ``objective``."""
+        ...
+
+
+_compiler: ContextVar[_Compiler | None] = ContextVar("_compiler", default=None)
+
+
+@contextmanager
+def computed_by(compiler: _Compiler) -> Iterator[None]:
+    """Let ``compiler`` compute the passes of parts, for the length of a ``with`` block."""
+    token = _compiler.set(compiler)
+    try:
+        yield
+    finally:
+        _compiler.reset(token)
 
 
 @attrs.frozen(eq=False)
@@ -161,6 +183,8 @@ def run_part(
 ) -> Ran:
     """The pass of one part, from copies of ``buffers``."""
     passes.begin_again(buffers)
+    if (compiler := _compiler.get()) is not None:
+        objective = compiler(objective, keep_graph=keep_graph)
     loss, outputs, weight = passes.run(batch, objective, draw=draw, keep_graph=keep_graph)
     found = passes.buffers()
     changed = {n for n, b in found.items() if n not in buffers or not unchanged(b, buffers[n])}
