@@ -1,5 +1,9 @@
 """Models that do not fit one device: each rank holds a part of every parameter (``fully_shard``), and the step is the same."""
 
+import contextlib
+import io
+import re
+import warnings
 from functools import partial, reduce
 from pathlib import Path
 
@@ -31,11 +35,26 @@ from steploop import (
 from steploop.checkpoint.format import shards
 from steploop.core.state.sharded import is_sharded
 from steploop.core.trees import first_difference, map_tensors, named_leaves
-from steploop.errors import SteploopError
+from steploop.errors import NonFiniteError, SteploopError
 from steploop.runs.layer_norms import LayerNorms
 
 ADAMW = Optimizer(torch.optim.AdamW, lr=1e-2)
 SGD = Optimizer(torch.optim.SGD, lr=0.1, momentum=0.9)
+INF = float("inf")
+
+
+@pytest.fixture(scope="module")
+def one():
+    ranks = RankProcesses(1)
+    yield ranks
+    ranks.close()
+
+
+@pytest.fixture(scope="module")
+def two():
+    ranks = RankProcesses(2)
+    yield ranks
+    ranks.close()
 
 
 @pytest.fixture(scope="module")
@@ -116,6 +135,9 @@ def micro_step(state, batch, chosen=objective):
 
 def create(model, ranks, optimizer=ADAMW, **options):
     return TrainState.create(model, optimizer, ranks=ranks, **options)
+
+
+LONG, STOP = batches(12), 4  # a run, and where it is interrupted
 
 
 CASES = {
@@ -247,6 +269,35 @@ def test_a_nan_on_one_rank_skips_the_step_on_all(four):
     assert four.run(skip) == [(None, 0, 1, 1)] * 4
 
 
+def never_finite(rank):
+    """What is said where one number of a gradient is nan, in the part that ``rank`` holds."""
+    state = create(cut(network()), Ranks.here())
+    place = [0, 5, 10, 15][rank]  # of 1.bias, 17 numbers long
+
+    def spoiled(model, batch):
+        loss, _ = objective(model, batch)
+        bias = whole(model[1].bias)
+        return loss + bias[place] * float("nan")
+
+    def nowhere_finite(state, batch):
+        state = forward_loss(state, split_parts(batch.T.contiguous(), state.ranks), spoiled)
+        return optimizer_step(unscale_and_clip(backward_scaled(state), max_norm=INF), max_nonfinite_steps=2)
+
+    with pytest.raises(NonFiniteError) as raised:
+        reduce(nowhere_finite, batches(), state)
+    return str(raised.value), raised.value.state.nonfinite_steps
+
+
+def test_steps_that_are_never_finite_end_all_ranks_with_the_name_of_one_gradient(four):
+    """Only one rank holds the number that is nan."""
+    for rank in (0, 3):
+        found = four.run(never_finite, rank)
+        assert len(set(found)) == 1
+        assert "2 steps in a row had gradients that were not finite" in found[0][0]
+        assert "The first gradient that is not finite: 1.bias" in found[0][0]
+        assert found[0][1] == 2
+
+
 def evaluations():
     """Loss over batches beside that of one process, whose batches are the same."""
     size = distributed.get_world_size()
@@ -326,6 +377,57 @@ def test_a_resume_on_as_many_ranks_is_exact_and_files_know_nothing_of_shards(fou
         weights.params["1.weight"],
         checkpoint.open_checkpoint(tmp_path / "half").tensors["model.safetensors"]["1.weight"],
     )
+
+
+def begun_on_two(folder):
+    """Saved in the middle of a run in four parts on two ranks; where it ends there."""
+    state = create(cut(network()), Ranks.here(parts=4), SGD)
+    state = reduce(step, LONG[:STOP], state)
+    checkpoint.save(state, Path(folder) / "half")
+    return values(reduce(step, LONG[STOP:], state))
+
+
+def gone_on(folder):
+    """The end of that run on the ranks that there are, and whether one was warned."""
+    state = create(cut(network()), Ranks.here(parts=4), SGD)
+    with warnings.catch_warnings(record=True) as said:
+        state = checkpoint.load(Path(folder) / "half", like=state)
+    return values(reduce(step, LONG[STOP:], state)), [str(one.message) for one in said]
+
+
+def test_a_resume_on_other_ranks_is_off_by_the_rounding_of_sums(one, two, four, tmp_path):
+    """Under SGD, which leaves a difference of gradients what it is: AdamW divides by the gradient, which may be all rounding."""
+    expected = two.run(begun_on_two, str(tmp_path))[0]
+    for ranks in (one, two, four):
+        (first, said), *others = ranks.run(gone_on, str(tmp_path))
+        for found in (first, *(state for state, _ in others)):
+            pairs = zip(leaves(expected), leaves(found), strict=True)
+            gap = max(float((x - y).abs().max() / x.abs().max()) for x, y in pairs)
+            assert gap == 0 if ranks is two else 0 < gap < 1e-5
+        assert [f"world_size 2 there, {ranks.size} here" in text for text in said] == [True] * (
+            ranks is not two
+        )
+
+
+# -- the page -------------------------------------------------------------------------------------------------------
+
+
+def page_block(folder):
+    """Run the block of the page on this rank; what it prints."""
+    text = (Path(steploop.__file__).parent / "docs" / "ranks.md").read_text(encoding="utf-8")
+    program, shown = re.search(
+        r"```python\n(# needs: torchrun\n.*?)```\n+```text\n(.*?)```", text, re.DOTALL
+    ).groups()
+    printed = io.StringIO()
+    with contextlib.chdir(folder), contextlib.redirect_stdout(printed):
+        exec(compile(program, "ranks.md", "exec"), {"__name__": "page"})
+    return printed.getvalue(), shown
+
+
+def test_the_loop_of_the_page_trains_a_sharded_model(two, tmp_path):
+    (first, shown), (other, _) = two.run(page_block, str(tmp_path))
+    assert (first, other) == (shown, "")
+    assert (tmp_path / "sharded" / "model.safetensors").exists()
 
 
 # -- what is refused ------------------------------------------------------------------------------------------------

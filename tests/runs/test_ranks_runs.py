@@ -4,15 +4,18 @@ import json
 import os
 import signal
 import time
+from functools import partial
 from pathlib import Path
 
 import attrs
 import parted_recipe
+import points_recipe
 import pytest
 import torch
 from forked_ranks import ForkedRanks
 from running import changed, digest, kept, lines, running, steps, train
 
+from steploop import backward_scaled, forward_loss, optimizer_step, unscale_and_clip
 from steploop.recipe import find_recipe
 from steploop.recipe.recipe_files import load_recipe_file
 from steploop.runs.directory_lock import run_lock
@@ -24,11 +27,15 @@ GIVEN = ["--quiet", "--no-tune", "--device", "cpu", "--log-every", "1"]
 FAULT_S = 30  # far more than it takes; a rank that waits for another one waits for 600
 
 
-def faulty(folder):
+def parted(device):
+    return parted_recipe.build(parted_recipe.Config(), device)
+
+
+def faulty(folder, build=parted):
     """A recipe whose train step calls FAULTS[os.environ["FAULT"]] before step 5 on rank 1."""
 
     def change(recipe, config):
-        inner = parted_recipe.build(parted_recipe.Config(), recipe.batches.device)
+        inner = build(recipe.batches.device)
 
         def train_step(state, batch):
             if os.environ.get("RANK") == "1" and state.attempted_steps == 5:
@@ -50,6 +57,7 @@ FAULTS = {
     "memory": lambda: _raise(MemoryError()),
     "kill": lambda: os.kill(os.getpid(), signal.SIGKILL),
     "hang": lambda: time.sleep(1000),
+    "stop": lambda: os.kill(os.getpid(), signal.SIGTERM),
 }
 
 
@@ -207,9 +215,72 @@ SMALL = {
 def test_a_shipped_recipe_trains_the_same_on_two_ranks(name, tmp_path):
     (tmp_path / "text.txt").write_text("def f(x):\n    return x + 1\n" * 40)
     settings = [part for s in SMALL[name] for part in ("--set", s.format(text=tmp_path / "text.txt"))]
-    given = [*GIVEN, *settings, "--parts", "2", "--limit-steps", "3"]
+    given = [*GIVEN, *settings, "--parts", "2", "--limit-steps", "3", "--layer-norms", "1"]
     recipe = str(find_recipe(name))
     alone = ForkedRanks(tmp_path, 1, "run", recipe, "--out", str(tmp_path / "one"), *given)
     both = ForkedRanks(tmp_path, 2, "run", recipe, "--out", str(tmp_path / "two"), *given)
     assert (alone.end()[0], both.end()[0]) == ((0,), (0, 0))
     assert digest(tmp_path / "one") == digest(tmp_path / "two")
+    norms = [norms_of(tmp_path / name) for name in ("one", "two")]
+    assert norms[0]
+    assert norms[0] == norms[1]
+
+
+def norms_of(out):
+    """The norms of layers that the lines of training have."""
+    return [
+        value
+        for line in lines(out)
+        if line["kind"] == "train"
+        for name, value in line.items()
+        if name.startswith("layer_norm/")
+    ]
+
+
+def test_a_sharded_run_that_is_interrupted_ends_with_the_bits_of_one_that_is_not(tmp_path):
+    """On as many ranks; the norms of its layers are those of whole parameters."""
+    (tmp_path / "text.txt").write_text("def f(x):\n    return x + 1\n" * 20)
+    file = load_recipe_file(find_recipe("char_lm"))
+    small = {"context": 8, "width": 8, "layers": 1, "heads": 2, "epochs": 2}
+
+    def build(_, *, shard):
+        config = file.config_class(text=str(tmp_path / "text.txt"), shard=shard, **small)
+        return file.build(config, torch.device("cpu"))
+
+    sharded = faulty(tmp_path, partial(build, shard=True))
+    given = [*GIVEN, "--layer-norms", "1"]
+    whole, plain, out = tmp_path / "whole", tmp_path / "plain", tmp_path / "run"
+    recipe = faulty(tmp_path, partial(build, shard=False))
+    for name, out_of_it in ((sharded, whole), (recipe, plain)):
+        codes, _, errors = ForkedRanks(tmp_path, 2, "run", name, "--out", str(out_of_it), *given).end()
+        assert codes == (0, 0), errors
+    codes, _, errors = ForkedRanks(tmp_path, 2, "run", sharded, "--out", str(out), *given, FAULT="stop").end()
+    assert codes == (75, 75), errors
+    assert steps(out)[-1] < 10
+    codes, _, errors = ForkedRanks(tmp_path, 2, "resume", str(out), *given).end()
+    assert codes == (0, 0), errors
+    assert digest(out) == digest(whole)
+    assert norms_of(out) == norms_of(whole)
+    assert norms_of(whole)[:4] == pytest.approx(norms_of(plain)[:4], rel=1e-4)
+
+
+def test_steps_that_are_never_finite_end_a_run_on_all_ranks(tmp_path):
+    def change(recipe, config):
+        inner = parted(recipe.batches.device)
+
+        def train_step(state, batch):
+            spoiled = os.environ.get("RANK") == "1" and state.attempted_steps >= 3
+            x, y = batch
+            state = forward_loss(state, (x.mul(float("nan") if spoiled else 1.0), y), points_recipe.objective)
+            return optimizer_step(
+                unscale_and_clip(backward_scaled(state), max_norm=1.0), max_nonfinite_steps=2
+            )
+
+        return attrs.evolve(inner, train_step=train_step)
+
+    path = changed(tmp_path, change)
+    codes, said, errors = ForkedRanks(tmp_path, 2, "run", path, "--out", str(tmp_path / "run"), *GIVEN).end()
+    assert sorted(codes) in ([5, 5], [5, 7])  # who finds it first ends the other
+    assert sum("2 steps in a row had gradients that were not finite" in error for error in errors) == 1
+    assert sum(map(bool, errors)) == 1
+    assert not any(said)

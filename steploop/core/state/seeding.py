@@ -155,7 +155,16 @@ class SeededGenerators:
             something was drawn, and leaving puts them back in either case.
     """
 
-    __slots__ = ("_coordinates", "_generators", "_kept", "_marks", "_numpy", "_others", "_others_kept", "_seen_unmoved")
+    __slots__ = (
+        "_coordinates",
+        "_generators",
+        "_kept",
+        "_marks",
+        "_numpy",
+        "_others",
+        "_others_kept",
+        "_seen_unmoved",
+    )
 
     # of the callers' generators that were watched last: their marks, and both states
     _last: tuple[_Words | None, _Marks | None, bytes, bytes] = (None, None, b"", b"")

@@ -1,7 +1,6 @@
 """One backward pass: what a loss is differentiated with, and the gradients taken off the parameters as values."""
 
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor

@@ -1,11 +1,12 @@
 """``optimizer_step``: updates parameters, slots and loss scale, or skips; decided on the host, on the device, or traced."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
+from steploop.core.ranks import Ranks
 from steploop.core.state.optimizer_state import check_slots
 from steploop.core.state.parts import TensorValues, field_names
 from steploop.core.state.sharded import local_part
@@ -147,10 +148,12 @@ def _copied(state: TrainState) -> TrainState:
 def first_nonfinite(state: TrainState) -> str:
     """The name of the first parameter whose gradient is not finite; for messages."""
     grads = state.flight.grads
-    for index, grad in enumerate([] if grads is None else grads.values):
-        if grad is not None and not torch.isfinite(local_part(grad)).all():
-            return state.machine.trainable[index]
-    return "none (their norm overflows float32)"
+    places = enumerate([] if grads is None else grads.values)
+    first = next((i for i, g in places if g is not None and not torch.isfinite(local_part(g)).all()), None)
+    if state.machine.module.sharded is not None:  # it may be in the part of another rank; all of them ask
+        ranks = cast("Ranks", state.machine.ranks)
+        first = min((i for i in ranks.gather_objects(first) if i is not None), default=None)
+    return "none (their norm overflows float32)" if first is None else state.machine.trainable[first]
 
 
 def check_nonfinite(state: TrainState, limit: int, culprit: str) -> None:
