@@ -18,6 +18,7 @@ from rank_cases import (
     by_torchmetrics,
     create,
     fast,
+    fast_by_all_reduce,
     network,
     objective,
     step,
@@ -240,7 +241,8 @@ def test_ranks_whose_parts_are_no_single_node_of_the_tree_change_no_bit(four, pa
         assert first_difference(found, values(state)) is None
 
 
-def test_fast_ranks_equal_themselves_and_the_others_nearly(two, four):
+@pytest.mark.parametrize("fast", [fast, fast_by_all_reduce])
+def test_fast_ranks_equal_themselves_and_the_others_nearly(two, four, fast):
     alone = fast(4)
     for ranks in (two, four):
         found = ranks.run(fast, 4)

@@ -79,10 +79,12 @@ def unscale_and_clip(
         )
     values = held.values
     grads = [g for g in values if g is not None]
-    _refuse_partial(bound, grads, sharded=state.machine.module.sharded is not None)
+    sharded = state.machine.module.sharded is not None
+    if bound != "max_norm":
+        _refuse_partial(bound, grads, sharded=sharded)
     held.taken_by = "unscale_and_clip"
     norm_of: Callable[[list[Tensor]], Tensor] = global_norm
-    if state.machine.module.sharded is not None:
+    if sharded:
         grads, norm_of = [local_part(g) for g in grads], partial(sharded_norm, state)
     if state.scale is not None:
         _multiply(grads, state.scale.inverse())
@@ -110,7 +112,7 @@ def unscale_and_clip(
 
 def _refuse_partial(bound: str, grads: list[Tensor], *, sharded: bool) -> None:
     """Refuse bounds that look at more of a gradient than is here."""
-    if bound != "max_norm" and any(g.layout is not torch.strided for g in grads):
+    if any(g.layout is not torch.strided for g in grads):
         raise ConfigError(
             f"unscale_and_clip: {bound} looks at every entry of a gradient, and a sparse one (nn.Embedding(sparse=True)) does "
             "not hold them all. Use max_norm, or a dense embedding."

@@ -31,7 +31,7 @@ def accumulate_parts(state: TrainState, micro_batches: Sequence[Any], objective:
     """
     ranks = cast("Ranks", state.machine.ranks)
     micros = [parts_of(state, batch, "accumulate") for batch in micro_batches]
-    units = _Units(ranks, micros)
+    units = _Units(ranks, micros, state.device)
     sharded = state.machine.module.sharded is not None
     filler = stand_in(state, micros, is_empty, "accumulate") if sharded else None
     try:
@@ -62,8 +62,9 @@ class _Units:
         whole: Σ w where the weights are numbers of samples; else the weight of the first pass, times the number of passes.
     """
 
-    def __init__(self, ranks: Ranks, micros: Sequence[Parts]) -> None:
+    def __init__(self, ranks: Ranks, micros: Sequence[Parts], device: torch.device) -> None:
         self._ranks = ranks
+        self._device = device
         self._micros = micros
         self.count = 0
         self.whole: Any = None
@@ -78,8 +79,12 @@ class _Units:
         leads = first is not None and ranks.rank == 0 and not is_empty(micros[0].batches[0])
         weight: Any = first.weight if first is not None and first.own and leads else 0.0
         own = first is not None and first.own
-        told = ranks.gather_objects((len(micros), sum(sizes), own, weight))
-        self.count = max(count for count, *_ in told)
+        mine = [float(len(micros)), float(sum(sizes)), float(own), weight]
+        told = [mine]
+        if ranks.size > 1:
+            row = torch.tensor(mine, dtype=torch.float64, device=self._device)
+            told = ranks.gather_tensors(row).tolist()
+        self.count = int(max(count for count, *_ in told))
         if any(own for _, _, own, _ in told):
             weight = told[0][3]
             passes = self.count * ranks.parts
@@ -88,7 +93,7 @@ class _Units:
             else:
                 self.whole = (weight or 1.0) * passes
         else:
-            self.whole = float(sum(size for _, size, *_ in told)) or 1.0
+            self.whole = sum(size for _, size, *_ in told) or 1.0
 
 
 class _Run:

@@ -17,6 +17,7 @@ _Values = Sequence[Tensor | None]
 
 BUCKET_BYTES = 32 << 20
 SMALL_BYTES = 1 << 20  # of what a rank gets: below, one message costs less than two
+QUICK_BYTES = 256 << 10  # up to here gloo is quicker to give everything to everybody than to all-reduce
 _ALIGNED_BYTES = 64  # as torch allocates: kernels may sum in another order where memory begins elsewhere
 _SUMMED_AS_HERE = {torch.float32, torch.float64}  # a backend may round the sum of two halves its own way
 
@@ -128,7 +129,7 @@ def bucketed(like: Sequence[Tensor], ranks: int) -> list[Bucket]:
 class Exchange:
     """The sum of one bucket over ranks, under way.
 
-    Of two ranks there is one order to sum in, and an all-reduce takes it. A small bucket goes to everybody as it is. Of any
+    Of two ranks there is one order to sum in, and an all-reduce takes it where a bucket is large. A small bucket goes to everybody as it is. Of any
     other each rank gets a piece from all, sums it in the order of the tree, and gives the sum to all: the traffic of an
     all-reduce. Ranks that need no fixed order leave it to an all-reduce.
 
@@ -161,7 +162,10 @@ class Exchange:
         self._works: list[Any]
         owned = [nodes_of(attrs.evolve(ranks, rank=r).mine, ranks.parts) for r in range(ranks.size)]
         most = max(map(len, owned))
-        if not ranks.exact or (ranks.size == 2 and most == 1 and bucket.dtype in _SUMMED_AS_HERE):
+        pair = ranks.size == 2 and most == 1 and bucket.dtype in _SUMMED_AS_HERE
+        room = min(QUICK_BYTES, SMALL_BYTES // ranks.size)
+        quick = most == 1 and like[0].is_cpu and bucket.nbytes <= room
+        if not quick and (pair or not ranks.exact):
             for row in rows[1:]:
                 self._flat += row
             self._works = [distributed.all_reduce(self._flat, group=ranks.group, async_op=True)]
@@ -179,7 +183,12 @@ class Exchange:
         else:
             sent = self._flat[None] if most == 1 else torch.stack(rows)
             self._got = sent.new_empty((ranks.size, *sent.shape))
-            self._works = [distributed.all_gather(list(self._got), sent, group=ranks.group, async_op=True)]
+            if sent.is_cpu:  # half the time of gloo's gathering
+                sent = sent.expand(self._got.shape).contiguous()
+                work = distributed.all_to_all_single(self._got, sent, group=ranks.group, async_op=True)
+            else:
+                work = distributed.all_gather(list(self._got), sent, group=ranks.group, async_op=True)
+            self._works = [work]
             self._sent = sent  # alive until it is sent
 
     def go_on(self) -> None:
