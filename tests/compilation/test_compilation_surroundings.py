@@ -440,6 +440,8 @@ def test_other_weights_in_the_midst_of_a_step_are_refused_and_run_in_eager_by_au
 
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute")
+# of the engine's own entry, which a backward pass on the CPU calls
+@pytest.mark.filterwarnings("ignore:Dynamo does not know how to trace the builtin")
 def test_torch_compile_around_a_step_changes_nothing_of_it():
     """Somebody who compares puts torch.compile around it: it breaks the graph where it has to, and follows the rest."""
     state = first_state()
