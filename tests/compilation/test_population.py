@@ -337,6 +337,38 @@ def test_the_population_that_went_in_is_spent_and_a_clone_is_not():
     assert first_difference(bits(step(kept, batches(1)[0])[2]), bits(new[2])) is None
 
 
+@pytest.mark.parametrize("how", ["by the graph", "one by one"])
+def test_a_view_of_a_member_is_spent_by_the_next_step(how):
+    """What stands in the stacked tensors by then is another step's; it must not be read as the view's own."""
+    spender = (
+        f"this state is spent: {'a step of a population' if how == 'by the graph' else 'optimizer_step'}"
+    )
+    step, population = a_population()
+    views = [population.member(index) for index in range(3)]
+    assert torch.equal(views[1].params["0.weight"], population[1].params["0.weight"])
+    before = bits(population[1])
+    assert first_difference(before, bits(views[1])) is None
+    new = step(population, batches(1, size=10 if how == "by the graph" else 3)[0])
+    for view in views:
+        for use in (lambda view=view: view.params, lambda view=view: view.clone()):
+            with pytest.raises(SpentStateError, match=spender):
+                use()
+    assert all(new.member(index).alive for index in range(3))
+    assert first_difference(before, bits(new.member(1))) is not None
+
+
+def test_a_view_of_a_member_may_be_stepped_alone():
+    """It spends the view and the population, and leaves the views of the other members as they are."""
+    step, population = a_population()
+    expected = [one_step_for_all(state, batches(1)[0]) for state in population]
+    views = [population.member(index) for index in range(3)]
+    after = one_step_for_all(views[1], batches(1)[0])
+    assert first_difference(bits(expected[1]), bits(after)) is None
+    assert [view.alive for view in views] == [True, False, True]
+    with pytest.raises(SpentStateError, match=r"its member 1 was stepped by itself\. Stack the states"):
+        step(population, batches(1)[0])
+
+
 def test_a_population_is_checkpointed_as_its_members(tmp_path):
     step, population = a_population()
     whole = functools.reduce(step, batches(6)[3:], population.clone())

@@ -95,6 +95,10 @@ class PopulationGraph:
         ]
         if self._states[0].donated:
             population.lease.tear()
+            for (
+                member
+            ) in population.members:  # whoever holds a view of one must not read the next step's values in it
+                member.lease.tear()
         given = [*self.run(inputs)[: self._given], *passed]
         return self._next(population, members, nows, given)
 
@@ -165,6 +169,8 @@ class PopulationGraph:
                 now.finite = [taken]
                 own += [read(now) for read in expressions]
         rates: dict[Any, Any] = {}
+        if first.donated:
+            members = [m.replace(generation=m.lease.hand_on(_SPENDER)) for m in members]
         new = [
             _advanced(member, plan, rates, taken=taken) if goes_on else member
             for member, plan, taken, goes_on in zip(members, self._states, finite, going, strict=True)

@@ -82,7 +82,10 @@ class Population:
         return self._results
 
     def member(self, index: int) -> TrainState:
-        """The state at an index with its results, over its parts of the stacked tensors."""
+        """The state at an index with its results, over its parts of the stacked tensors.
+
+        It is a view: the population's next step spends it, and a step that it takes by itself spends the population.
+        """
         state = self._members[index]
         if self._results is None:
             return state
@@ -104,6 +107,12 @@ class Population:
                 f"{use}: this population is spent: a step updated its tensors in place and gave them to the population that it "
                 "returned. Go on with that one, or keep a copy beforehand with population.clone()."
             )
+        for index, member in enumerate(self._members):
+            if not member.alive:
+                raise SpentStateError(
+                    f"{use}: this population is spent: its member {index} was stepped by itself. Stack the states that the steps "
+                    "returned."
+                )
 
     # -- members -----------------------------------------------------------------------------------------------------
 
