@@ -1,11 +1,14 @@
 """Signals as a flag: a handler notes them, and the run looks at the flag where nothing is half done."""
 
+import _thread
 import atexit
 import os
 import signal
 import sys
 import threading
-from collections.abc import Iterator
+import time
+import weakref
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from types import FrameType
 from typing import TYPE_CHECKING, Any
@@ -22,6 +25,7 @@ __all__ = [
     "catch_signals",
     "exit_code_of",
     "exit_soon_with",
+    "heeded",
     "process_flag",
     "signals_as",
 ]
@@ -44,7 +48,8 @@ class StopFlag:
     Attributes:
         signum: the first signal that came, or None.
         interruptible: whether a check may raise: while an evaluation runs or data are waited for.
-        at_once: whether the handler itself raises: before the first step, when there is nothing to save.
+        at_once: whether the handler itself raises: before the first step, when there is nothing to save. What it raises
+            in a finalizer, in a callback of C code or under a bare ``except:`` is swallowed there, and raised again.
         second_raises: whether a second Ctrl-C raises KeyboardInterrupt, as a notebook needs it, which would lose all
             its values with the process; else it ends the process.
         ends_at: the Ctrl-C that ends the process at once.
@@ -57,6 +62,8 @@ class StopFlag:
         self.at_once = at_once
         self.second_raises = second_raises
         self.ends_at = 2
+        self._raised: weakref.ref[Interrupted] | None = None
+        self._pause_s = 0.001
 
     @property
     def heard(self) -> int | None:
@@ -84,11 +91,29 @@ class StopFlag:
 
     def raise_at_once(self, signum: int, *, first: bool) -> None:
         """Raise in the handler where this is asked for."""
-        if self.at_once:
-            self.at_once = False  # what is cleaned up now must not be interrupted by the next one
-            raise Interrupted(signum)
+        # while one is on its way up, what is cleaned up must not be interrupted by the next one
+        if self.at_once and (self._raised is None or self._raised() is None):
+            error = Interrupted(signum if first or self.heard is None else self.heard)
+            self._raised = weakref.ref(error, self._raise_again)
+            try:
+                raise error
+            finally:
+                del error  # this frame, which its traceback holds, would keep it
         if self.second_raises and not first and signum == signal.SIGINT:
             raise KeyboardInterrupt
+
+    def _raise_again(self, _: object) -> None:
+        """Nobody holds what was raised any more: if nobody has heeded it either, send another signal soon."""
+        if self.at_once:
+            _thread.start_new_thread(self._send_again, ())  # takes no lock that the main thread may hold here
+
+    def _send_again(self) -> None:
+        time.sleep(self._pause_s)  # longer each time: whoever swallows them may do so in a loop
+        self._pause_s = min(2 * self._pause_s, 1.0)
+        installed = getattr(signal.getsignal(signal.SIGTERM), "__self__", None)
+        if self.at_once and installed is self:
+            # not SIGINT, whatever the first one was: that would count as a second Ctrl-C
+            signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGTERM)
 
     @contextmanager
     def interruption_allowed(self) -> Iterator[None]:
@@ -127,6 +152,23 @@ def catch_signals() -> None:
     atexit.register(_deaf)  # the first to be registered is the last to be called
     for signum in _listened_to():
         signal.signal(signum, flag.handle)
+    sys.unraisablehook = _quiet_hook(sys.unraisablehook)
+
+
+def heeded() -> None:
+    """Say that what ``catch_signals`` let a signal raise has arrived where the process is ended: raise no more."""
+    for flag in _of_the_process:
+        flag.at_once = False
+
+
+def _quiet_hook(shown: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    """A hook for errors that Python cannot raise: it prints none for a signal, which is raised again elsewhere."""
+
+    def hook(unraisable: Any) -> None:
+        if not isinstance(unraisable.exc_value, Interrupted):
+            shown(unraisable)
+
+    return hook
 
 
 def _deaf() -> None:
@@ -142,6 +184,7 @@ def process_flag() -> StopFlag:
 
 def exit_soon_with(code: int) -> None:
     """Let a signal that comes while Python shuts down end the process with ``code``, which is decided by now."""
+    heeded()
     for signum in _listened_to():
         signal.signal(signum, lambda *_: os._exit(code))
 
@@ -158,9 +201,11 @@ def signals_as(flag: StopFlag) -> Iterator[None]:
             return
         with nullcontext() if flag.second_raises else _second_ends(flag.ends_at):
             before: dict[int, Any] = {s: signal.signal(s, flag.handle) for s in _listened_to()}
+            hook, sys.unraisablehook = sys.unraisablehook, _quiet_hook(sys.unraisablehook)
             try:
                 yield
             finally:
+                sys.unraisablehook = hook
                 for signum, handler in before.items():
                     signal.signal(signum, handler)
 

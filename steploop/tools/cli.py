@@ -8,7 +8,7 @@ import sys
 from steploop.core.interruption import Interrupted
 from steploop.errors import RankFailedError, SteploopError
 from steploop.runs.ranks.launcher import rank_here
-from steploop.runs.signals import catch_signals, exit_soon_with
+from steploop.runs.signals import catch_signals, exit_soon_with, heeded
 from steploop.runs.standard_streams import settle_streams, watched_streams
 
 __all__ = ["call", "main"]
@@ -59,6 +59,7 @@ def call(arguments: list[str]) -> int:
             sys.stderr.write(f"steploop: {who}{safe_lines(error)}\n")
         return error.exit_code
     except Interrupted as interrupted:
+        heeded()
         from steploop.tools.commands.endings import interrupted_early
 
         return interrupted_early(interrupted.signum, arguments)

@@ -252,6 +252,57 @@ def test_a_signal_before_the_first_step_leaves_nothing(fork, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+def swallows(path, signum, swallower):
+    """A recipe whose build swallows what a signal raises, and goes on for long."""
+    path.write_text(
+        f"import os, time, weakref, attrs\nsignum = {int(signum)}\n"
+        "@attrs.frozen\nclass Config:\n    pass\n"
+        "def send(*_, ours=True):\n    os.kill(os.getpid(), signum)\n    time.sleep(0)\n"
+        "class Thing:\n    pass\nclass Deleted:\n    __del__ = send\n"
+        f"def build(config, device):\n{swallower}\n    time.sleep(20)\n    raise RuntimeError('went on')\n"
+    )
+    return str(path)
+
+
+WEAK = "    thing = Thing(); gone = weakref.ref(thing, send); del thing"
+FINALIZER = "    Deleted()"
+BARE = "    for _ in range(3):\n        try: send()\n        except: pass"
+
+
+@pytest.mark.parametrize(
+    ("swallower", "signum", "code"),
+    [
+        (WEAK, signal.SIGTERM, 75),
+        (WEAK, signal.SIGINT, 130),
+        (FINALIZER, signal.SIGHUP, 75),
+        (FINALIZER, signal.SIGINT, 130),
+        (BARE, signal.SIGUSR1, 75),
+    ],
+    ids=["weak reference", "weak reference, Ctrl-C", "finalizer", "finalizer, Ctrl-C", "bare except"],
+)
+def test_what_a_signal_raises_where_it_is_swallowed_is_raised_again(fork, swallower, signum, code, tmp_path):
+    """And nothing is said of it; nor does the second one count as a second Ctrl-C, which would say nothing at all."""
+    recipe = swallows(tmp_path / "swallows.py", signum, swallower)
+    ended, said, err = fork(tmp_path, "run", recipe, "--out", str(tmp_path / "run"), *SLOW).end()
+    assert (ended, err) == (code, "steploop: interrupted before the first step; there was nothing to save.\n")
+    assert json.loads(said.splitlines()[-1])["exit_code"] == code
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_second_signal_interrupts_nothing_that_is_cleaned_up(fork, tmp_path):
+    tidy = "    try: send()\n    finally:\n        send()\n        print('tidy', flush=True)"
+    recipe = swallows(tmp_path / "swallows.py", signal.SIGTERM, tidy)
+    ended, said, _ = fork(tmp_path, "run", recipe, "--out", str(tmp_path / "run"), *SLOW).end()
+    assert (ended, said.splitlines()[-2]) == (75, "tidy")
+
+
+def test_a_command_that_swallowed_a_signal_ends_by_it_all_the_same(tmp_path):
+    recipe = swallows(tmp_path / "swallows.py", signal.SIGINT, FINALIZER)
+    command = [sys.executable, "-m", "steploop", "check", recipe]
+    done = subprocess.run(command, check=False, capture_output=True, text=True, timeout=100)
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "steploop: interrupted.\n")
+
+
 def test_a_hangup_that_was_ignored_at_the_start_ends_nothing(tmp_path):
     """As under nohup."""
 

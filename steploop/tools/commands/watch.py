@@ -35,6 +35,7 @@ def watch(
     printed address can open the page. For a run on another machine, start it there and open a tunnel from yours:
     ssh -N -L 8123:127.0.0.1:8123 HOST
     """
+    from steploop.runs.signals import heeded
     from steploop.tools.watch.live_page import LivePage
     from steploop.tools.watch.server import open_server
 
@@ -58,6 +59,7 @@ def watch(
         except Interrupted as interrupted:
             if interrupted.signum != signal.SIGINT:
                 raise
+            heeded()
 
 
 def _await_start(run: Path) -> None:

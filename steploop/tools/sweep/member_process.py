@@ -8,7 +8,7 @@ from pathlib import Path
 
 from steploop.core.interruption import Interrupted
 from steploop.errors import SteploopError
-from steploop.runs.signals import catch_signals, exit_code_of, exit_soon_with, process_flag
+from steploop.runs.signals import catch_signals, exit_code_of, exit_soon_with, heeded, process_flag
 
 __all__ = ["main"]
 
@@ -34,6 +34,7 @@ def main() -> None:
         sys.stderr.write(f"steploop: {error}\n")
         code = error.exit_code
     except Interrupted as interrupted:
+        heeded()
         code = exit_code_of(interrupted.signum)
     exit_soon_with(code)
     raise SystemExit(code)
