@@ -143,13 +143,13 @@ def refuse_unrecordable(config: Any, *, where: str) -> None:
 def settled_paths(config: Any, names: Iterable[str]) -> Any:
     """The Config with each relative path among some fields made absolute: a resume from elsewhere means the same.
 
-    Paths are fields that hold a ``Path``, and a text in a field called ``root``.
+    Paths are fields that hold a ``Path``, and a text in a field called ``root``; an empty text stays, and names no folder.
     """
     chosen = {*names}
     found = {}
     for field in attrs.fields(type(config)):
         value = getattr(config, field.name)
-        named_root = field.name == "root" and isinstance(value, str) and "://" not in value
+        named_root = field.name == "root" and isinstance(value, str) and value and "://" not in value
         if field.init and field.alias in chosen and (named_root or isinstance(value, Path)):
             settled = os.path.abspath(Path(value).expanduser())  # noqa: PTH100  (links stay as they are named)
             found[field.alias] = type(value)(settled)

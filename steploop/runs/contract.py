@@ -59,7 +59,7 @@ class Change:
 
 
 def _said(value: Any) -> str:
-    text = "none" if value is None else str(value)
+    text = "none" if value is None else repr(value) if value == "" else str(value)
     return text if len(text) <= 60 else text[:57] + "..."
 
 

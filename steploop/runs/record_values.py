@@ -24,6 +24,7 @@ Line = Mapping[str, Any]
 
 MOST_STEPS: Final = 1 << 53
 _STATES: Final = frozenset({"running", "finished", "interrupted", "failed"})
+_ENDINGS: Final = {"finished", "early_stop", "limit", "interrupted"}
 _WIDEST: Final = 1 << 1000
 _LONGEST_S: Final = 1e12
 _TEXTS: Final = ("steploop", "device", "precision", "data", "git_commit")
@@ -63,6 +64,7 @@ class Status:
         pid, host: of the process that wrote it.
         step: applied steps.
         exit_code: of the process, once it has ended.
+        ending: why it ended: finished, early_stop, limit, interrupted; None where it says none of these.
         error: why a run failed, safe to print.
         metric: the name of the metric that decides which evaluation is the best.
         best: that evaluation as a line of the log, with this metric alone.
@@ -73,6 +75,7 @@ class Status:
     host: str | None = None
     step: int | None = None
     exit_code: int | None = None
+    ending: str | None = None
     error: str | None = None
     metric: str | None = None
     best: Line | None = None
@@ -133,12 +136,14 @@ def checked_status(values: Mapping[str, Any], problems: list[str]) -> Status:
         read.text(name)
     read.count("epoch")
     exit_code = read.take("exit_code", int, "a whole number")
+    ending = read.text("ending")
     return Status(
         state=state or "",
         pid=read.count("pid"),
         host=read.text("host"),
         step=read.count("step"),
         exit_code=exit_code if exit_code is None or abs(exit_code) < MOST_STEPS else None,
+        ending=ending if ending in _ENDINGS else None,
         error=None if (error := read.take("error", str, "a text")) is None else safe_lines(error),
         metric=_Reader(best, "status.json: best", problems).text("metric"),
         best=_best_line(best),

@@ -279,6 +279,7 @@ def test_relative_paths_of_a_config_are_settled_once(tmp_path, monkeypatch):
     assert settled_paths(Places(), ["root", "other"]) == Places(None, tmp_path / "here", "root")
     assert settled_paths(Places("data"), ["root"]).root == str(tmp_path / "data")
     assert settled_paths(Places("s3://data"), ["root"]).root == "s3://data"
+    assert settled_paths(Places(""), ["root"]).root == ""  # no folder, not the one that the run begins in
 
 
 def test_a_shipped_recipe_whose_packages_are_missing_names_the_extra(monkeypatch):

@@ -11,7 +11,9 @@ from steploop import Optimizer, TrainState, backward_scaled, forward_loss, optim
 from steploop.checkpoint import save
 from steploop.runs.directory import RunDirectory, write_json
 from steploop.runs.directory_lock import run_lock
+from steploop.runs.reading import read_run
 from steploop.tools.cli import call
+from steploop.tools.report.results import outcome
 
 
 def trained(steps):
@@ -79,6 +81,27 @@ def test_an_interrupted_run_is_to_be_resumed_and_a_finished_one_is_not(run, caps
     assert f"go on with: steploop resume {run.path}" in capsys.readouterr().out
     write_json(run.status, {"state": "finished", "exit_code": 0, "step": 9})
     assert status_of(run, capsys)["resume"] is False
+
+
+@pytest.mark.parametrize(
+    ("ending", "said"),
+    [
+        ("finished", ""),
+        ("early_stop", ", by early stopping"),
+        ("limit", ", at the limit of steps; steploop resume {run} trains on"),
+        ("gone", ""),
+        (None, ""),
+    ],
+)
+def test_a_finished_run_says_how_it_ended(ending, said, run, capsys):
+    """A look at the first steps is no training that is through; and a requeue script does not go on with it."""
+    write_json(run.status, {"state": "finished", "exit_code": 0, "step": 9, "ending": ending})
+    found = status_of(run, capsys)
+    assert (found["ending"], found["resume"]) == (ending if said or ending == "finished" else None, False)
+    assert call(["status", str(run.path)]) == 0
+    assert capsys.readouterr().out.splitlines()[0] == f"{run.path}: finished{said.format(run=run.path)}"
+    sentence = {"early_stop": "Finished.", "limit": "Finished at the limit of steps; it can be resumed."}
+    assert outcome(read_run(run.path)) == sentence.get(ending, "Finished.")
 
 
 def test_a_run_that_holds_its_lock_is_running_and_one_that_does_not_has_died(run, capsys):

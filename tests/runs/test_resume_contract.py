@@ -13,6 +13,7 @@ from running import lines, train
 from steploop import cosine_annealing
 from steploop.errors import CheckpointIncompatibleError, ConfigError, DataError
 from steploop.runs.conduct import carry_out
+from steploop.runs.contract import Change, sentence
 from steploop.runs.logs.screens import QuietScreen
 from steploop.runs.requests import resume_request
 from steploop.runs.signals import StopFlag
@@ -541,3 +542,7 @@ def test_what_is_given_anew_counts_even_if_that_resume_is_stopped_before_its_fir
     go_on(out)
     found, expected = parameters(out), by_hand({"recipe": recipe}, 5, after)
     assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+def test_a_change_from_nothing_shows_the_empty_text():
+    assert sentence([Change("note", "", "q"), Change("root", None, "x")]) == "note '' -> q, root none -> x"

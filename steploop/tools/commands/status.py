@@ -2,6 +2,7 @@
 
 import json
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -39,7 +40,7 @@ def status(run: Annotated[Path, RUN], *, as_json: Annotated[bool, JSON] = False)
     who = f", process {found['pid']} on {found['host']}" if found["state"] == "running" else ""
     taken = "unknown" if found["step"] is None else found["step"]
     lines = [
-        f"{run}: {found['state']}{who}",
+        f"{run}: {found['state']}{who}{_how(found)}",
         f"steps: {taken}, checkpoint: {found['checkpoint'] or 'none'}",
         *found["problems"],
         *([f"go on with: {found['command']}"] if found["resume"] else []),
@@ -53,9 +54,10 @@ def describe(run: Path) -> dict[str, Any]:
     """Describe the state of a run as plain values.
 
     Returns:
-        "state" (finished, interrupted, failed, died, running, unknown), "pid", "host", "exit_code", "step" (the last
-        that is known to be taken, or None), "checkpoint" (the newest one's path or None), "error", "resume": whether
-        resuming it would train on, "command": the words that do it, and "problems": a sentence for each record that could not be read.
+        "state" (finished, interrupted, failed, died, running, unknown), "pid", "host", "exit_code", "ending" (of a
+        finished run: finished, early_stop, or limit for one that could train on), "step" (the last that is known to be
+        taken, or None), "checkpoint" (the newest one's path or None), "error", "resume": whether it stopped before it was
+        meant to, "command": the words that go on with it, and "problems": a sentence for each record that could not be read.
 
     Raises:
         ConfigError: there is no run in the directory.
@@ -74,6 +76,7 @@ def describe(run: Path) -> dict[str, Any]:
         "pid": said.pid if owner is None else owner.pid,
         "host": said.host if owner is None else owner.host,
         "exit_code": said.exit_code,
+        "ending": said.ending if standing.state == "finished" else None,
         "step": max(known, default=None),
         "checkpoint": None if newest is None else str(newest),
         "error": said.error,
@@ -81,6 +84,13 @@ def describe(run: Path) -> dict[str, Any]:
         "command": resume_command(readable(run), restart_epoch=_restarts(standing)),
         "problems": list(standing.problems),
     }
+
+
+def _how(found: Mapping[str, Any]) -> str:
+    """How a finished run ended, unless by its last epoch."""
+    if found["ending"] == "limit":
+        return f", at the limit of steps; {found['command']} trains on"
+    return ", by early stopping" if found["ending"] == "early_stop" else ""
 
 
 def _restarts(standing: "Standing") -> bool:

@@ -85,6 +85,8 @@ def outcome(run: RunRecord) -> str:
         if error and state == "failed"
         else ", stopped early"
         if stopped and state == "finished"
+        else " at the limit of steps; it can be resumed"
+        if state == "finished" and run.status.ending == "limit"
         else ""
     )
     return f"{words}{reason}".rstrip(".") + "."
