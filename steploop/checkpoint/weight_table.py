@@ -1,6 +1,7 @@
 """Say which weights of a file matched a state, and refuse gaps that were not allowed."""
 
 import fnmatch
+import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Final, Literal
@@ -13,6 +14,10 @@ from steploop.errors import CheckpointIncompatibleError
 __all__ = ["WeightRow", "WeightTable", "refuse_gaps"]
 
 Outcome = Literal["loaded", "kept", "not used"]
+_HINT: Final = (
+    "Say with partial=[pattern, ...] (--init-partial PATTERN) what may be missing or left over, or give names with "
+    "rename={old: new} (--init-rename OLD=NEW)."
+)
 _LISTED: Final = 10
 
 
@@ -87,8 +92,7 @@ def refuse_gaps(
     hint = _prefix_hint(found, targets) if not table.of("loaded") else ""
     lines = "\n  ".join(listed)
     raise CheckpointIncompatibleError(
-        f"{table.path} does not hold the weights of this model:\n  {lines}{more}\n"
-        f"{hint or 'Say with partial=[pattern, ...] what may be missing or left over, or give names with rename={old: new}.'}"
+        f"{table.path} does not hold the weights of this model:\n  {lines}{more}\n{hint or _HINT}"
     )
 
 
@@ -106,4 +110,7 @@ def _prefix_hint(found: Mapping[str, object], targets: Mapping[str, object]) -> 
     if not counts:
         return ""
     old, new = max(counts, key=lambda key: counts[key])
-    return f"{counts[old, new]} names would match with rename={{{old!r}: {new!r}}}."
+    return (
+        f"{counts[old, new]} names would match with rename={{{old!r}: {new!r}}} "
+        f"(--init-rename {shlex.quote(f'{old}={new}')})."
+    )

@@ -30,7 +30,7 @@ __all__ = [
 def nearest(name: str, known: Sequence[str]) -> str:
     """A hint for a name that is not known: ``Did you mean lr?``, or the names there are."""
     close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
-    return f"Did you mean {close[0]}?" if close else f"There are: {', '.join(known)}."
+    return f"Did you mean {close[0]}?" if close else f"There are: {', '.join(known) or 'none'}."
 
 
 def split_assignments(assignments: Sequence[str], *, option: str = "--set") -> dict[str, str]:

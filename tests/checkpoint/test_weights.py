@@ -173,7 +173,8 @@ def test_names_are_given_by_what_they_begin_with(tmp_path):
         tmp_path / "w.safetensors",
     )
     with pytest.raises(
-        CheckpointIncompatibleError, match=r"8 names would match with rename=\{'encoder': ''\}"
+        CheckpointIncompatibleError,
+        match=r"8 names would match with rename=\{'encoder': ''\} \(--init-rename encoder=\)\.$",
     ):
         checkpoint.load_weights(tmp_path / "w.safetensors", into=a_state())
     state = checkpoint.load_weights(
