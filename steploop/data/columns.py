@@ -28,9 +28,7 @@ def column_of(data: Any, name: str) -> Tensor | None:
         return _from_array(data, name)
     library, kind = _library(data), type(data).__name__
     if library == "pandas" and kind == "Series":
-        # NumPy's floats have nan for a gap; of the other types NumPy would make other numbers
-        gaps = 0 if isinstance(data.dtype, np.dtype) else int(data.isna().sum())
-        if gaps:
+        if gaps := int(data.isna().sum()):  # pandas makes a nan of a gap in a file
             raise _gaps(name, gaps)
         return _from_array(data.to_numpy(), f"{name} (dtype {data.dtype})")
     if library == "pyarrow" and hasattr(data, "null_count"):  # an array, chunked or not
@@ -77,7 +75,10 @@ def _library(data: Any) -> str:
 
 
 def _gaps(name: str, count: int) -> DataError:
-    return DataError(f"{name} lacks {count} of its values: fill them in, or leave those rows out")
+    return DataError(
+        f"{name} lacks {count} of its values: fill them in, or leave those rows out. If nan is meant, give NumPy arrays, "
+        "in which it is a number"
+    )
 
 
 def _from_array(array: Any, name: str) -> Tensor:

@@ -17,7 +17,7 @@ from steploop.data.batch_requests import EpochRequests, Failure, Fetcher, PartRe
 from steploop.data.dataset_size import count_dataset, on_device
 from steploop.data.epochs import EpochBatches, ahead_of_use, as_device, grouped
 from steploop.data.order import BATCH, batches_per_epoch, epoch_order
-from steploop.data.sampling import Order, checked_order
+from steploop.data.sampling import Order, checked_order, refuse_foreign_order
 from steploop.data.workers import WorkerPool
 from steploop.errors import ConfigError, EmptyDataError
 
@@ -255,6 +255,9 @@ class Loader:
             raise ConfigError(
                 "shuffle=False and order=... were both given: leave shuffle out, the order decides"
             )
+        refuse_foreign_order(
+            self.order, num_samples=self.num_samples, batch_size=self.batch_size * self.world_size
+        )
         return len(self._order(0, None))
 
     def _order(self, epoch: int, length: int | None) -> torch.Tensor:

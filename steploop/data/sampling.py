@@ -1,6 +1,8 @@
 """Order the samples of an epoch by weight or by length, as pure functions of (seed, epoch)."""
 
+import inspect
 from collections.abc import Sequence
+from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -11,7 +13,7 @@ from steploop.core.validators import require_int
 from steploop.data.order import ORDER
 from steploop.errors import ConfigError, DataError
 
-__all__ = ["Order", "bucketed_order", "checked_order", "weighted_order"]
+__all__ = ["Order", "bucketed_order", "checked_order", "refuse_foreign_order", "weighted_order"]
 
 
 class Order(Protocol):
@@ -114,6 +116,37 @@ def bucketed_order(
     by_pool = by_length[(by_length // (pool * batch_size)).argsort(stable=True)]
     mixed = whole[by_pool].view(batches, batch_size)[torch.randperm(batches, generator=generator)]
     return torch.cat([mixed.flatten(), rest])
+
+
+_OURS: tuple[Any, ...] = (weighted_order, bucketed_order)
+
+
+def refuse_foreign_order(order: Order, *, num_samples: int, batch_size: int) -> None:
+    """Refuse weights or lengths of other data, which would leave samples out, and buckets of another size.
+
+    Args:
+        order: any; looked at if it is a ``functools.partial`` of an order of this module.
+        num_samples: of the dataset.
+        batch_size: samples in a batch of all processes together.
+
+    Raises:
+        ConfigError: there are more or fewer weights or lengths than samples, or the buckets are no whole batches.
+    """
+    if not isinstance(order, partial) or order.func not in _OURS:
+        return
+    given = inspect.signature(order.func).bind_partial(*order.args, **order.keywords).arguments
+    for name in ("weights", "lengths"):
+        if name in given and (count := len(_numbers(name, given[name]))) != num_samples:
+            raise ConfigError(
+                f"order: {order.func.__name__} has {count} {name}, but the dataset has {num_samples} samples. Give one for "
+                "each of them, in their order"
+            )
+    size = given.get("batch_size", batch_size)
+    if type(size) is int and size % batch_size:  # buckets of two batches keep the lengths together too
+        raise ConfigError(
+            f"order: bucketed_order has batch_size={size!r}, but a batch of all processes has {batch_size} samples, so that "
+            f"batches would mix lengths. Give it batch_size={batch_size}"
+        )
 
 
 def checked_order(order: Order, *, seed: int, epoch: int, num_samples: int, length: int | None) -> Tensor:

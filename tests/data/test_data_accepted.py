@@ -230,6 +230,7 @@ def test_a_frame_with_text_gaps_dates_or_twice_a_name_is_refused_by_column():
     bad = {
         r"\['t'\] \(dtype (str|object|string)\) holds no numbers": pd.DataFrame({"x": Y, "t": ["a"] * N}),
         r"\['g'\] lacks 1 of its values": pd.DataFrame({"g": pd.array([1, None], dtype="Int64")}),
+        r"\['n'\] lacks 2 of its values.*NumPy arrays": pd.DataFrame({"n": [1.0, None, float("nan")]}),
         r"\['d'\] \(dtype datetime": pd.DataFrame({"d": pd.to_datetime(["2020-01-01"])}),
         r"\['k'\] \(dtype category\)": pd.DataFrame({"k": pd.Categorical(["u", "v"])}),
         r"different names, got \['x', 'x'\]": pd.DataFrame(X[:, :2], columns=["x", "x"]),
@@ -238,6 +239,8 @@ def test_a_frame_with_text_gaps_dates_or_twice_a_name_is_refused_by_column():
     for message, frame in bad.items():
         with pytest.raises(DataError, match=message):
             Loader(frame, batch_size=2, seed=0)
+    meant = Loader({"n": np.array([1.0, np.nan])}, batch_size=2, seed=0, shuffle=False)
+    assert str(next(iter(meant.epoch(0)))["n"].tolist()) == "[1.0, nan]"
 
 
 def test_an_arrow_table_is_a_dict_of_columns_without_gaps():

@@ -128,6 +128,32 @@ def test_an_order_that_is_none_is_refused_at_once(order, error, message):
         Loader(torch.arange(23), batch_size=2, seed=0, order=order)
 
 
+@pytest.mark.parametrize(
+    ("order", "message"),
+    [
+        (partial(weighted_order, [1.0] * 5), "weighted_order has 5 weights, but the dataset has 23 samples"),
+        (
+            partial(weighted_order, weights=torch.ones(24)),
+            "weighted_order has 24 weights, but the dataset has 23",
+        ),
+        (
+            partial(bucketed_order, [1] * 22, batch_size=4),
+            "bucketed_order has 22 lengths, but the dataset has 23",
+        ),
+        (
+            partial(bucketed_order, [1] * 23, batch_size=6),
+            "bucketed_order has batch_size=6, but a batch of all processes has 4 samples.* Give it batch_size=4",
+        ),
+    ],
+)
+def test_an_order_made_for_other_data_or_batches_is_refused(order, message):
+    """Weights for fewer samples leave the others out of every epoch, and nothing else would say so."""
+    with pytest.raises(ConfigError, match=message):
+        Loader(torch.arange(23), batch_size=2, seed=0, order=order, world_size=2, rank=1)
+    fitting = partial(weighted_order, [1.0] * 23, num_samples=5)  # fewer draws are no fewer weights
+    assert Loader(torch.arange(23), batch_size=2, seed=0, order=fitting).samples_per_epoch == 5
+
+
 def test_an_order_that_changes_its_length_is_refused_by_epoch():
     loader = Loader(torch.arange(23), batch_size=2, seed=0, order=lambda epoch, **_: torch.arange(9 + epoch))
     with pytest.raises(DataError, match="as many indices for every epoch: 9 for epoch 0, but 10 for epoch 1"):
