@@ -128,6 +128,23 @@ def test_directories_within_a_class_belong_to_it_in_the_order_of_paths(tree):
     assert data.note == f"The images under {tree}."
 
 
+def test_a_link_to_a_folder_above_brings_in_no_images_of_other_classes(tree, tmp_path):
+    before = load_images("folder", root=tree)
+    (tree / "train" / "a" / "up").symlink_to(tree / "train")
+    (tree / "train" / "a" / "out").symlink_to(tree)
+    elsewhere = tmp_path / "elsewhere"
+    (tree / "train" / "b").rename(elsewhere)  # a class may lie elsewhere itself
+    (tree / "train" / "b").symlink_to(elsewhere)
+    (elsewhere / "up").symlink_to(tree / "train")
+    found = load_images("folder", root=tree)
+    assert found.train_labels.tolist() == before.train_labels.tolist()
+
+
+def test_a_pipe_among_the_images_is_no_image_and_is_not_waited_for(tree):
+    os.mkfifo(tree / "train" / "a" / "pipe.png")
+    assert "train/a/pipe.png (no regular file)" in load_images("folder", root=tree).note
+
+
 def test_what_is_left_out_is_counted_and_said(tree):
     save(tree / "train" / "a" / "1.png", plain())
     (tree / "train" / "a" / "broken.png").write_bytes(b"no image")

@@ -1,5 +1,8 @@
 """Decode an image file of any depth and colours into upright RGB bytes."""
 
+import os
+import stat
+
 import attrs
 import numpy as np
 import numpy.typing as npt
@@ -41,6 +44,8 @@ def decoded(path: str) -> tuple[Pixels, int] | Unreadable:
         DataError: the file cannot be opened, or its values have no known range.
     """
     try:
+        if not stat.S_ISREG(os.stat(path).st_mode):  # noqa: PTH116  (a pipe would be waited for)
+            return Unreadable(path, "no regular file")
         with Image.open(path) as file:
             more = (
                 0 if file.format == "MPO" else getattr(file, "n_frames", 1) - 1

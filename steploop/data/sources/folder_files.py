@@ -70,10 +70,11 @@ def _images_below(folder: Path, others: Counter[str]) -> list[str]:
         raise DataError(f"{error.filename} cannot be read: {error.strerror}") from error
 
     found: list[str] = []
-    seen: set[str] = set()
+    # a link to a folder above would lead to the other classes
+    seen = {str(above) for one in (folder, folder.parent / "it") for above in one.resolve().parents}
     for here, folders, names in os.walk(folder, onerror=refuse, followlinks=True):
         real = os.path.realpath(here)
-        if real in seen:  # a link to a folder above it
+        if real in seen:  # or to one below, a second time
             folders.clear()
             continue
         seen.add(real)
