@@ -42,6 +42,17 @@ def call(arguments: list[str]) -> int:
     debug = "--debug" in arguments
     arguments = [word for word in arguments if word != "--debug"]
     try:
+        return _call(arguments, debug=debug)
+    except Interrupted as interrupted:
+        heeded()
+        from steploop.tools.commands.endings import interrupted_early
+
+        return interrupted_early(interrupted.signum, arguments)
+
+
+def _call(arguments: list[str], *, debug: bool) -> int:
+    """Run a command, and say in a sentence what went wrong; a signal that comes meanwhile raises too."""
+    try:
         from steploop.tools.application import app
 
         app(args=arguments, prog_name="steploop")  # ends in SystemExit, usage errors with their message and 2
@@ -58,11 +69,6 @@ def call(arguments: list[str]) -> int:
             who = f"rank {rank_here()}: " if rank_here() and not isinstance(error, RankFailedError) else ""
             sys.stderr.write(f"steploop: {who}{safe_lines(error)}\n")
         return error.exit_code
-    except Interrupted as interrupted:
-        heeded()
-        from steploop.tools.commands.endings import interrupted_early
-
-        return interrupted_early(interrupted.signum, arguments)
     except SystemExit as done:
         return done.code if isinstance(done.code, int) else int(done.code is not None)
     return 0

@@ -4,6 +4,7 @@ import io
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 import types
@@ -15,8 +16,11 @@ from rich.console import Console
 from running import POINTS, Forked, digest, lines, train
 
 from steploop import __version__
+from steploop.core.interruption import Interrupted
 from steploop.data.order import epoch_order
+from steploop.errors import ConfigError
 from steploop.runs.logs.screens import LiveScreen, PlainScreen, choose_screen
+from steploop.tools import application
 from steploop.tools.cli import call
 
 QUICK = ["--no-tune", "--device", "cpu"]
@@ -161,6 +165,20 @@ def test_a_run_that_is_not_finite_ends_with_code_5_and_keeps_finite_parameters(t
 def test_debug_shows_the_traceback_of_our_errors(monkeypatch, capsys):
     assert call(["run", POINTS, "--debug", "--set", "x=1"]) == 2
     assert "Traceback" in capsys.readouterr().err
+
+
+def test_a_signal_while_an_error_is_said_is_no_traceback(monkeypatch, capsys):
+    class SlowError(ConfigError):
+        def __str__(self):
+            raise Interrupted(signal.SIGTERM)
+
+    def fails(**_):
+        raise SlowError
+
+    monkeypatch.setattr(application, "app", fails)
+    assert call(["run", "mnist"]) == 75
+    assert json.loads(capsys.readouterr().out)["again"] == "steploop run mnist"
+    assert call(["runs"]) == 128 + signal.SIGTERM
 
 
 def test_an_error_of_the_recipe_shows_where(tmp_path, capsys):
