@@ -168,6 +168,8 @@ class Phases:
             self._outlets.say(evaluation_due=digest(beginning.recipe.state))
 
     def _compile(self, beginning: Beginning) -> bool | Literal["auto"]:
+        if self._request.vectorised:  # the population is compiled
+            return False
         return beginning.recipe.compile if self._request.compile is None else self._request.compile
 
     def _compiled_before(self, beginning: Beginning) -> CompiledBefore:

@@ -53,6 +53,7 @@ class Request:
         command: the words of the command line, for the record.
         ranks: this process among those that train together, and the parts of a batch; None: one process, and whole batches.
         launched_by: what the attempts of one launch by torchrun have in common.
+        vectorised: whether its steps are taken by a population of a sweep, whose numbers are near those of a run alone.
     """
 
     recipe: RecipeFile
@@ -76,6 +77,7 @@ class Request:
     command: Sequence[str] = ()
     ranks: Ranks | None = None
     launched_by: str | None = None
+    vectorised: bool = False
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -214,6 +216,9 @@ def resume_request(
         options["compile"] = was
     elif was is not None and options["compile"] != was:
         changes.append(Change("--compile", was, options["compile"], "compile"))
+    before, now = recorded.get("vectorised", False), options.get("vectorised", False)
+    if before != now:
+        changes.append(Change("vectorised", before, now, "vectorised"))
     init = None if recorded.get("init") is None else InitialWeights.from_json(recorded["init"])
     where = find_device(recorded["device"] if device == "auto" else device)
     ranks, others = recorded_ranks((team or Team()).ranks, recorded, parts=parts, fast=fast)

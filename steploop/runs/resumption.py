@@ -106,9 +106,9 @@ class _Resumption:
 
         started = self._before.get("start", {})
         # a resume before this one may have been ended before its changes were saved
-        anew = any(change.kind not in {"compile", "ranks"} for change in changes) or self._before.get(
-            "unsaved", False
-        )
+        anew = any(
+            change.kind not in {"compile", "ranks", "vectorised"} for change in changes
+        ) or self._before.get("unsaved", False)
         if anew:
             with_folds(recipe, state, self._before, note)
             del state  # two are enough at a time

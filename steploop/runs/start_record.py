@@ -55,6 +55,7 @@ def record(request: Request, beginning: Beginning, tuning: Mapping[str, int]) ->
         "watching": watching(request),
         **ranks_record(request.ranks),
         "launched_by": request.launched_by,
+        **({"vectorised": True} if request.vectorised else {}),
     }
     if request.resume and directory.recipe.exists():
         if directory.recipe.read_bytes() != request.recipe.source:

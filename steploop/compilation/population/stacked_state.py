@@ -53,6 +53,7 @@ class Population:
         results: Results | None = None,
         ended: Sequence[str | None] = (),
         lease: Lease | None = None,
+        values: object = None,
     ) -> None:
         self.ended = tuple(
             why or ("early stopping" if m.early_stopping is not None and m.early_stopping.stopped else None)
@@ -63,6 +64,7 @@ class Population:
         self._members = tuple(members)
         self._tensors = tensors
         self._results = results
+        self.values = values or object()  # populations with one of these differ in cursors and folds only
 
     # -- what a step needs -------------------------------------------------------------------------------------------
 
@@ -91,10 +93,37 @@ class Population:
             return state
         return state.replace(flight=state.flight.replace(**self._results.member(index)))
 
+    def going_on(self, states: Sequence[TrainState], ended: Sequence[str | None]) -> "Population":
+        """This population after something was noted in its members: a cursor, what an evaluation has decided.
+
+        Args:
+            states: made of ``member(i)`` by changes of plain values. Where rates were changed too, all is stacked anew.
+            ended: for each member that takes no part in the next step, why.
+        """
+        noted = all(
+            one.tensors is mine.tensors
+            and one.alive
+            and all(
+                getattr(one, name) is getattr(mine, name) for name in ("hyper", "scale", "precision", "seed")
+            )
+            for one, mine in zip(states, self._members, strict=True)
+        )
+        if not noted or self._tensors is None or not self.alive:
+            return stack_members(states, ended)
+        return Population(
+            [one.replace(flight=m.flight) for one, m in zip(states, self._members, strict=True)],
+            self._tensors, results=self._results, ended=ended, lease=self.lease, values=self.values,
+        )  # fmt: skip
+
     def results_of(self, index: int) -> dict[str, Any]:
         """What the last step of a member has left in flight."""
         flight = self.member(index).flight
         return {name: getattr(flight, name) for name in result_names(type(flight)) if name != "known"}
+
+    @property
+    def alive(self) -> bool:
+        """Whether the tensors are this population's: no step has updated them in place."""
+        return self.generation == self.lease.generation and all(m.alive for m in self._members)
 
     def check_alive(self, use: str) -> None:
         """Raise SpentStateError if a step has updated the tensors."""

@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import attrs
@@ -37,12 +38,12 @@ class _Current:
     Attributes:
         graph: the compiled one.
         traces: of each member.
-        result: what it gave: whose members need not be compared again.
+        result: the ``values`` of what it gave: whose members need not be compared again.
     """
 
     graph: PopulationGraph
     traces: Sequence[MemberTrace]
-    result: Population | None = None
+    result: object = None
 
 
 class VmappedStep:
@@ -83,21 +84,10 @@ class VmappedStep:
         population.check_alive("a step")
         if all(population.ended):
             return population
-        machine = population.members[0].machine
-        if is_usual(machine):
-            return self._step(population, batch)
-        with shield(machine):
-            return self._step(population, batch)
-
-    def _step(self, population: Population, batch: Any) -> Population:
-        tensors, key, numbers = flat = flatten(batch)
-        current = self._current.get(key)
-        if current is None or not self._holds(current, population, numbers):
-            current = self._find(population, batch, flat)
-            if current is None:
-                return self._one_by_one(population, batch, flat)
-        new = current.graph(population, tensors, numbers)
-        current.result = new
+        new = self.by_graph(population, batch)
+        if new is None:
+            with _shielded(population):
+                return self._one_by_one(population, batch, flatten(batch))
         if new.ended != population.ended and not any(
             why is None or why == "early stopping" for why in new.ended
         ):
@@ -107,11 +97,29 @@ class VmappedStep:
             )
         return new
 
+    def by_graph(self, population: Population, batch: Any) -> Population | None:
+        """Take one step by the compiled graph; None, and nothing is done, where the members step one by one.
+
+        Unlike a call, it raises nothing where the last member has ended.
+        """
+        with _shielded(population):
+            tensors, key, numbers = flat = flatten(batch)
+            current = self._current.get(key)
+            if current is None or not self._holds(current, population, numbers):
+                current = self._find(population, batch, flat)
+                if current is None:
+                    return None
+            new = current.graph(population, tensors, numbers)
+            current.result = new.values
+            return new
+
     # -- finding or making a graph -----------------------------------------------------------------------------------
 
     def _holds(self, current: _Current, population: Population, numbers: Sequence[Any]) -> bool:
         """Whether the graph that ran last for this form of batch may run again."""
-        if current.result is not population or not all(baked.unchanged() for baked in self._watched[1]):
+        if current.result is not population.values or not all(
+            baked.unchanged() for baked in self._watched[1]
+        ):
             return False
         return all(
             not trace.guards or holds(trace, population.member(i), numbers)
@@ -208,6 +216,12 @@ class VmappedStep:
             new.append(state if population.ended[i] else step(state, _of_member(batch, flat, dims, i)))
         population.lease.hand_on("a step of a population")
         return stack_members(new, population.ended)
+
+
+def _shielded(population: Population) -> AbstractContextManager[Any]:
+    """Keep out what surrounds a step, where that is not as usual."""
+    machine = population.members[0].machine
+    return nullcontext() if is_usual(machine) else shield(machine)
 
 
 def _walk_dims(dims: Any, tree: Any, found: list[int | None]) -> None:

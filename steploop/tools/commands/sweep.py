@@ -75,6 +75,12 @@ CLUSTER_SET = typer.Option(
     help="A parameter of submitit, such as timeout_min=60; may be given several times.",
     rich_help_panel=_CLUSTER,
 )
+VECTORISE = typer.Option(
+    metavar="auto|on|off",
+    help="Train members whose states have one shape as one compiled population: on, or auto where that is faster. Their numbers are "
+    "near those of single runs, not equal to the bit. Default: off.",
+    show_default=False,
+)
 RESUME = typer.Option(
     "--resume", help="Directory of a sweep to go on with.", show_default=False, rich_help_panel=_RESUME
 )
@@ -93,6 +99,7 @@ def sweep(
     jobs: Annotated[int, JOBS] = 1,
     out: Annotated[Path | None, OUT] = None,
     resume: Annotated[Path | None, RESUME] = None,
+    vectorise: Annotated[str | None, VECTORISE] = None,
     search: Annotated[str, SEARCH] = "grid",
     trials: Annotated[int | None, TRIALS] = None,
     no_prune: Annotated[bool, NO_PRUNE] = False,
@@ -139,6 +146,7 @@ def sweep(
             cluster_options=split_assignments(cluster_set or [], option="--cluster-set"),
             progress="none" if quiet else "auto", stream=sys.stderr if as_json else sys.stdout, trust=trust,
             stop=process_flag(), options={k: v for k, v in options.items() if v is not None and v is not False},
+            vectorise=vectorise,
         )  # fmt: skip
         code = _finish(result, as_json=as_json)
     if code:

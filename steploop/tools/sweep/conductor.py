@@ -44,11 +44,14 @@ class Grid:
 
     Args:
         sweep: whose.
+        leave_out: members that had their turn already.
     """
 
-    def __init__(self, sweep: SweepRecord) -> None:
+    def __init__(self, sweep: SweepRecord, leave_out: Collection[int] = ()) -> None:
         self._sweep = sweep
-        self._waiting = deque(m.number for m in sweep.members() if not is_settled(sweep, m.number))
+        self._waiting = deque(
+            m.number for m in sweep.members() if m.number not in leave_out and not is_settled(sweep, m.number)
+        )
 
     def take(self) -> int | None:
         """The next member that no other process runs. One that outlived a killed sweep is saving, and is waited for."""

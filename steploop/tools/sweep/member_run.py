@@ -74,6 +74,7 @@ def run_member(
     stop: StopFlag,
     trust: bool = False,
     loggers: Sequence[Logger] = (),
+    vectorised: bool = False,
 ) -> int:
     """Train a member to its end, from wherever it stands.
 
@@ -85,6 +86,7 @@ def run_member(
         stop: ends it after the step in hand.
         trust: go on with a run whose files belong to another user.
         loggers: in addition to those of the recipe.
+        vectorised: whether a population takes its steps.
 
     Returns:
         The exit code that ``steploop run`` would end with; 6 if another process has the member.
@@ -93,6 +95,7 @@ def run_member(
     if is_settled(sweep, member.number):
         return 0
     options = {key: value for key, value in sweep.options.items() if value is not None}
+    options["vectorised"] = vectorised
     options["command"] = ("steploop", "sweep", "--resume", str(sweep.path))
     try:
         clear_end(sweep, member.number)

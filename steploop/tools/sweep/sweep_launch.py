@@ -1,5 +1,6 @@
 """Begin a sweep or go on with one, and run what is left of it."""
 
+import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
@@ -12,6 +13,7 @@ from steploop.runs.directory import write_durably
 from steploop.runs.directory_lock import run_lock
 from steploop.runs.logs.screens import QuietScreen
 from steploop.runs.signals import StopFlag, signals_as
+from steploop.runs.standing import is_run
 from steploop.runs.trust import require_trust
 from steploop.tools.sweep.any_member import run_any_member
 from steploop.tools.sweep.conductor import Grid, Source, conduct
@@ -21,6 +23,7 @@ from steploop.tools.sweep.sweep_plan import begin_sweep, more_trials, threads_fo
 from steploop.tools.sweep.sweep_record import SweepRecord, read_sweep
 from steploop.tools.sweep.sweep_result import SweepResult, read_result
 from steploop.tools.sweep.sweep_screens import choose_sweep_screen
+from steploop.tools.sweep.vectorise_record import begin_vectorising, read_vectorised, refuse_with
 
 __all__ = ["launch_sweep"]
 
@@ -46,6 +49,7 @@ def launch_sweep(
     trust: bool,
     stop: StopFlag,
     options: Mapping[str, Any],
+    vectorise: str | None = None,
 ) -> SweepResult:
     """Begin a sweep or go on with one: what the command line and ``steploop.sweep`` share.
 
@@ -69,15 +73,13 @@ def launch_sweep(
         trust: go on with a sweep whose files belong to another user.
         stop: the flag that signals set.
         options: of each run.
+        vectorise: "auto", "on" or "off"; None: off, or as a sweep was begun.
 
     Raises:
         SteploopError: see ``sweep``.
     """
-    if inside and (jobs != 1 or cluster is not None):
-        raise ConfigError(
-            "A function is known to this process alone, which runs one member at a time. Put the recipe into a file for "
-            "several jobs or a cluster, or leave them out."
-        )
+    refuse_with(vectorise or "off", search=search, cluster=cluster)
+    _refuse_several(inside=inside, jobs=jobs, cluster=cluster)
     threads = threads_for(jobs)
     if resume is None:
         if file is None:
@@ -85,15 +87,17 @@ def launch_sweep(
                 "Which recipe? Give a file or a name, as in steploop sweep mnist, or --resume DIR."
             )
         _refuse_options(search, storage=storage, prune=prune, search_seed=search_seed)
+        if vectorise == "auto":  # a member on its own takes the faster step too
+            options = {"compile": "auto", **options}
         record = begin_sweep(
             file, given, seeds=seeds, search=search, trials=trials, out=out, options=options,
             resolve_device=cluster is None, prune=prune, search_seed=search_seed, storage=storage, threads=threads,
-
         )  # fmt: skip
+        begin_vectorising(record, vectorise or "off")
     else:
         fixed = {
             "--set": given, "--seeds": seeds is not None, "--out": out, "--search": search != "grid", "--storage": storage,
-            "--no-prune": not prune, "--search-seed": search_seed, **{f"--{k.replace('_', '-')}": v for k, v in options.items()},
+            "--no-prune": not prune, "--search-seed": search_seed, "--vectorise": vectorise is not None, **{f"--{k.replace('_', '-')}": v for k, v in options.items()},
         }  # fmt: skip
         if wrong := [name for name, value in fixed.items() if value not in (None, False, 0, {}, "auto")]:
             raise ConfigError(
@@ -111,10 +115,23 @@ def launch_sweep(
             refuse_changed_code(record, file)
         if not (record.path / "recipe.py").exists():
             write_durably(record.path / "recipe.py", file.source)
-    return _carry_out(
-        record, file, inside=inside, jobs=jobs, cluster=cluster, cluster_options=cluster_options, trust=trust, stop=stop,
-        progress=progress, stream=stream,
-    )  # fmt: skip
+    try:
+        return _carry_out(
+            record, file, inside=inside, jobs=jobs, cluster=cluster, cluster_options=cluster_options, trust=trust, stop=stop,
+            progress=progress, stream=stream,
+        )  # fmt: skip
+    except ConfigError:
+        if vectorise == "on" and not any(is_run(record.directory(m.number)) for m in record.members()):
+            shutil.rmtree(record.path, ignore_errors=True)  # it was refused, and nothing was run
+        raise
+
+
+def _refuse_several(*, inside: bool, jobs: int, cluster: str | None) -> None:
+    if inside and (jobs != 1 or cluster is not None):
+        raise ConfigError(
+            "A function is known to this process alone, which runs one member at a time. Put the recipe into a file for "
+            "several jobs or a cluster, or leave them out."
+        )
 
 
 def _refuse_options(search: str, *, storage: str | None, prune: bool, search_seed: int) -> None:
@@ -149,8 +166,16 @@ def _carry_out(
         f"sweep of {record.recipe['name']}: {record.size} runs, {jobs} at a time with {record.threads} threads each, {record.path}"
     )
     with signals_as(stop), _owned(record) as source:
+        rest = source
         try:
-            conduct(source, launcher, jobs=jobs, watcher=screen, stop=stop)
+            if read_vectorised(record) is not None:
+                refuse_with("on", search=record.search, cluster=cluster)
+                # slow to import, and seldom wanted
+                from steploop.tools.sweep.vectorising import Vectorising
+
+                populations = Vectorising(record, file, jobs=jobs, screen=screen, stop=stop, trust=trust)
+                rest = Grid(record, leave_out=populations.run())
+            conduct(rest, launcher, jobs=jobs, watcher=screen, stop=stop)
         finally:
             screen.close()
     return read_result(record, interrupted=stop.signum)

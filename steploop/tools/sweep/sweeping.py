@@ -36,6 +36,7 @@ def sweep(
     cluster_options: Mapping[str, Any] | None = None,
     progress: Literal["auto", "plain", "none"] = "auto",
     trust: bool = False,
+    vectorise: Literal["auto", "on", "off"] | None = None,
     **options: Any,
 ) -> SweepResult:
     """Train a recipe with every combination of some settings; what it does is what ``steploop sweep`` does.
@@ -62,6 +63,8 @@ def sweep(
         cluster_options: parameters of ``submitit``, such as ``{"timeout_min": 60}``.
         progress: "auto" shows a live table in a terminal, "plain" a line for each member, "none" nothing.
         trust: go on with a sweep whose files belong to another user.
+        vectorise: "on" trains members of one shape as one compiled population in this process, "auto" where that is faster,
+            "off" none; None: off, or as the sweep was begun.
         options: ``device``, ``limit_steps``, ``checkpoint_every``, ``log_every``, ``compile``, ``tensorboard``, ``csv``,
             ``mlflow`` and ``wandb`` of each run, as in ``steploop.run``.
 
@@ -108,7 +111,7 @@ def sweep(
             out=None if out is None else Path(out), resume=None if resume is None else Path(resume), search=search,
             trials=trials, prune=prune, search_seed=search_seed, storage=storage, cluster=cluster,
             cluster_options=cluster_options or {}, progress=progress, stream=sys.stdout, trust=trust,
-            stop=StopFlag(second_raises=True), options=options,
+            stop=StopFlag(second_raises=True), options=options, vectorise=vectorise,
         )  # fmt: skip
     except Interrupted as interrupted:
         if interrupted.signum == signal.SIGINT:
