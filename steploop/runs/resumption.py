@@ -10,7 +10,7 @@ import attrs
 
 from steploop.checkpoint import CheckpointStore, digest
 from steploop.core.state.several import State, members
-from steploop.errors import CheckpointIncompatibleError, ConfigError
+from steploop.errors import CheckpointDamagedError, CheckpointIncompatibleError, ConfigError
 from steploop.recipe.config_values import configure
 from steploop.recipe.recipe import Recipe
 from steploop.runs.anew import with_folds, with_hyperparameters, with_loss_scales
@@ -23,6 +23,7 @@ from steploop.runs.members import arranged, at_position, attempted_steps, lead
 from steploop.runs.monitoring import ending_of, prepared
 from steploop.runs.recorded_phases import recorded_phase
 from steploop.runs.requests import Request
+from steploop.runs.safe_text import safe_text
 from steploop.runs.trial_evaluation import try_evaluation
 
 __all__ = ["begin_again"]
@@ -87,6 +88,9 @@ class _Resumption:
         load = partial(self._load, prepared(recipe, recipe.state))
         state = load()
         if state is None:  # it was ended before its first checkpoint, and begins anew
+            if request.require_exact:
+                refuse_inexact(request.changes)
+            self._refuse_lost_checkpoints()
             if self._phase == 0 and request.init is not None:
                 recipe = with_initial_weights(recipe, request.init, note)
             return attrs.evolve(begin(recipe, phase=self._phase), changes=request.changes)
@@ -122,6 +126,15 @@ class _Resumption:
             recipe=attrs.evolve(recipe, state=state), phase=self._phase, loaded=True, record=self._now,
             changes=(*changes,), weights=weights, owed=owed, before=self._before, unsaved=anew, ended=ended,
         )  # fmt: skip
+
+    def _refuse_lost_checkpoints(self) -> None:
+        """Refuse to begin anew what was trained already; its log would be written over too."""
+        if (named := self._status.get("checkpoint")) is not None:
+            place = self._request.directory.checkpoints(self._phase)
+            raise CheckpointDamagedError(
+                f"status.json names the checkpoint {safe_text(named)}, but {place} holds none. Put the checkpoints back where "
+                "they were, or begin a new run in another directory."
+            )
 
     def _recorded_phase(self) -> Mapping[str, Any]:
         """The record of the phase; of a run of version 0.1.0, what is known without one."""

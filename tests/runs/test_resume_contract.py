@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 from pathlib import Path
 
@@ -11,7 +12,7 @@ import torch
 from running import lines, train
 
 from steploop import cosine_annealing
-from steploop.errors import CheckpointIncompatibleError, ConfigError, DataError
+from steploop.errors import CheckpointDamagedError, CheckpointIncompatibleError, ConfigError, DataError
 from steploop.runs.conduct import carry_out
 from steploop.runs.contract import Change, sentence
 from steploop.runs.logs.screens import QuietScreen
@@ -546,3 +547,34 @@ def test_what_is_given_anew_counts_even_if_that_resume_is_stopped_before_its_fir
 
 def test_a_change_from_nothing_shows_the_empty_text():
     assert sentence([Change("note", "", "q"), Change("root", None, "x")]) == "note '' -> q, root none -> x"
+
+
+def test_checkpoints_that_are_gone_are_missed(recipe, tmp_path):
+    """Else the run would train again from its first step, and write over the log of what it has done."""
+    out = tmp_path / "run"
+    train(out, recipe=recipe, limit_steps=8)
+    (out / "checkpoints").rename(tmp_path / "elsewhere")
+    before = content(out)
+    with pytest.raises(
+        CheckpointDamagedError, match=r"names the checkpoint step-0+8, but .*checkpoints holds none"
+    ):
+        go_on(out)
+    assert content(out) == before
+    (tmp_path / "elsewhere").rename(out / "checkpoints")
+    go_on(out)
+    assert json.loads((out / "status.json").read_bytes())["step"] == 18
+
+
+def test_an_exact_resume_without_a_checkpoint_refuses_what_is_given_anew(recipe, tmp_path):
+    """A run that was killed before its first checkpoint begins anew, but as it was meant to be."""
+    out = tmp_path / "run"
+    train(out, recipe=recipe, limit_steps=1)
+    shutil.rmtree(out / "checkpoints")
+    (out / "status.json").write_text('{"state": "running"}')
+    with pytest.raises(CheckpointIncompatibleError, match=r"--require-exact: .*rate 0\.1 -> 0\.5"):
+        go_on(out, {"rate": 0.5}, require_exact=True)
+    go_on(out, require_exact=True)
+    assert (config(out)["config"]["rate"], json.loads((out / "status.json").read_bytes())["step"]) == (
+        0.1,
+        18,
+    )
