@@ -7,7 +7,7 @@ while waiting for data; the last two ask here, because they know no run.
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-__all__ = ["Interrupted", "check_interruption", "watched_by"]
+__all__ = ["Interrupted", "check_interruption", "interruption_behind", "watched_by"]
 
 
 class Interrupted(BaseException):  # no Exception: like KeyboardInterrupt, it must pass `except Exception`
@@ -20,6 +20,27 @@ class Interrupted(BaseException):  # no Exception: like KeyboardInterrupt, it mu
     def __init__(self, signum: int) -> None:
         super().__init__(f"interrupted by signal {signum}")
         self.signum = signum
+
+
+_DEEPEST = 100  # causes; a chain of them may be a ring
+
+
+def interruption_behind(error: BaseException) -> Interrupted | None:
+    """The interruption that an error was made of: Python 3.11 makes a RuntimeError of what ``__set_name__`` raises.
+
+    Example:
+        >>> try:
+        ...     raise RuntimeError("Error calling __set_name__") from Interrupted(15)
+        ... except RuntimeError as error:
+        ...     interruption_behind(error).signum
+        15
+    """
+    cause: BaseException | None = error
+    for _ in range(_DEEPEST):
+        if cause is None or isinstance(cause, Interrupted):
+            return cause
+        cause = cause.__cause__
+    return None
 
 
 _watchers: list[tuple[Callable[[], None], Callable[[], None]]] = []

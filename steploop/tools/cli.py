@@ -5,7 +5,7 @@ Little is imported at the top: a signal that comes before ``main`` ends the proc
 
 import sys
 
-from steploop.core.interruption import Interrupted
+from steploop.core.interruption import interruption_behind
 from steploop.errors import RankFailedError, SteploopError
 from steploop.runs.ranks.launcher import rank_here
 from steploop.runs.signals import catch_signals, exit_soon_with, heeded
@@ -43,7 +43,9 @@ def call(arguments: list[str]) -> int:
     arguments = [word for word in arguments if word != "--debug"]
     try:
         return _call(arguments, debug=debug)
-    except Interrupted as interrupted:
+    except BaseException as error:
+        if (interrupted := interruption_behind(error)) is None:
+            raise
         heeded()
         from steploop.tools.commands.endings import interrupted_early
 
@@ -57,6 +59,8 @@ def _call(arguments: list[str], *, debug: bool) -> int:
 
         app(args=arguments, prog_name="steploop")  # ends in SystemExit, usage errors with their message and 2
     except SteploopError as error:
+        if not isinstance(error, RankFailedError) and interruption_behind(error):
+            raise
         if isinstance(error, RankFailedError) and error.said and not debug:
             return error.exit_code
         if debug:

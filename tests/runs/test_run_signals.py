@@ -258,7 +258,7 @@ def swallows(path, signum, swallower):
         f"import os, time, weakref, attrs\nsignum = {int(signum)}\n"
         "@attrs.frozen\nclass Config:\n    pass\n"
         "def send(*_, ours=True):\n    os.kill(os.getpid(), signum)\n    time.sleep(0)\n"
-        "class Thing:\n    pass\nclass Deleted:\n    __del__ = send\n"
+        "class Thing:\n    pass\nclass Deleted:\n    __del__ = send\nclass Named:\n    __set_name__ = send\n"
         f"def build(config, device):\n{swallower}\n    time.sleep(20)\n    raise RuntimeError('went on')\n"
     )
     return str(path)
@@ -266,6 +266,7 @@ def swallows(path, signum, swallower):
 
 WEAK = "    thing = Thing(); gone = weakref.ref(thing, send); del thing"
 FINALIZER = "    Deleted()"
+NAMED = "    class Owner:\n        named = Named()"
 BARE = "    for _ in range(3):\n        try: send()\n        except: pass"
 
 
@@ -277,8 +278,16 @@ BARE = "    for _ in range(3):\n        try: send()\n        except: pass"
         (FINALIZER, signal.SIGHUP, 75),
         (FINALIZER, signal.SIGINT, 130),
         (BARE, signal.SIGUSR1, 75),
+        (NAMED, signal.SIGINT, 130),  # Python 3.11 makes a RuntimeError of it
     ],
-    ids=["weak reference", "weak reference, Ctrl-C", "finalizer", "finalizer, Ctrl-C", "bare except"],
+    ids=[
+        "weak reference",
+        "weak reference, Ctrl-C",
+        "finalizer",
+        "finalizer, Ctrl-C",
+        "bare except",
+        "set_name",
+    ],
 )
 def test_what_a_signal_raises_where_it_is_swallowed_is_raised_again(fork, swallower, signum, code, tmp_path):
     """And nothing is said of it; nor does the second one count as a second Ctrl-C, which would say nothing at all."""
@@ -296,8 +305,12 @@ def test_a_second_signal_interrupts_nothing_that_is_cleaned_up(fork, tmp_path):
     assert (ended, said.splitlines()[-2]) == (75, "tidy")
 
 
-def test_a_command_that_swallowed_a_signal_ends_by_it_all_the_same(tmp_path):
+@pytest.mark.parametrize(
+    "ending", ["", "class Owner:\n    named = Named()\n"], ids=["in build", "while the recipe is loaded"]
+)
+def test_a_command_that_swallowed_a_signal_ends_by_it_all_the_same(ending, tmp_path):
     recipe = swallows(tmp_path / "swallows.py", signal.SIGINT, FINALIZER)
+    Path(recipe).write_text(Path(recipe).read_text() + ending)
     command = [sys.executable, "-m", "steploop", "check", recipe]
     done = subprocess.run(command, check=False, capture_output=True, text=True, timeout=100)
     assert (done.returncode, done.stdout, done.stderr) == (130, "", "steploop: interrupted.\n")
