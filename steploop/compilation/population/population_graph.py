@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from steploop.compilation.flattening import Reference, flatten
+from steploop.compilation.flattening import Build, Reference, flatten
 from steploop.compilation.graph_calls import positions
 from steploop.compilation.host_numbers import Now
 from steploop.compilation.inductor import Run
@@ -64,6 +64,7 @@ class PopulationGraph:
         rows = [[literal.values[i] for literal in literals] for i in which]
         self._literals = torch.tensor(rows, dtype=torch.float64, device=device).reshape(count, len(literals))
         self._given = sum(1 for i in set(first.graph.wiring.given) if i >= 0)
+        self._builds: dict[int, Build] = {}
         self._bound: Any = None
         self._fixed: list[Tensor | None] = []
         self._ended: tuple[str | None, ...] | None = None
@@ -194,7 +195,7 @@ class PopulationGraph:
             tensors = {**tensors, **fresh}  # type: ignore[dict-item]
             new = list(parts_of(new, fresh, only=True))
         kept = {i: population.results_of(i) for i, goes_on in enumerate(going) if not goes_on}
-        results = StepResults(self._states, self._where, given, computed, kept)
+        results = StepResults(self._states, self._where, given, computed, kept, builds=self._builds)
         if not first.donated:
             return Population(new, tensors, results=results, ended=ended)
         population.lease.hand_on(_SPENDER)

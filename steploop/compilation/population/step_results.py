@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from steploop.compilation.flattening import Reference, builder, renumbered
+from steploop.compilation.flattening import Build, Reference, builder, renumbered
 from steploop.compilation.plans import StatePlan
 
 __all__ = ["StepResults"]
@@ -21,6 +21,7 @@ class StepResults:
         given: tensors with a first axis of members.
         computed: for each member, numbers of the host.
         ended: index -> results of a member that took no step.
+        builds: what builds each tree from the values, known from steps before; looked up by the identity of its template.
     """
 
     def __init__(
@@ -30,15 +31,22 @@ class StepResults:
         given: Sequence[Tensor],
         computed: Sequence[Sequence[Any]],
         ended: Mapping[int, dict[str, Any]],
+        *,
+        builds: dict[int, Build],
     ) -> None:
         self._plans = plans
         self._where = where
         self._given = given
         self._computed = computed
         self._ended = ended
+        self._builds = builds
 
     def _built(self, template: Any, values: Sequence[Any]) -> Any:
-        return builder(renumbered(template, lambda i: Reference(self._where[i])))(values)
+        build = self._builds.get(id(template))  # the plan, which lives as long, holds the template
+        if build is None:
+            build = builder(renumbered(template, lambda i: Reference(self._where[i])))
+            self._builds[id(template)] = build
+        return build(values)
 
     def field(self, name: str) -> Any:
         """A field in flight, with a first axis of members."""
