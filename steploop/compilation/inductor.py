@@ -12,6 +12,7 @@ import attrs
 import torch
 from torch import Tensor, fx
 
+from steploop.compilation.batch_norm_layouts import batch_norms, keep_batch_norm_layouts
 from steploop.compilation.cpp_entry import direct
 from steploop.compilation.draws import Draws, drawing, is_random
 from steploop.compilation.generator_events import Event
@@ -34,7 +35,7 @@ __all__ = [
 
 _TORCH = "2.14"
 _CACHE_TAG = (
-    "steploop-1"  # what is marked on the graph is no part of torch's own cache key: change it with _KEPT
+    "steploop-2"  # what is marked on the graph is no part of torch's own cache key: change it with _KEPT
 )
 
 # A compiled graph: takes its inputs as a list, which it may empty, and gives its outputs.
@@ -162,7 +163,7 @@ def capture(
     with mode:
         draws, drawn = drawing(first, events, outside=drawn_outside)
     with mode, torch.no_grad(), enable_python_dispatcher(), config.patch(_options(cpp_wrapper=False)):
-        table = _decompositions_on_cpu() if _on_cpu(inputs) else _decompositions()
+        table = _decompositions_on_cpu() | batch_norms() if _on_cpu(inputs) else _decompositions()
         plain = [t.detach() for t in inputs]
         plain += [torch.empty_strided(c.shape, c.stride(), dtype=c.dtype, device=c.device) for c in constants]
         plain += drawn
@@ -195,7 +196,7 @@ def traced_again(
     from torch.fx.experimental.proxy_tensor import make_fx
 
     with mode, torch.no_grad(), config.patch(_options(cpp_wrapper=False)):
-        table = _decompositions_on_cpu() if _on_cpu(inputs) else _decompositions()
+        table = _decompositions_on_cpu() | batch_norms() if _on_cpu(inputs) else _decompositions()
         function = make({**decomposition_table, **_decompositions()})
         return make_fx(function, decomposition_table=table)(*inputs)
 
@@ -284,6 +285,7 @@ def compile_graph(graph: CapturedGraph, mode: Any) -> Run:
     kept = [node for node in module.graph.nodes if on_cpu and node.target in _kept_ops()]
     for node in kept:
         node.meta["should_fallback"] = True
+    keep_batch_norm_layouts()
     # C++ reaches some of the kept calls only through Python again
     options = _options(cpp_wrapper=on_cpu and not kept)
     with (

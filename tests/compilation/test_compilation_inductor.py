@@ -145,6 +145,25 @@ print(counters["inductor"]["fxgraph_cache_hit"], counters["inductor"]["fxgraph_c
 """
 
 
+class NormOfTransposed(nn.Module):
+    """A norm of a transposed tensor: torch's kernel returns another layout than its fake version says."""
+
+    def __init__(self):
+        super().__init__()
+        self.inwards, self.norm = nn.Linear(1, 5, bias=False), nn.BatchNorm1d(5)
+        self.out = nn.Linear(5, 4)
+
+    def forward(self, x):
+        return self.out(self.norm(self.inwards(x.unsqueeze(-1)).transpose(1, 2)).tanh().square().mean(2))
+
+
+def test_a_norm_of_a_transposed_tensor_reads_the_entries_that_eager_reads():
+    torch.manual_seed(0)
+    state = first_state(NormOfTransposed())
+    given = batches(5)
+    assert_alike(folded(train_step, state.clone(), given), folded(compile(train_step), state, given), 1e-5)
+
+
 def test_a_second_process_takes_the_graph_from_the_cache_and_mends_a_truncated_kernel(tmp_path):
     """What a linker left that was killed is deleted and compiled anew; loading it would end the process."""
     environment = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": str(tmp_path)}
