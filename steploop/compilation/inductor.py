@@ -18,7 +18,8 @@ from steploop.compilation.draws import Draws, drawing, is_random
 from steploop.compilation.generator_events import Event
 from steploop.compilation.kernel_files import remove_truncated
 from steploop.compilation.low_precision import in_float32
-from steploop.compilation.pruning import Wiring, constants_to_inputs, prune
+from steploop.compilation.pruning import Wiring, constants_to_inputs, prune, straighten
+from steploop.compilation.repeated_parts import Kernel, Run, in_parts, split_repeated
 from steploop.errors import CompileError
 
 __all__ = [
@@ -37,9 +38,6 @@ _TORCH = "2.14"
 _CACHE_TAG = (
     "steploop-2"  # what is marked on the graph is no part of torch's own cache key: change it with _KEPT
 )
-
-# A compiled graph: takes its inputs as a list, which it may empty, and gives its outputs.
-Run = Callable[[list[Tensor]], Sequence[Tensor]]
 
 # ATen calls that stay ATen calls on the CPU. Inductor's own code for them was slower, on channels_last tensors most
 # of all: the backward of max-pooling is a scatter, and BatchNorm reduces over every axis but the innermost.
@@ -170,6 +168,7 @@ def capture(
         functional = make_fx(torch.func.functionalize(first, remove="mutations"), decomposition_table=table)(
             *plain
         )
+    straighten(functional)
     written = _written(functional)
     wiring = prune(functional)
     taken = [plain[i] for i in wiring.inputs]
@@ -225,6 +224,11 @@ def _norms(tensors: list[Tensor], ord: float = 2, dtype: torch.dtype | None = No
     return [torch.linalg.vector_norm(t, ord, dtype=dtype) for t in tensors]
 
 
+def _products(tensors: list[Tensor], factor: Tensor) -> list[Tensor]:
+    """Decompose ``_foreach_mul`` into single products: on a CPU there is no kernel for a list."""
+    return [t * factor for t in tensors]
+
+
 def _decompositions() -> dict[Any, Callable[..., Any]]:
     """Return Inductor's decompositions and ours."""
     from torch._inductor.decomposition import select_decomp_table
@@ -234,7 +238,7 @@ def _decompositions() -> dict[Any, Callable[..., Any]]:
 
 def _decompositions_on_cpu() -> dict[Any, Callable[..., Any]]:
     """Return the decompositions for the CPU; a named function, because Inductor's cache key has its name."""
-    table = {**_decompositions(), **in_float32()}
+    table = {**_decompositions(), **in_float32(), torch.ops.aten._foreach_mul.Tensor: _products}
     for op in _kept_ops():
         table.pop(op, None)
     return table
@@ -271,17 +275,46 @@ def compile_graph(graph: CapturedGraph, mode: Any) -> Run:
     Raises:
         CompileError: there is no C++ compiler, or Inductor refuses the graph.
     """
+    check_compiler(graph.inputs[0].device)
+    remove_truncated()
+    split = split_repeated(graph.module)
+    if split is None:
+        return _compiled(graph.module, graph.inputs, mode)
+    main = _compiled(split.main, [graph.inputs[i] for i in split.inputs], mode)
+    return in_parts(split, main, [_of_any_length(kernel) for kernel in split.kernels])
+
+
+def _of_any_length(kernel: Kernel) -> Run:
+    """Compile a graph over flat tensors for every length."""
+    from torch._dynamo.source import ConstantSource
+    from torch._subclasses.fake_tensor import FakeTensorMode
+    from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
+    from torch.fx.passes.fake_tensor_prop import FakeTensorProp
+
+    mode = FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True)
+    inputs = []
+    for number, (is_number, dtype) in enumerate(kernel.kinds):
+        like = torch.empty(() if is_number else kernel.length, dtype=dtype)
+        sizes: Any = [] if is_number else [DimDynamic.DUCK]  # one length for all
+        inputs.append(
+            mode.from_tensor(
+                like,
+                source=ConstantSource(f"x{number}"),
+                symbolic_context=StatelessSymbolicContext(dynamic_sizes=sizes),
+            )
+        )
+    FakeTensorProp(kernel.module, mode).propagate_dont_convert_inputs(*inputs)  # type: ignore[no-untyped-call]
+    return _compiled(kernel.module, inputs, mode)
+
+
+def _compiled(module: fx.GraphModule, inputs: list[Tensor], mode: Any) -> Run:
     from torch._guards import TracingContext, tracing
     from torch._inductor import config
     from torch._inductor.compile_fx import _recursive_joint_graph_passes, compile_fx_inner
     from torch._inductor.virtualized import V
 
-    device = graph.inputs[0].device
-    check_compiler(device)
-    remove_truncated()
-    module = graph.module
     settings: Any = torch.compiler.config
-    on_cpu = _on_cpu(graph.inputs)
+    on_cpu = _on_cpu(inputs)
     kept = [node for node in module.graph.nodes if on_cpu and node.target in _kept_ops()]
     for node in kept:
         node.meta["should_fallback"] = True
@@ -296,12 +329,12 @@ def compile_graph(graph: CapturedGraph, mode: Any) -> Run:
         torch.no_grad(),
     ):
         try:
-            module = _recursive_joint_graph_passes(module, input_device=device) or module
+            module = _recursive_joint_graph_passes(module, input_device=inputs[0].device) or module
             output: Any = module.graph.output_node()
             output.meta["user_visible_output_idxs"] = list(range(len(output.args[0])))
             compiled = compile_fx_inner(
                 module,
-                graph.inputs,
+                inputs,
                 is_inference=True,
                 cpp_wrapper=options["cpp_wrapper"],
                 get_decomp_fn=_decompositions_on_cpu if on_cpu else _decompositions,

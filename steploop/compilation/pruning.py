@@ -6,7 +6,9 @@ import attrs
 import torch
 from torch import Tensor, fx
 
-__all__ = ["Wiring", "constants_to_inputs", "prune"]
+__all__ = ["Wiring", "constants_to_inputs", "prune", "straighten"]
+
+_aten = torch.ops.aten
 
 
 @attrs.frozen
@@ -28,6 +30,43 @@ def _source(node: fx.Node) -> fx.Node:
     while node.target in {torch.ops.aten.alias.default, torch.ops.aten.detach.default}:
         node = node.args[0]  # type: ignore[assignment]  # their only argument is a node
     return node
+
+
+def straighten(module: fx.GraphModule) -> None:
+    """Remove the calls of a functional graph that give what they take: aliases, copies, and views there and back."""
+    graph = module.graph
+    output = graph.output_node()
+    for node in list(graph.nodes):
+        source = _same(node)
+        # an output that is a copy keeps the value that an input has before it is written into
+        if source is not None and not (node.target is _aten.clone.default and output in node.users):
+            node.replace_all_uses_with(source)
+    graph.eliminate_dead_code()
+
+
+def _same(node: fx.Node) -> fx.Node | None:
+    """The node whose value a call gives unchanged, laid out alike."""
+    args: Any = node.args
+    if node.target in {_aten.alias.default, _aten.detach.default}:
+        source = args[0]
+    elif node.target is _aten.clone.default:
+        source = args[0]
+    elif node.target is _aten.copy.default:
+        source = args[1]
+    elif node.target in {_aten.view.default, _aten.permute.default}:
+        before = args[0]
+        if before.target is not node.target:
+            return None
+        source = before.args[0]
+        if node.target is _aten.permute.default and [before.args[1][i] for i in args[1]] != sorted(args[1]):
+            return None
+    else:
+        return None
+    now, then = node.meta.get("val"), source.meta.get("val")
+    if not isinstance(now, Tensor) or not isinstance(then, Tensor):
+        return None
+    alike = (now.shape, now.stride(), now.dtype, now.device) == (then.shape, then.stride(), then.dtype, then.device)
+    return source if alike else None
 
 
 def prune(module: fx.GraphModule) -> Wiring:
