@@ -292,7 +292,7 @@ def _of_any_length(kernel: Kernel) -> Run:
     from torch.fx.passes.fake_tensor_prop import FakeTensorProp
 
     mode = FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True)
-    inputs = []
+    inputs: list[Tensor] = []
     for number, (is_number, dtype) in enumerate(kernel.kinds):
         like = torch.empty(() if is_number else kernel.length, dtype=dtype)
         sizes: Any = [] if is_number else [DimDynamic.DUCK]  # one length for all
@@ -303,7 +303,7 @@ def _of_any_length(kernel: Kernel) -> Run:
                 symbolic_context=StatelessSymbolicContext(dynamic_sizes=sizes),
             )
         )
-    FakeTensorProp(kernel.module, mode).propagate_dont_convert_inputs(*inputs)  # type: ignore[no-untyped-call]
+    FakeTensorProp(kernel.module, mode).propagate_dont_convert_inputs(*inputs)
     return _compiled(kernel.module, inputs, mode)
 
 

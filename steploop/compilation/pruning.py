@@ -47,9 +47,7 @@ def straighten(module: fx.GraphModule) -> None:
 def _same(node: fx.Node) -> fx.Node | None:
     """The node whose value a call gives unchanged, laid out alike."""
     args: Any = node.args
-    if node.target in {_aten.alias.default, _aten.detach.default}:
-        source = args[0]
-    elif node.target is _aten.clone.default:
+    if node.target in {_aten.alias.default, _aten.detach.default, _aten.clone.default}:
         source = args[0]
     elif node.target is _aten.copy.default:
         source = args[1]
@@ -65,7 +63,12 @@ def _same(node: fx.Node) -> fx.Node | None:
     now, then = node.meta.get("val"), source.meta.get("val")
     if not isinstance(now, Tensor) or not isinstance(then, Tensor):
         return None
-    alike = (now.shape, now.stride(), now.dtype, now.device) == (then.shape, then.stride(), then.dtype, then.device)
+    alike = (now.shape, now.stride(), now.dtype, now.device) == (
+        then.shape,
+        then.stride(),
+        then.dtype,
+        then.device,
+    )
     return source if alike else None
 
 

@@ -94,7 +94,9 @@ def split_repeated(module: fx.GraphModule) -> Split | None:
     output: Any = graph.output_node()
     whole = list(output.args[0])
     moved = {node: (i, part) for i, part in enumerate(repeated) for node in part.nodes}
-    kept: dict[fx.Node, int] = {node: i for i, node in enumerate(dict.fromkeys(n for n in whole if n not in moved))}
+    kept: dict[fx.Node, int] = {
+        node: i for i, node in enumerate(dict.fromkeys(n for n in whole if n not in moved))
+    }
     kernels: dict[Any, int] = {}
     made: list[Any] = []
     parts = []
@@ -162,7 +164,7 @@ class _Found:
         whole = next(n for n in nodes if _value(n).dim() > 0)
         written = next((n.args[0] for n in nodes if _is_write(n) and _value(n).dim() > 0), whole)
         self.shape = tuple(_value(whole).shape)
-        self.stride: tuple[int, ...] = _value(written).stride()  # type: ignore[arg-type]  # the first argument is a node
+        self.stride: tuple[int, ...] = _value(written).stride()
         self.numel = _value(whole).numel()
         self.large = self.numel >= _LARGE
 
@@ -180,7 +182,8 @@ class _Found:
             if node.op == "placeholder" and value.stride() != self.stride:
                 return False
         return _is_dense(self.shape, self.stride) and (
-            _value_format(self.shape, self.stride) is not None or all(n.op == "placeholder" for n in self.taken)
+            _value_format(self.shape, self.stride) is not None
+            or all(n.op == "placeholder" for n in self.taken)
         )
 
     def kinds(self) -> tuple[tuple[bool, torch.dtype], ...]:
@@ -220,7 +223,9 @@ class _Found:
             )
         mode: Any = value.fake_mode  # type: ignore[attr-defined]  # the values of a graph are fake tensors
         with mode:
-            new.meta["val"] = torch.empty_strided(self.shape, self.stride, dtype=value.dtype, device=value.device)
+            new.meta["val"] = torch.empty_strided(
+                self.shape, self.stride, dtype=value.dtype, device=value.device
+            )
         return new
 
 
@@ -241,7 +246,7 @@ def _found(graph: fx.Graph) -> list[_Found]:
         owner[node] = users.pop() if len(users) == 1 else _MAIN
     for node in last:
         if _is_write(node) and node in movable and node not in owner:
-            owner[node] = owner.get(node.args[1], _MAIN)  # type: ignore[arg-type]
+            owner[node] = owner.get(node.args[1], _MAIN)
     members: dict[Any, list[fx.Node]] = defaultdict(list)
     for node in graph.nodes:
         if owner.get(node, _MAIN) is not _MAIN:
@@ -282,7 +287,11 @@ def _is_write(node: fx.Node) -> bool:
 
 def _is_pointwise(node: fx.Node) -> bool:
     target = node.target
-    if not isinstance(target, torch._ops.OpOverload) or not isinstance(node.meta.get("val"), Tensor) or is_random(node):
+    if (
+        not isinstance(target, torch._ops.OpOverload)
+        or not isinstance(node.meta.get("val"), Tensor)
+        or is_random(node)
+    ):
         return False
     return torch.Tag.pointwise in target.tags or target in _ALSO_POINTWISE
 
