@@ -235,7 +235,11 @@ def _found(graph: fx.Graph) -> list[_Found]:
     last = [n for n in reversed(list(graph.nodes)) if n.op == "call_function"]
     movable: set[fx.Node] = set()
     for node in last:
-        if (_is_write(node) or _is_pointwise(node)) and all(u in movable or u is output for u in node.users):
+        if (
+            isinstance(node.meta.get("val"), Tensor)
+            and (_is_write(node) or _is_pointwise(node))
+            and all(u in movable or u is output for u in node.users)
+        ):
             movable.add(node)
     owner = _components(movable)
     # numbers that one part alone needs go with it

@@ -319,6 +319,9 @@ def test_a_table_holds_each_line_once_though_some_steps_were_taken_twice(lost, p
     train(tmp_path / "run", values, csv=True, checkpoint_every=3, stop_at=11)
     for newest in sorted((tmp_path / "run" / "checkpoints").glob("step-*"))[-lost:]:
         shutil.rmtree(newest)
+    if lost > 1:  # the kill came before the first one: status.json names none
+        status = tmp_path / "run" / "status.json"
+        status.write_text(json.dumps({**json.loads(status.read_bytes()), "checkpoint": None}))
     for name in ("metrics.csv", "metrics.jsonl", "status.json"):  # half written when the kill came
         (tmp_path / "run" / f".{name}-4194305").touch()
     train(tmp_path / "run", resume=True)

@@ -131,6 +131,8 @@ def test_a_run_that_was_ended_before_its_first_checkpoint_begins_again_with_its_
     whole = run(POINTS, out=tmp_path / "whole", init=finished[0], **options)
     run(POINTS, out=tmp_path / "run", init=finished[0], limit_steps=1, **options)
     shutil.rmtree(tmp_path / "run" / "checkpoints")
+    status = tmp_path / "run" / "status.json"  # which names none yet
+    status.write_text(json.dumps({**json.loads(status.read_bytes()), "checkpoint": None}))
     again = run(resume=tmp_path / "run", device="cpu", progress="none")
     assert again.metrics == whole.metrics
     assert digest(tmp_path / "run") == digest(tmp_path / "whole")
