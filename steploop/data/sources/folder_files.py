@@ -71,7 +71,8 @@ def _images_below(folder: Path, others: Counter[str]) -> list[str]:
 
     found: list[str] = []
     # a link to a folder above would lead to the other classes
-    seen = {str(above) for one in (folder, folder.parent / "it") for above in one.resolve().parents}
+    roots = (folder.resolve().parent, folder.parent.resolve())
+    seen = {str(above) for root in roots for above in (root, *root.parents)}
     for here, folders, names in os.walk(folder, onerror=refuse, followlinks=True):
         real = os.path.realpath(here)
         if real in seen:  # or to one below, a second time
