@@ -161,7 +161,7 @@ def capture(
     with mode:
         draws, drawn = drawing(first, events, outside=drawn_outside)
     with mode, torch.no_grad(), enable_python_dispatcher(), config.patch(_options(cpp_wrapper=False)):
-        table = _decompositions_on_cpu() | batch_norms() if _on_cpu(inputs) else _decompositions()
+        table = _table_for(inputs)
         plain = [t.detach() for t in inputs]
         plain += [torch.empty_strided(c.shape, c.stride(), dtype=c.dtype, device=c.device) for c in constants]
         plain += drawn
@@ -195,7 +195,7 @@ def traced_again(
     from torch.fx.experimental.proxy_tensor import make_fx
 
     with mode, torch.no_grad(), config.patch(_options(cpp_wrapper=False)):
-        table = _decompositions_on_cpu() | batch_norms() if _on_cpu(inputs) else _decompositions()
+        table = _table_for(inputs)
         function = make({**decomposition_table, **_decompositions()})
         return make_fx(function, decomposition_table=table)(*inputs)
 
@@ -242,6 +242,11 @@ def _decompositions_on_cpu() -> dict[Any, Callable[..., Any]]:
     for op in _kept_ops():
         table.pop(op, None)
     return table
+
+
+def _table_for(inputs: Sequence[Tensor]) -> dict[Any, Callable[..., Any]]:
+    """Return the decompositions that a trace of these inputs applies."""
+    return _decompositions_on_cpu() | batch_norms() if _on_cpu(inputs) else _decompositions()
 
 
 def _kept_ops() -> list[Any]:

@@ -6,7 +6,7 @@ import attrs
 import torch
 from torch import Tensor, fx
 
-__all__ = ["Wiring", "constants_to_inputs", "prune", "straighten"]
+__all__ = ["Wiring", "constants_to_inputs", "prune", "straighten", "without_unread"]
 
 _aten = torch.ops.aten
 
@@ -84,15 +84,21 @@ def prune(module: fx.GraphModule) -> Wiring:
         source = _source(node)
         given.append(~place[source] if source in place else kept.setdefault(source, len(kept)))
     output.args = (tuple(kept),)
+    return Wiring(without_unread(module), tuple(given))
+
+
+def without_unread(module: fx.GraphModule) -> tuple[int, ...]:
+    """Remove the calls and inputs that nothing reads any more; which inputs are left."""
+    graph = module.graph
     graph.eliminate_dead_code()
     inputs = []
-    for index, node in enumerate(placeholders):
+    for index, node in enumerate([node for node in graph.nodes if node.op == "placeholder"]):
         if node.users:
             inputs.append(index)
         else:
             graph.erase_node(node)
     module.recompile()
-    return Wiring(tuple(inputs), tuple(given))
+    return tuple(inputs)
 
 
 def constants_to_inputs(graph: fx.GraphModule) -> list[Tensor]:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, fx
 
 from steploop.compilation.draws import is_random
+from steploop.compilation.pruning import without_unread
 
 __all__ = ["Kernel", "Part", "Run", "Split", "in_parts", "split_repeated"]
 
@@ -117,15 +118,7 @@ def split_repeated(module: fx.GraphModule) -> Split | None:
     output.args = (tuple(kept),)
     for node in reversed([n for n in graph.nodes if n in moved]):
         graph.erase_node(node)
-    graph.eliminate_dead_code()
-    inputs = []
-    for node, index in places.items():
-        if node.users:
-            inputs.append(index)
-        else:
-            graph.erase_node(node)
-    module.recompile()
-    return Split(module, tuple(inputs), tuple(made), tuple(parts), tuple(outputs))
+    return Split(module, without_unread(module), tuple(made), tuple(parts), tuple(outputs))
 
 
 def in_parts(split: Split, main: Run, kernels: Sequence[Run]) -> Run:
@@ -291,11 +284,7 @@ def _is_write(node: fx.Node) -> bool:
 
 def _is_pointwise(node: fx.Node) -> bool:
     target = node.target
-    if (
-        not isinstance(target, torch._ops.OpOverload)
-        or not isinstance(node.meta.get("val"), Tensor)
-        or is_random(node)
-    ):
+    if not isinstance(target, torch._ops.OpOverload) or is_random(node):
         return False
     return torch.Tag.pointwise in target.tags or target in _ALSO_POINTWISE
 
