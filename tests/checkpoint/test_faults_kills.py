@@ -35,7 +35,7 @@ def run(*arguments, **options):
 
 def test_two_hundred_kills_lose_nothing_that_was_saved(tmp_path):
     """The newest checkpoint loads without a hand's turn, equals the uninterrupted run, and the step never goes back."""
-    done = run(HERE / "kill_server.py", tmp_path, 200, timeout=300)
+    done = run(HERE / "kill_server.py", tmp_path, 200, timeout=900)
     assert done.returncode == 0, done.stderr
     seen = json.loads(done.stdout)
     assert seen["kills"] == 200

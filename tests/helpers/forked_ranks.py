@@ -41,7 +41,7 @@ class ForkedRanks:
             inside = environment(**(where if size > 1 else {}), **variables)
             self.ranks.append(Forked(own, *arguments, inside=inside))
 
-    def end(self, timeout_s=120):
+    def end(self, timeout_s=600):
         """(exit codes, what each said on stdout, on stderr)."""
         ended = [rank.end(timeout_s) for rank in self.ranks]
         return tuple(zip(*ended, strict=True))

@@ -6,7 +6,7 @@ import tempfile
 import traceback
 from datetime import timedelta
 
-WAIT_S = 120
+WAIT_S = 600
 
 
 def _serve(rank, size, store, pipe):

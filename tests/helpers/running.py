@@ -1,5 +1,7 @@
 """Runs for the tests: in this process, stopped at a chosen moment, or in a forked one that can be sent signals."""
 
+import faulthandler
+import gc
 import json
 import os
 import signal
@@ -17,6 +19,7 @@ from steploop.runs.signals import StopFlag
 from steploop.tools.cli import call
 
 POINTS = str(Path(__file__).with_name("points_recipe.py"))
+_SAY_WHERE = signal.SIGRTMIN  # no signal of a run: where a child is that does not end
 CHANGES = {}  # what the recipe files of ``changed`` do to the points
 
 
@@ -143,12 +146,14 @@ class Forked:
             self.pid = os.fork()
         if self.pid:
             return
+        gc.freeze()  # what is collected in the child may wait for a thread that only its parent has
         code = 1
         try:
             os.setpgid(0, 0)
             for number, path in ((1, self.out), (2, self.err)):
                 os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
             sys.stdout, sys.stderr = (os.fdopen(n, "w", buffering=1) for n in (1, 2))
+            faulthandler.register(_SAY_WHERE, file=sys.stderr)
             with inside or nullcontext():
                 code = call(list(arguments))
         except BaseException:  # noqa: BLE001  (a child must not go on as another pytest)
@@ -157,7 +162,7 @@ class Forked:
             sys.stdout.flush()
             os._exit(code)
 
-    def wait_for(self, happened, timeout_s=60):
+    def wait_for(self, happened, timeout_s=300):
         """Wait until ``happened()`` is true; the child must not end before."""
         end = time.monotonic() + timeout_s
         while not happened():
@@ -177,11 +182,13 @@ class Forked:
         with suppress(ChildProcessError):
             os.waitpid(self.pid, 0)
 
-    def end(self, timeout_s=120):
+    def end(self, timeout_s=600):
         """(exit code, stdout, stderr) once it has ended; of one that a signal killed, minus its number."""
         end = time.monotonic() + timeout_s
         while (ended := os.waitpid(self.pid, os.WNOHANG))[0] == 0:
             if time.monotonic() > end:
+                os.kill(self.pid, _SAY_WHERE)
+                time.sleep(1.0)
                 self.kill()
                 raise AssertionError(f"it did not end: {self.err.read_text()}")
             time.sleep(0.005)

@@ -312,7 +312,7 @@ def test_a_command_that_swallowed_a_signal_ends_by_it_all_the_same(ending, tmp_p
     recipe = swallows(tmp_path / "swallows.py", signal.SIGINT, FINALIZER)
     Path(recipe).write_text(Path(recipe).read_text() + ending)
     command = [sys.executable, "-m", "steploop", "check", recipe]
-    done = subprocess.run(command, check=False, capture_output=True, text=True, timeout=100)
+    done = subprocess.run(command, check=False, capture_output=True, text=True, timeout=600)
     assert (done.returncode, done.stdout, done.stderr) == (130, "", "steploop: interrupted.\n")
 
 
@@ -349,7 +349,7 @@ def test_a_signal_while_torch_is_loaded_is_no_failure_either(signum, code, tmp_p
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as child:
         assert child.stdout.readline() == f"starting {POINTS}: loading torch ...\n"
         child.send_signal(signum)
-        out, err = child.communicate(timeout=60)
+        out, err = child.communicate(timeout=300)
     assert (child.returncode, json.loads(out)["state"]) == (code, "interrupted")
     assert err == "steploop: interrupted before the first step; there was nothing to save.\n"
     assert list(tmp_path.iterdir()) == []

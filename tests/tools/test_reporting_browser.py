@@ -75,7 +75,7 @@ def chromium(folder, *options):
         ]  # fmt: skip
         printed = folder / f"printed-{attempt}"
         with printed.open("wb") as file, contextlib.suppress(subprocess.TimeoutExpired):
-            subprocess.run(command, stdout=file, stderr=subprocess.DEVNULL, timeout=40, check=True)
+            subprocess.run(command, stdout=file, stderr=subprocess.DEVNULL, timeout=300, check=True)
             return printed.read_text()
     pytest.fail("Chromium hung three times")
 

@@ -38,7 +38,7 @@ def serving(*runs):
 
 
 def asked(server, path=None, *, method="GET", **headers):
-    connection = http.client.HTTPConnection("127.0.0.1", server.server_port, timeout=20)
+    connection = http.client.HTTPConnection("127.0.0.1", server.server_port, timeout=300)
     connection.request(method, f"/{server.token}/" if path is None else path, headers=headers)
     answer = connection.getresponse()
     body = answer.read().decode()
@@ -166,12 +166,12 @@ def test_the_command_prints_its_address_and_ends_by_ctrl_c(tmp_path):
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         address = process.stdout.readline().strip()
         host, _, path = address.removeprefix("http://").partition("/")
-        connection = http.client.HTTPConnection(host, timeout=20)
+        connection = http.client.HTTPConnection(host, timeout=300)
         connection.request("GET", f"/{path}")
         assert connection.getresponse().status == 200
         connection.close()
         os.kill(process.pid, signal.SIGINT)
-        _, err = process.communicate(timeout=20)
+        _, err = process.communicate(timeout=300)
     assert process.returncode == 0
     port = host.partition(":")[2]
     assert f"ssh -N -L {port}:127.0.0.1:{port} HOST" in err
