@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 import textwrap
+import types
 
 import pytest
 
@@ -56,8 +57,8 @@ def test_mlflow_holds_what_was_logged(tmp_path):
 
         again = MLflow(Path("runs/first"), {{"lr": 0.2, "new": 1}})  # as a resume does
         print(client.get_run(run.info.run_id).info.status)
-        for step, values in [*{VALUES!r}[1:], (3, {{"train/loss": 1.0}})]:
-            again(step, values)
+        for step, values in [(2, {{"train/loss": 1.75}}), *{VALUES!r}[1:], (3, {{"train/loss": 1.0}})]:
+            again(step, values)  # a time, say, is another when a step is taken again: the first stays
         again.close()
         (run,) = client.search_runs([client.get_experiment_by_name("steploop").experiment_id])
         history = client.get_metric_history(run.info.run_id, "train/loss")
@@ -104,6 +105,87 @@ def test_wandb_writes_its_files_offline(tmp_path):
     data = b"".join(path.read_bytes() for path in written)
     assert b"eval/accuracy" in data
     assert b"applied_steps" in data
+
+
+# What .wandb files hold: a log as LevelDB writes it, of protocol buffers.
+READ_HISTORY = """
+import json, struct
+from wandb.proto import wandb_internal_pb2
+
+def history(path):
+    data, at, part = path.read_bytes(), 7, b""
+    while at + 7 <= len(data):
+        if 32768 - at % 32768 < 7:
+            at += 32768 - at % 32768
+            continue
+        _, size, kind = struct.unpack_from("<IHB", data, at)
+        part, at = part + data[at + 7 : at + 7 + size], at + 7 + size
+        if kind in (1, 4):
+            record = wandb_internal_pb2.Record.FromString(part)
+            part = b""
+            if record.WhichOneof("record_type") == "history":
+                yield {i.key or "/".join(i.nested_key): json.loads(i.value_json) for i in record.history.item}
+"""
+
+
+def test_wandb_offline_holds_each_step_once_after_a_kill_and_after_a_stop(tmp_path):
+    pytest.importorskip("wandb", reason="the extra wandb is not installed", exc_type=ImportError)
+    (tmp_path / "first").mkdir()
+    begin = """
+        from pathlib import Path
+        from steploop.runs.logs.wandb_logger import WandB
+        logger = WandB(Path("first"), {}, mode="offline")
+    """
+    kill = "import os; os.killpg(0, 9)"  # wandb's own process too, with what it holds back
+
+    def process(steps, end, rows=None):
+        lines = [(n, {"train/loss": 1 / n}) for n in steps] + [(steps[-1], {"eval/loss": 0.5})]
+        code = f"logger.rewrite({rows})\n" * (rows is not None) + f"for row in {lines}: logger(*row)\n{end}"
+        done = subprocess.run(
+            [sys.executable, "-c", f"{textwrap.dedent(begin)}\n{code}"],
+            check=False, cwd=tmp_path, capture_output=True, text=True, timeout=600, start_new_session=True,
+        )  # fmt: skip
+        assert done.returncode == (-9 if end == kill else 0), done.stderr
+
+    process([1, 2, 3], "logger.close()")
+    stand = [(n, {"train/loss": 1 / n}) for n in (1, 2, 3)] + [(3, {"eval/loss": 0.5})]
+    process([4, 5, 6], kill, rows=stand)
+    stand += [(n, {"train/loss": 1 / n}) for n in (4, 5)]  # a checkpoint was at step 5
+    process([6, 7], "logger.close()", rows=stand)
+    out = run_apart(
+        READ_HISTORY
+        + textwrap.dedent("""
+        from pathlib import Path
+        for path in sorted(Path("first/wandb").glob("offline-run-*/*.wandb"), key=lambda path: path.stat().st_mtime):
+            rows = list(history(path))
+            print(path.stem, [r["applied_steps"] for r in rows if "train/loss" in r], [r["applied_steps"] for r in rows if "eval/loss" in r])
+        """),
+        tmp_path,
+    )
+    run, first, second = out.split()[0], *(line.split(" ", 1) for line in out.splitlines())
+    assert [first, second] == [[run, "[1, 2, 3] [3]"], [run, "[4, 5, 6, 7] [7]"]]
+    assert len([*(tmp_path / "first" / "wandb").glob("superseded-offline-run-*")]) == 1
+
+
+def test_wandb_online_is_asked_how_far_it_got(tmp_path, monkeypatch):
+    logged = []
+    there = {"newest/train": 3, "newest/eval": 2, "applied_steps": 3}
+    run = types.SimpleNamespace(
+        id="abc", dir=str(tmp_path / "wandb" / "run-1" / "files"), offline=False, resumed=True, summary=there,
+        log=logged.append, define_metric=lambda *_, **__: None, finish=lambda: None,
+    )  # fmt: skip
+    fake = types.SimpleNamespace(Settings=dict, init=lambda **_: run)
+    monkeypatch.setitem(sys.modules, "wandb", fake)
+    logger = WandB(tmp_path, {})
+    logger.rewrite([(n, {"train/loss": 1 / n}) for n in (1, 2, 3, 4)] + [(3, {"eval/loss": 0.5})])
+    logger(2, {"train/loss": 0.1})
+    logger(5, {"train/loss": 0.2})
+    logger.close()
+    assert [(row["applied_steps"], *[name for name in row if "loss" in name]) for row in logged] == [
+        (4, "train/loss"),
+        (3, "eval/loss"),
+        (5, "train/loss"),
+    ]
 
 
 @pytest.mark.parametrize(

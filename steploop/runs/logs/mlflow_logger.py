@@ -16,7 +16,8 @@ _MOST_VALUE_CHARACTERS = 6000  # MLflow refuses longer parameters
 class MLflow:
     """Metrics and Config of a run in an MLflow store: a server, or a local file.
 
-    A resume goes on with the MLflow run that was begun, and logs no point a second time.
+    A resume goes on with the MLflow run that was begun, and logs no point a second time: MLflow keeps the first, times
+    included.
 
     Args:
         run_directory: of the run; its name becomes the run's name.
@@ -48,7 +49,7 @@ class MLflow:
         self._client = tracking.MlflowClient(tracking_uri=uri)
         found = self._client.get_experiment_by_name(experiment)
         identity = self._client.create_experiment(experiment) if found is None else found.experiment_id
-        self._known: set[tuple[str, int, float]] = set()  # points that are in the store already
+        self._known: set[tuple[str, int]] = set()  # points that are in the store already
         there = self._go_on(recall(run_directory, "mlflow").get("run_id"))
         if there is None:
             run = self._client.create_run(identity, run_name=run_directory.resolve().name)
@@ -70,7 +71,7 @@ class MLflow:
         self._client.update_run(run_id, status="RUNNING")
         for name in run.data.metrics:
             history = self._client.get_metric_history(run_id, name)
-            self._known |= {(name, point.step, point.value) for point in history}
+            self._known |= {(name, point.step) for point in history}
         return dict(run.data.params)
 
     def _describe(self, config: Mapping[str, Any], there: Mapping[str, str]) -> None:
@@ -88,7 +89,7 @@ class MLflow:
         metrics = [
             self._entities.Metric(name, value, now, step)
             for name, value in values.items()
-            if (name, step, value) not in self._known
+            if (name, step) not in self._known
         ]
         if metrics:
             self._client.log_batch(self._run, metrics=metrics)
