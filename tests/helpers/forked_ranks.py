@@ -16,6 +16,11 @@ def environment(**values):
     yield
 
 
+def _without_torchs_own(text):
+    """The lines that are steploop's: gloo in torch 2.9 says on stdout, from C++, how many peers it found."""
+    return "".join(line for line in text.splitlines(keepends=True) if not line.startswith("[Gloo] Rank "))
+
+
 class ForkedRanks:
     """``steploop ...`` on ``size`` ranks; on one, a plain process.
 
@@ -44,7 +49,8 @@ class ForkedRanks:
     def end(self, timeout_s=600):
         """(exit codes, what each said on stdout, on stderr)."""
         ended = [rank.end(timeout_s) for rank in self.ranks]
-        return tuple(zip(*ended, strict=True))
+        codes, said, errors = zip(*ended, strict=True)
+        return codes, tuple(map(_without_torchs_own, said)), errors
 
     def kill(self):
         """End those that still run."""
