@@ -7,6 +7,7 @@ from typing import Any, Literal, Protocol
 import attrs
 
 from steploop.core.early_stopping import EarlyStopping, Mode
+from steploop.core.html_tables import html_table
 from steploop.core.plateau import ReduceLROnPlateau
 from steploop.core.state.several import State
 from steploop.core.steps.forward_pass import Objective
@@ -14,7 +15,6 @@ from steploop.data.batches import Batches, as_batches
 from steploop.data.loader import Loader
 from steploop.data.stream import Stream
 from steploop.errors import ConfigError
-from steploop.recipe.html_tables import html_table
 
 __all__ = ["Batches", "Logger", "Recipe", "TrainStep", "checked_loggers"]
 

@@ -51,6 +51,6 @@ def find_recipe(name: str) -> Path:
         raise ConfigError(
             f"{name} is a directory. Give the recipe's file, or --resume {name} to go on with a run."
         )
-    raise ConfigError(
-        f"There is no recipe {name!r}: neither a file nor a shipped recipe. {nearest(path.stem, list(shipped))}"
-    )
+    own = path.with_name(f"{path.name}.py")
+    meant = f"Did you mean {own}?" if own.is_file() else nearest(path.stem, list(shipped))
+    raise ConfigError(f"There is no recipe {name!r}: neither a file nor a shipped recipe. {meant}")

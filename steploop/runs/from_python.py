@@ -139,7 +139,7 @@ def run(
         )
         raise RunExistsError(
             f"{holds}. {go_on} another directory as out=..., or none: each run then gets one of its own below runs/."
-        ) from error
+        ) from None  # a reader of a notebook gets one traceback, not two
     except Interrupted as interrupted:
         if interrupted.signum == signal.SIGINT:
             raise KeyboardInterrupt from None

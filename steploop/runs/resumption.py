@@ -253,7 +253,8 @@ class _Resumption:
         ending = ending_of(self._recipe, state, self._request.plan.limit_steps)
         if ending is None:
             return False
-        why = f"nothing is left to do: the run has its {self._recipe.epochs} epochs. Give it more to go on"
+        epochs, setting = self._recipe.epochs, self._setting("epochs")
+        why = f"nothing is left to do: the run has its {epochs} epochs. To go on, give more, as in --set {setting}={2 * epochs or 1}"
         if ending == "early_stop":
             why = self._why_stopped(state)
         elif ending == "limit":
@@ -267,8 +268,12 @@ class _Resumption:
         fold, rule = lead(state).early_stopping, self._recipe.early_stopping
         assert fold is not None  # noqa: S101  (it has stopped the run)
         assert rule is not None  # noqa: S101  (a fold without a rule is dropped)
-        setting = next((name for name in self._request.settings if "patience" in name), "NAME")
         return (
             f"early stopping has ended this run: {rule.monitor} did not improve in {fold.bad_checks} evaluations (patience "
-            f"{rule.patience}). It stays stopped; to go on, give more patience, as in --set {setting}={2 * fold.bad_checks}"
+            f"{rule.patience}). It stays stopped; to go on, give more patience, as in --set {self._setting('patience')}={2 * fold.bad_checks}"
         )
+
+    def _setting(self, part: str) -> str:
+        """The recipe's setting that has this in its name."""
+        names = self._request.settings
+        return part if part in names else next((name for name in names if part in name), "NAME")

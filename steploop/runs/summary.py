@@ -7,8 +7,8 @@ from typing import Any
 import attrs
 
 from steploop.core.early_stopping import Best
+from steploop.core.html_tables import html_table
 from steploop.core.state.several import State, members
-from steploop.recipe.html_tables import html_table
 from steploop.recipe.recipe import Recipe
 from steploop.runs.curves_html import curves_html
 from steploop.runs.logs.progress_text import counted, duration, format_values

@@ -34,6 +34,17 @@ def test_a_word_of_a_heading_prints_that_section(capsys):
     assert out.endswith("\nThe whole page: steploop docs checkpoints\n")
 
 
+def test_words_are_looked_for_as_they_stand_and_else_one_by_one(capsys):
+    assert call(["docs", "exit", "codes"]) == 0
+    together = capsys.readouterr().out
+    assert together.startswith("## Exit codes\n")
+    assert call(["docs", "codes", "exit"]) == 0
+    assert capsys.readouterr().out == together
+    page = "# One\n\nred and blue\n\n# Two\n\nblue red\n"
+    assert [s.heading for s in find_sections({"page": page}, "blue red")] == ["Two"]
+    assert [s.heading for s in find_sections({"page": page}, "red blue")] == ["One", "Two"]
+
+
 def test_a_word_that_many_sections_mention_lists_them(capsys):
     assert call(["docs", "loss"]) == 0
     out = capsys.readouterr().out

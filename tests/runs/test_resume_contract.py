@@ -487,7 +487,12 @@ def test_the_form_that_auto_has_chosen_stays_at_a_resume(recipe, tmp_path, monke
 @pytest.mark.parametrize(
     ("values", "options", "after", "said"),
     [
-        ({}, {}, {"rate": 0.2}, "rate 0.1 -> 0.2 would change nothing: .* has its 3 epochs. Give it more"),
+        (
+            {},
+            {},
+            {"rate": 0.2},
+            "rate 0.1 -> 0.2 would change nothing: .* has its 3 epochs. To go on, give more, as in --set epochs=6",
+        ),
         ({}, {"limit_steps": 4}, {"rate": 0.2}, "rate 0.1 -> 0.2 would change nothing: .* --limit-steps 4"),
         ({"patience": 1}, {}, {"rate": 0.2}, "would change nothing: early stopping has ended this run"),
     ],

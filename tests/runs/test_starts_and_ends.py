@@ -242,9 +242,18 @@ def a_summary(**changes):
 )
 def test_in_a_terminal_the_last_words_are_a_sentence_and_the_next_command(changes, said, monkeypatch):
     monkeypatch.setattr(sys, "stdout", Terminal())
+    monkeypatch.setenv("COLUMNS", "200")
     summary = a_summary(**changes)
     assert finish(summary) == summary.exit_code
     assert sys.stdout.getvalue() == said
+    sentence, command = said.splitlines()
+    monkeypatch.setattr(sys, "stdout", Terminal())
+    monkeypatch.setenv("COLUMNS", "30")  # the sentence is broken between words, the command not at all
+    finish(summary)
+    *lines, last = sys.stdout.getvalue().splitlines()
+    assert max(map(len, lines)) <= 30
+    assert " ".join(lines).split() == sentence.split()
+    assert last == command
 
 
 def test_elsewhere_the_last_line_is_one_json_object_whatever_colours_are_forced(

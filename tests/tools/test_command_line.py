@@ -33,6 +33,18 @@ def test_a_bare_run_names_the_recipes_and_what_else_there_is(capsys, monkeypatch
     assert err.startswith("steploop: Which recipe? Give a file, or the name of a shipped one:\n")
     assert re.search(r"^  mnist +A two-layer perceptron", err, re.MULTILINE)
     assert "steploop run mnist --help" in err
+    assert [line for line in err.splitlines()[-2:] if len(line) > 80] == []
+
+
+def test_a_mistyped_recipe_is_named_before_torch_is_loaded(tmp_path):
+    (tmp_path / "mine.py").write_text("")
+    command = "import sys; from steploop.tools.cli import call; print(call(['run', sys.argv[1]]), 'torch' in sys.modules)"
+    for given, meant in (("mnits", "mnist"), ("mine", "mine.py")):
+        done = subprocess.run(
+            [sys.executable, "-c", command, given], check=True, cwd=tmp_path, capture_output=True, text=True
+        )
+        assert done.stdout == "2 False\n"
+        assert done.stderr.endswith(f"neither a file nor a shipped recipe. Did you mean {meant}?\n")
 
 
 def test_a_compile_option_at_the_end_stands_alone(capsys):

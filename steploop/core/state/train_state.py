@@ -8,6 +8,7 @@ import attrs
 import torch
 from torch import Tensor, nn
 
+from steploop.core.html_tables import html_table
 from steploop.core.optimizer import check_rate
 from steploop.core.precision import LossScale, Precision, check_precision
 from steploop.core.ranks import Ranks
@@ -428,6 +429,20 @@ class TrainState(PlainValues):
             f"{loss}{lr}, precision={self.precision!r}, {type(self.machine.model).__name__} of {count:,} parameters on "
             f"{self.device}){spent}"
         )
+
+    def _repr_html_(self) -> str:
+        """What a notebook shows: where the training stands, and never the tensors."""
+        rate = self.hyper[0].get("lr") if self.hyper else None
+        numbers = {"loss": self.loss, "gradient norm": self.grad_norm, "learning rate": rate}
+        rows = {
+            "steps": f"{self.applied_steps}, {self.attempted_steps} attempted",
+            "place": f"epoch {self.epoch}, batch {self.batch}",  # counted from 0, as in the state
+            **{name: f"{float(n):.4g}" for name, n in numbers.items() if type(n) in {int, float, Tensor}},
+            "model": f"{type(self.machine.model).__name__} of {sum(p.numel() for p in self.tensors.params.values()):,} parameters",
+            "precision": f"{self.precision} on {self.device}",
+            "spent": None if self.alive else "a later state owns the tensors",
+        }
+        return html_table("TrainState", rows)
 
 
 def _own_carry(carry: Any) -> Any:

@@ -16,7 +16,7 @@ from steploop.tools.commands.terminals import definitions, window_width
 __all__ = ["Section", "docs", "find_sections", "read_pages"]
 
 WORD = typer.Argument(
-    help="A page (steploop docs lists them), or a word to look for in its headings and text.",
+    help="A page (steploop docs lists them), or words to look for in headings and text.",
     show_default=False,
 )
 OPEN = typer.Option("--open", help="Open the page in the browser, as HTML.")
@@ -44,16 +44,17 @@ class Section:
     text: str
 
 
-def docs(word: Annotated[str | None, WORD] = None, *, open_page: Annotated[bool, OPEN] = False) -> None:
+def docs(word: Annotated[list[str] | None, WORD] = None, *, open_page: Annotated[bool, OPEN] = False) -> None:
     """Find and print documentation. A list of pages, a page, or the sections about WORD; works offline."""
     pages = read_pages()
-    if word is None:
+    if not word:
         _open("steploop", "\n\n".join(pages.values())) if open_page else _list_pages(pages)
         return
-    name = word.lower().removesuffix(".md")
+    words = " ".join(word)
+    name = words.lower().removesuffix(".md")
     found = [Section(name, name, pages[name])] if name in pages else find_sections(pages, name)
     if not found:
-        raise ConfigError(f"No page mentions {word!r}. There are the pages: {', '.join(pages)}.")
+        raise ConfigError(f"No page mentions {words!r}. There are the pages: {', '.join(pages)}.")
     if open_page:
         _open(found[0].page, pages[found[0].page])
     elif len(found) <= _MOST_SHOWN:
@@ -83,11 +84,16 @@ def read_pages() -> dict[str, str]:
 def find_sections(pages: dict[str, str], word: str) -> list[Section]:
     """Find the sections about ``word``: those whose heading has it, else those whose text has it.
 
-    Capitals do not matter. A heading with the word hides sections that only mention it.
+    Capitals do not matter. A heading with the word hides sections that only mention it. Several words are looked for as they
+    stand, and where no section has them so, one by one.
     """
     sections = [section for page, text in pages.items() for section in _sections(page, text)]
-    headed = [section for section in sections if word.lower() in section.heading.lower()]
-    return headed or [section for section in sections if word.lower() in section.text.lower()]
+    for words in ([word.lower()], word.lower().split()):
+        for texts in ([s.heading.lower() for s in sections], [s.text.lower() for s in sections]):
+            pairs = zip(sections, texts, strict=True)
+            if found := [section for section, text in pairs if all(w in text for w in words)]:
+                return found
+    return []
 
 
 def _sections(page: str, text: str) -> list[Section]:

@@ -3,11 +3,13 @@
 import json
 import shlex
 import sys
+import textwrap
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from steploop.runs.ranks.launcher import rank_here
 from steploop.runs.safe_text import safe_text
+from steploop.tools.commands.terminals import window_width
 
 if TYPE_CHECKING:
     from steploop.runs.summary import Summary
@@ -35,7 +37,10 @@ def finish(summary: "Summary") -> int:
             if go_on
             else f"Look at it with: steploop report {shlex.quote(summary.run)}"
         )
-        _say(sys.stdout, f"{safe_text(summary)}\n{safe_text(following)}")
+        said = textwrap.fill(
+            safe_text(summary), window_width(), break_long_words=False, break_on_hyphens=False
+        )
+        _say(sys.stdout, f"{said}\n{safe_text(following)}")  # a command is in one piece, to be copied
         return summary.exit_code
     line = attrs.asdict(summary)
     if not interrupted:

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from steploop.errors import ConfigError
+from steploop.recipe.recipe_paths import find_recipe
 from steploop.runs.ranks.launcher import rank_here
 from steploop.runs.safe_text import safe_text
 from steploop.runs.standard_streams import lasting_streams
@@ -98,6 +99,8 @@ def run(
     """
     if recipe is None and resume_from is None:
         raise ConfigError(_which_recipe())
+    if recipe is not None:
+        find_recipe(recipe)  # a mistyped name is said at once, before torch is loaded
     from steploop.recipe.config_values import split_assignments
     from steploop.runs.text_names import readable
 
@@ -144,7 +147,7 @@ def _which_recipe() -> str:
     return (
         "Which recipe? Give a file, or the name of a shipped one:\n\n"
         + "\n".join(f"  {line}" for line in listed_recipes(indent=2))
-        + "\n\nsteploop run --help lists the options, steploop run mnist --help the settings of a recipe too.\n"
+        + "\n\nsteploop run mnist --help lists the options, and the settings of that recipe.\n"
         "steploop new my_recipe begins your own; steploop resume DIR goes on with a run."
     )
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import attrs
 
-from steploop.recipe.html_tables import html_table
+from steploop.core.html_tables import html_table
 from steploop.tools.report.charts import number
 from steploop.tools.report.results import duration
 from steploop.tools.report.run_labels import short
