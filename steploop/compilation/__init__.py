@@ -3,10 +3,10 @@
 from collections.abc import Callable
 from typing import Any, Literal
 
+from steploop.compilation.aten_graph import check_torch
 from steploop.compilation.compiled_step import CompiledStep as CompiledStep
 from steploop.compilation.compiled_step import Figures as Figures
 from steploop.compilation.folding_step import FoldingStep as FoldingStep
-from steploop.compilation.inductor import check_torch
 from steploop.errors import ConfigError
 
 __all__ = ["CompiledStep", "Figures", "FoldingStep", "compile"]

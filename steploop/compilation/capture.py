@@ -7,13 +7,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from steploop.compilation.aten_graph import capture, fake_mode
 from steploop.compilation.baked import Baked
 from steploop.compilation.cleanup import restored
 from steploop.compilation.constants import Untouched
 from steploop.compilation.flattening import Flat, flatten, rebuild
 from steploop.compilation.graph_outputs import collect, template
 from steploop.compilation.host_numbers import HostNumber
-from steploop.compilation.inductor import capture, fake_mode
 from steploop.compilation.leaves import places, refuse_overlap
 from steploop.compilation.plans import COUNTERS, StatePlan, StepPlan
 from steploop.compilation.step_trace import StepTrace

@@ -6,6 +6,7 @@ from typing import Any, Literal
 
 import attrs
 
+from steploop.compilation.aten_graph import check_torch, reads_a_value
 from steploop.compilation.auto_choice import measure
 from steploop.compilation.baked import Baked
 from steploop.compilation.bound_states import Bound
@@ -16,7 +17,7 @@ from steploop.compilation.graph_calls import CompiledGraph
 from steploop.compilation.graph_outputs import SlotsGrew
 from steploop.compilation.graph_store import GraphStore
 from steploop.compilation.host_numbers import Now
-from steploop.compilation.inductor import check_torch, compile_graph, reads_a_value
+from steploop.compilation.inductor import compile_graph
 from steploop.compilation.plans import StepPlan
 from steploop.compilation.step_failures import raise_nonfinite, refuse_shared
 from steploop.compilation.step_of_parts import PASSES_ONLY, StepOfParts

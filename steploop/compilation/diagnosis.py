@@ -8,7 +8,7 @@ import attr
 import torch
 
 import steploop
-from steploop.compilation.inductor import reads_a_value
+from steploop.compilation.aten_graph import reads_a_value
 from steploop.errors import CompileError
 
 __all__ = ["TRACEABLE", "diagnosed"]

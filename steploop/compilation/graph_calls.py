@@ -11,11 +11,11 @@ from steploop.compilation.bound_states import Bound
 from steploop.compilation.flattening import Reference, builder, renumbered
 from steploop.compilation.graph_inputs import Feed
 from steploop.compilation.host_numbers import Guard, Now
-from steploop.compilation.inductor import Run
 from steploop.compilation.leaves import constants_of, counted_on_host, signature
 from steploop.compilation.next_state import SPENDER, Advance
 from steploop.compilation.parameter_flags import flags_of, same_flags
 from steploop.compilation.plans import StepPlan
+from steploop.compilation.repeated_parts import Run
 from steploop.core.ambient_generators import generators_of
 from steploop.core.seeds import fold_in
 from steploop.core.state.parts import InFlight
@@ -49,17 +49,21 @@ class CompiledGraph:
             (place, key, builder(renumbered(value, lambda i: Reference(where[i]))))
             for place, key, value in plan.left
         ]
-        self._passes = any(index < 0 for index in plan.graph.wiring.given)
+        self._passes = any(index < 0 for index in plan.graph.outline.wiring.given)
         self._donated = all(p.donated for p in plans)
         self._before = [(i, fn) for i, p in enumerate(plans) for fn in p.before]
         self._after = [(i, fn) for i, p in enumerate(plans) for fn in p.after if not p.on_host]
         self._between = [*((i, fn) for i, p in enumerate(plans) for fn in p.after), *self._before]
         draws = plan.graph.draws
         self._draws = bool(draws.program)
-        self._seeded = plan.graph.random and draws.seed is not None
+        self._seeded = plan.graph.outline.random and draws.seed is not None
         self._limits = [(i, p.limit) for i, p in enumerate(plans) if p.limit and p.on_host]
         self._feed = Feed(plan, names, states[0].device, on_host=all(map(counted_on_host, states)))
-        self._written = [i for i, taken in enumerate(plan.graph.wiring.inputs) if taken in plan.graph.written]
+        self._written = [
+            i
+            for i, taken in enumerate(plan.graph.outline.wiring.inputs)
+            if taken in plan.graph.outline.written
+        ]
         self._finite = [
             where[p.flight["finite"].index] for p in plans if isinstance(p.flight["finite"], Reference)
         ]
@@ -262,7 +266,7 @@ def _differs(guard: Guard, now: Now) -> bool:
 
 def positions(plan: StepPlan) -> tuple[list[int], list[Callable[[Now], Any]]]:
     """For each reference of a plan, where its value stands: outputs, inputs passed through, numbers of the host."""
-    given = plan.graph.wiring.given
+    given = plan.graph.outline.wiring.given
     outputs = 1 + max((index for index in given if index >= 0), default=-1)
     passed = itertools.count(outputs)
     places = [index if index >= 0 else next(passed) for index in given]

@@ -45,7 +45,7 @@ class Feed:
         self._all += [("result", index[owner], field, which) for owner, field, which in plan.results]
         self._all += [("constant", tensor) for tensor in plan.graph.constants]
         self._all += [("draw", i) for i in range(plan.graph.drawn)]
-        taken = [self._all[i] for i in plan.graph.wiring.inputs]
+        taken = [self._all[i] for i in plan.graph.outline.wiring.inputs]
         self._batch = [part[1] for part in taken if part[0] == "batch"]
         self._whole_batch = len(self._batch) == own
         self._takes_numbers = ("numbers",) in taken
@@ -54,7 +54,7 @@ class Feed:
         self._kept = not any(place[0] in FRESH for _, place in places)
         self._places = places
         self._changing = [part for part in taken if part[0] not in {"batch", "numbers", "place"}]
-        self._passed = [self._all[~where] for where in plan.graph.wiring.given if where < 0]
+        self._passed = [self._all[~where] for where in plan.graph.outline.wiring.given if where < 0]
         self._fixed: list[Tensor] = []
 
     def bind(self, states: Sequence[TrainState]) -> None:

@@ -12,8 +12,8 @@ from steploop.compilation.bound_states import Bound
 from steploop.compilation.flattening import describe
 from steploop.compilation.graph_calls import CompiledGraph
 from steploop.compilation.host_numbers import Now
-from steploop.compilation.inductor import Run
 from steploop.compilation.plans import StepPlan
+from steploop.compilation.repeated_parts import Run
 from steploop.compilation.step_trace import MOST_GRAPHS
 from steploop.core.state.train_state import TrainState
 
@@ -78,7 +78,10 @@ class GraphStore:
 
     def compiled_before(self, plan: StepPlan) -> Run | None:
         """An equal graph that is compiled already."""
-        return next((graph.run for graph in self.all() if graph.plan.graph.text == plan.graph.text), None)
+        return next(
+            (graph.run for graph in self.all() if graph.plan.graph.outline.text == plan.graph.outline.text),
+            None,
+        )
 
     def worth_compiling(self, states: Sequence[TrainState], key: Any) -> bool:
         """Whether to make a graph now; a run's first steps, until the optimizer has made its slots, run eagerly."""

@@ -5,9 +5,9 @@ from typing import Any
 
 import attrs
 
+from steploop.compilation.aten_graph import CapturedGraph
 from steploop.compilation.flattening import Reference
 from steploop.compilation.host_numbers import Expression, Guard
-from steploop.compilation.inductor import CapturedGraph
 from steploop.compilation.leaves import Place
 from steploop.core.steps.set_rates import Schedules
 

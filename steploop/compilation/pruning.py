@@ -116,5 +116,6 @@ def constants_to_inputs(graph: fx.GraphModule) -> list[Tensor]:
             constants.append(getattr(graph, name))
         node.replace_all_uses_with(by_name[name])
         graph.graph.erase_node(node)
-    graph.recompile()
+    if constants:
+        graph.recompile()
     return constants

@@ -30,22 +30,20 @@ _ALSO_POINTWISE = {_aten.copy.default, _aten.clone.default, _aten.scalar_tensor.
 _MAIN = object()  # the owner of what stays
 
 
-@attrs.frozen(eq=False)
+@attrs.frozen
 class Kernel:
     """What equal parts compute.
 
     Attributes:
-        module: a graph over flat tensors of one length, some of which it writes into, and single numbers.
         kinds: of each input whether it is a single number, and its dtype.
         length: one for which it is compiled with care: the others of its parts are about as large.
     """
 
-    module: fx.GraphModule
     kinds: tuple[tuple[bool, torch.dtype], ...]
     length: int
 
 
-@attrs.frozen(eq=False)
+@attrs.frozen
 class Part:
     """One of many equal parts.
 
@@ -62,27 +60,30 @@ class Part:
     stride: tuple[int, ...]
 
 
-@attrs.frozen(eq=False)
+@attrs.frozen
 class Split:
-    """A graph without its repeated parts, and these.
+    """How a graph without its repeated parts, and these, are called in place of the whole.
 
     Attributes:
-        main: what is left, rewritten in place.
-        inputs: which of the inputs of the whole it takes.
+        inputs: which of the inputs of the whole the main graph takes.
         kernels: what the parts compute.
-        parts: what is called after ``main``, and with what.
+        parts: what is called after the main graph, and with what.
         outputs: for each output of the whole: (-1, index in the main graph) or (number of the part, index in it).
     """
 
-    main: fx.GraphModule
     inputs: tuple[int, ...]
     kernels: tuple[Kernel, ...]
     parts: tuple[Part, ...]
     outputs: tuple[tuple[int, int], ...]
 
 
-def split_repeated(module: fx.GraphModule) -> Split | None:
-    """Take the repeated parts out of ``module``, which is rewritten; None, and nothing is, where there are few."""
+def split_repeated(module: fx.GraphModule) -> tuple[Split, list[fx.GraphModule]] | None:
+    """Take the repeated parts out of ``module``, which is rewritten; None, and nothing is, where there are few.
+
+    Returns:
+        How to call them, and the graph of each kernel: over flat tensors of one length, into some of which it writes, and
+        single numbers.
+    """
     graph = module.graph
     found = _found(graph)
     texts: dict[Any, list[_Found]] = defaultdict(list)
@@ -99,13 +100,15 @@ def split_repeated(module: fx.GraphModule) -> Split | None:
         node: i for i, node in enumerate(dict.fromkeys(n for n in whole if n not in moved))
     }
     kernels: dict[Any, int] = {}
-    made: list[Any] = []
+    made: list[Kernel] = []
+    modules = []
     parts = []
     for part in repeated:
         key = part.text(), part.large
         if key not in kernels:
             kernels[key] = len(made)
-            made.append(Kernel(part.module(), part.kinds(), part.numel))
+            made.append(Kernel(part.kinds(), part.numel))
+            modules.append(part.module())
         taken = []
         for node in part.taken:
             node = part.flattened(graph, node)  # noqa: PLW2901  (what is handed over)
@@ -118,7 +121,7 @@ def split_repeated(module: fx.GraphModule) -> Split | None:
     output.args = (tuple(kept),)
     for node in reversed([n for n in graph.nodes if n in moved]):
         graph.erase_node(node)
-    return Split(module, without_unread(module), tuple(made), tuple(parts), tuple(outputs))
+    return Split(without_unread(module), tuple(made), tuple(parts), tuple(outputs)), modules
 
 
 def in_parts(split: Split, main: Run, kernels: Sequence[Run]) -> Run:

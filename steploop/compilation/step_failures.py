@@ -52,5 +52,5 @@ def refuse_shared(plan: StepPlan, states: Sequence[TrainState], batch: Sequence[
     inputs = {t.untyped_storage().data_ptr() for t in batch if t.numel()}
     if inputs & {t.untyped_storage().data_ptr() for t in own if t.numel()}:
         raise CompileError("is given a batch that shares memory with the state. Pass a clone.")
-    if any(index < len(batch) for index in plan.graph.written):
+    if any(index < len(batch) for index in plan.graph.outline.written):
         raise CompileError("changes a tensor of the batch in place. Work on a copy: x = x.clone().")

@@ -1,6 +1,8 @@
 """Graphs that Inductor compiled: the numbers of eager, kept ATen calls, and the cache that a second process finds."""
 
 import os
+import pickle
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -21,8 +23,12 @@ from compiled_runs import (
     train_step,
 )
 from filelock import FileLock
+from rank_processes import RankProcesses
 from torch import nn
+from torch._inductor import config
+from torch._inductor.async_compile import AsyncCompile
 from torch._inductor.codecache import get_lock_dir
+from torch.fx.experimental.proxy_tensor import make_fx
 
 from steploop import (
     LossScale,
@@ -37,7 +43,11 @@ from steploop import (
     unscale_and_clip,
     update_ema,
 )
+from steploop.compilation import kept_graphs
+from steploop.compilation.inductor import check_compiler
+from steploop.compilation.kept_graphs import Compiled, Form, KeptGraph, Outline
 from steploop.compilation.kernel_files import remove_truncated
+from steploop.compilation.pruning import Wiring
 from steploop.core.trees import named_leaves
 from steploop.testing.state_comparison import require_same
 
@@ -138,10 +148,17 @@ SECOND_PROCESS = """
 import sys
 sys.path.insert(0, sys.argv[1])
 from compiled_runs import batches, first_state, folded, train_step
+import hashlib
 from steploop import compile
+from steploop.compilation import aten_graph, inductor
 from torch._dynamo.utils import counters
-folded(compile(train_step), first_state(), batches(2))
-print(counters["inductor"]["fxgraph_cache_hit"], counters["inductor"]["fxgraph_cache_miss"])
+from steploop.core.trees import named_leaves
+loaded, traced, load, trace = [], [], inductor._load, aten_graph._functional
+inductor._load = lambda kept: loaded.append(1) or load(kept)
+aten_graph._functional = lambda *given: traced.append(1) or trace(*given)
+state = folded(compile(train_step), first_state(), batches(3))
+print(len(loaded), len(traced), counters["inductor"]["fxgraph_cache_miss"])
+print(hashlib.sha256(b"".join(t.detach().numpy().tobytes() for t in state.tensors.params.values())).hexdigest())
 """
 
 
@@ -168,16 +185,145 @@ def test_a_second_process_takes_the_graph_from_the_cache_and_mends_a_truncated_k
     """What a linker left that was killed is deleted and compiled anew; loading it would end the process."""
     environment = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": str(tmp_path)}
     command = [sys.executable, "-c", SECOND_PROCESS, str(Path(__file__).parents[1] / "helpers")]
-    seen = []
-    for run in range(3):
+    seen, digests = [], set()
+    for run in range(4):
         if run == 2:
             (kernel,) = tmp_path.glob("*/*.main.so")
             whole = kernel.read_bytes()
             kernel.write_bytes(whole[: len(whole) // 2])
+        if run == 3:  # the plan stands, and what it names is gone
+            shutil.rmtree(tmp_path / "fxgraph")
         done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
-        seen.append(done.stdout.split()[-2:])
-    assert seen == [["0", "1"], ["1", "0"], ["1", "0"]]
+        *counts, digest = done.stdout.split()[-4:]
+        seen.append(counts)
+        digests.add(digest)
+    assert seen == [["0", "1", "1"], ["1", "0", "0"], ["1", "0", "0"], ["1", "1", "1"]]
+    assert len(digests) == 1
     assert len(kernel.read_bytes()) == len(whole)
+
+
+def traced(function, *inputs):
+    return make_fx(function)(*inputs)
+
+
+def test_a_kept_graph_is_named_by_all_that_makes_it(monkeypatch):
+    x = torch.zeros(3)
+    module = traced(lambda x: x * 2.0, x)
+    names = [
+        kept_graphs.key_of(module, [x]),
+        kept_graphs.key_of(traced(lambda x: x * 3.0, x), [x]),
+        kept_graphs.key_of(traced(lambda x: x + 2.0, x), [x]),
+        kept_graphs.key_of(module, [x.double()]),
+        kept_graphs.key_of(module, [torch.zeros(4)]),
+    ]
+    with config.patch("cpp.simdlen", 1):
+        names.append(kept_graphs.key_of(module, [x]))
+    threads = torch.get_num_threads()
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads + 1)
+    names.append(kept_graphs.key_of(module, [x]))
+    monkeypatch.setattr(kept_graphs, "source_tag", lambda: "another")
+    names.append(kept_graphs.key_of(module, [x]))
+    assert len(set(names)) == len(names)
+    assert None not in names
+    monkeypatch.undo()
+    assert kept_graphs.key_of(traced(lambda x: x * 2.0, x), [x]) == names[0]
+
+
+@pytest.mark.parametrize("what", ["an operator of the user's", "a module", "no cache", "a constant"])
+def test_what_its_text_does_not_tell_is_not_kept(what):
+    x, options = torch.zeros(3), {}
+    module = traced(lambda x: x * 2.0, x)
+    if what == "an operator of the user's":
+
+        @torch.library.custom_op("steploop_tests::twice", mutates_args=())
+        def twice(x: torch.Tensor) -> torch.Tensor:
+            return 2 * x
+
+        module = traced(twice, x)
+    if what == "a module":
+        module = torch.fx.symbolic_trace(nn.Linear(3, 3))
+    if what == "no cache":
+        options = {"force_disable_caches": True}
+    if what == "a constant":
+        held = torch.ones(3)
+        module = traced(lambda x: x * held, x)
+        assert any(node.op == "get_attr" for node in module.graph.nodes)
+    with config.patch(options):
+        assert kept_graphs.key_of(module, [x]) is None
+
+
+def test_a_damaged_plan_is_no_plan(tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    outline = Outline(Wiring((0,), (0,)), random=False, written=frozenset(), text="text")
+    kept = KeptGraph(outline, None, (Compiled("key", Form(cpp_wrapper=True, adds_by_index=False)),))
+    kept_graphs.keep("name", kept)
+    assert kept_graphs.find("name") == kept
+    assert kept_graphs.find(None) is kept_graphs.find("other") is None
+    path = tmp_path / "steploop" / "name"
+    for content in (path.read_bytes()[:-3], b"", b"nothing", pickle.dumps("text")):
+        path.write_bytes(content)
+        assert kept_graphs.find("name") is None
+
+
+class Indexed(nn.Module):
+    """Reads entries of a table in two ways, and adds into chosen ones."""
+
+    def __init__(self):
+        super().__init__()
+        self.table, self.embedding = nn.Parameter(torch.randn(50, 64)), nn.Embedding(50, 64)
+
+    def forward(self, chosen, weights):
+        read = self.table[chosen] * weights + self.embedding(chosen).tanh()
+        return torch.zeros(50, 64).index_put((chosen,), read, accumulate=True).square().sum()
+
+
+def gradients_on_two_threads(compiled):
+    """How many different results ten equal steps of a large batch have."""
+    torch.set_num_threads(2)
+    torch.manual_seed(0)
+    batch = torch.randint(0, 50, (4096,)), torch.randn(4096, 64)
+
+    def step(state, batch):
+        state = backward_scaled(forward_loss(state, batch, lambda model, batch: model(*batch)))
+        return optimizer_step(unscale_and_clip(state, max_norm=1e9))
+
+    first = TrainState.create(Indexed(), Optimizer(torch.optim.SGD, lr=1.0, momentum=0.9))
+    taken = compile(step) if compiled else step
+    first = taken(taken(first, batch), batch)
+    ends = {
+        b"".join(t.detach().numpy().tobytes() for t in taken(first.clone(), batch).tensors.params.values())
+        for _ in range(10)
+    }
+    torch.set_num_threads(1)
+    return len(ends)
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_sums_over_indices_are_taken_in_one_order_on_several_threads(compiled):
+    """torch adds them in the order in which its threads come, in eager and compiled, unless it is told not to."""
+    alone = RankProcesses(1)  # no process that is forked later has threads of OpenMP
+    try:
+        assert alone.run(gradients_on_two_threads, compiled) == [1]
+    finally:
+        alone.close()
+
+
+def works_in_a_fork():
+    """Whether Inductor's pool of threads works in a fork of a process that used it."""
+    AsyncCompile.pool().submit(int).result()
+    process = os.fork()
+    if process == 0:
+        check_compiler(torch.device("cpu"))
+        os._exit(AsyncCompile.pool().submit(int).result(timeout=60) or 7)
+    return os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
+
+
+def test_a_fork_compiles_though_its_parent_has_compiled(monkeypatch):
+    alone = RankProcesses(1)
+    try:
+        assert alone.run(works_in_a_fork) == [7]
+    finally:
+        alone.close()
 
 
 def test_only_kernel_files_that_are_truncated_and_that_nobody_writes_are_deleted(tmp_path, monkeypatch):

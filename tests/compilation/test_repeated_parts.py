@@ -20,7 +20,7 @@ from steploop import (
     unscale_and_clip,
     update_ema,
 )
-from steploop.compilation import compiled_step
+from steploop.compilation import compiled_step, kept_graphs
 from steploop.compilation.repeated_parts import in_parts, split_repeated
 from steploop.testing.state_comparison import require_same
 
@@ -83,9 +83,10 @@ def interpreted(monkeypatch, *, split):
         if found is None:
             counts.append(0)
             return lambda inputs: module(*inputs)
-        counts.append(len(found.parts))
-        kernels = [lambda inputs, one=one: one.module(*inputs) for one in found.kernels]
-        return in_parts(found, lambda inputs: found.main(*inputs), kernels)
+        split_up, modules = found
+        counts.append(len(split_up.parts))
+        kernels = [lambda inputs, one=one: one(*inputs) for one in modules]
+        return in_parts(split_up, lambda inputs: module(*inputs), kernels)
 
     monkeypatch.setattr(compiled_step, "compile_graph", compile_graph)
     return counts
@@ -149,10 +150,19 @@ def test_compiled_parts_agree_with_eager(name):
 
 
 @needs_compiler
-def test_compiled_parts_agree_closely_in_float32():
+def test_compiled_parts_agree_closely_in_float32_and_are_found_again(monkeypatch):
+    """What is found again computes the same bits."""
+    monkeypatch.setattr(kept_graphs, "find", lambda key: None)
     state = first(Optimizer(torch.optim.AdamW, lr=0.02))
     batches = given(8)
     fast = compile(step)
-    assert_alike(folded(step, state.clone(), batches), folded(fast, state.clone(), batches), 1e-4)
+    compiled = folded(fast, state.clone(), batches)
+    assert_alike(folded(step, state.clone(), batches), compiled, 1e-4)
     (graph,) = fast._store.all()
+    assert graph.run.__module__ == "steploop.compilation.repeated_parts"
+    monkeypatch.undo()
+    again = compile(step)
+    require_same(folded(again, state.clone(), batches), compiled, "found again it is the same")
+    (graph,) = again._store.all()
+    assert graph.plan.graph.kept is not None
     assert graph.run.__module__ == "steploop.compilation.repeated_parts"

@@ -19,7 +19,7 @@ from steploop import (
     unscale_and_clip,
 )
 from steploop.compilation import compiled_step
-from steploop.compilation.inductor import check_torch
+from steploop.compilation.aten_graph import check_torch
 from steploop.compilation.population import vmapped_step
 from steploop.core.trees import named_leaves
 from steploop.errors import CompileError

@@ -6,8 +6,9 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from steploop.compilation.draws import Draws, is_random
-from steploop.compilation.inductor import CapturedGraph, traced_again
+from steploop.compilation.aten_graph import CapturedGraph, traced_again
+from steploop.compilation.draws import Draws
+from steploop.compilation.kept_graphs import outline_of
 from steploop.compilation.population.batching_rules import NoRule, call_under_vmap
 from steploop.compilation.population.literals import Literal, call_with_literals
 from steploop.compilation.population.member_scalars import costly_scalars
@@ -37,7 +38,7 @@ def batched(
     Raises:
         CompileError: a call has no batching rule.
     """
-    written = [i for i, taken in enumerate(graph.wiring.inputs) if taken in graph.written]
+    written = [i for i, taken in enumerate(graph.outline.wiring.inputs) if taken in graph.outline.written]
     nodes = list(graph.module.graph.nodes)
     lifted: dict[int, dict[int | str, int]] = {}
     for number, literal in enumerate(literals):
@@ -66,12 +67,8 @@ def batched(
             "apart, or write that part with other functions."
         ) from error
     _write(module, written, count)
-    shapes = [(tuple(t.shape), t.stride(), t.dtype, t.device) for t in fakes]
-    return CapturedGraph(
-        module, fakes, [], Wiring(tuple(range(len(fakes))), ()), Draws(None), 0,
-        any(is_random(node) for node in module.graph.nodes if node.op == "call_function"),
-        frozenset(written), f"{module.code}{shapes}",
-    )  # fmt: skip
+    outline = outline_of(module, Wiring(tuple(range(len(fakes))), ()), fakes, frozenset(written))
+    return CapturedGraph(fakes, [], Draws(None), 0, outline, module=module)
 
 
 def _write(module: fx.GraphModule, written: Sequence[int], count: int) -> None:

@@ -37,7 +37,7 @@ class Inputs:
         for i in range(len(plan.graph.constants)):
             if len({id(p.graph.constants[i]) for p in plans}) == 1:
                 dims["constant", i] = None
-        wiring = plan.graph.wiring
+        wiring = plan.graph.outline.wiring
         self.taken = [(parts[i], dims[parts[i]]) for i in wiring.inputs]
         self.passed = [(parts[~i], dims[parts[~i]]) for i in wiring.given if i < 0]
-        self.written = [parts[i] for i in sorted(plan.graph.written)]
+        self.written = [parts[i] for i in sorted(plan.graph.outline.written)]

@@ -201,7 +201,7 @@ def _outline(plan: StepPlan) -> Any:
     """What has to be the same for members besides their graphs."""
     state = plan.states[""]
     inputs = Inputs([plan], [None] * plan.batch_tensors)
-    given = [i for i in plan.graph.wiring.given if i >= 0]
+    given = [i for i in plan.graph.outline.wiring.given if i >= 0]
     return (
         inputs.taken, inputs.passed, inputs.written, given, plan.size, len(plan.values), plan.graph.drawn, state.donated,
         state.on_host, state.attempts, state.batches, sorted(state.flight), sorted(state.given),

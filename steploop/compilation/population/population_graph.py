@@ -9,7 +9,6 @@ from torch import Tensor
 from steploop.compilation.flattening import Build, Reference, flatten
 from steploop.compilation.graph_calls import positions
 from steploop.compilation.host_numbers import Now
-from steploop.compilation.inductor import Run
 from steploop.compilation.next_state import counted
 from steploop.compilation.plans import StatePlan, StepPlan
 from steploop.compilation.population.graph_parts import Inputs, Part
@@ -17,6 +16,7 @@ from steploop.compilation.population.literals import Literal
 from steploop.compilation.population.stacked_state import Population
 from steploop.compilation.population.stacked_tensors import parts_of
 from steploop.compilation.population.step_results import StepResults
+from steploop.compilation.repeated_parts import Run
 from steploop.core.state.train_state import TrainState
 from steploop.core.steps.set_rates import schedule
 
@@ -63,7 +63,7 @@ class PopulationGraph:
         ]
         rows = [[literal.values[i] for literal in literals] for i in which]
         self._literals = torch.tensor(rows, dtype=torch.float64, device=device).reshape(count, len(literals))
-        self._given = sum(1 for i in set(first.graph.wiring.given) if i >= 0)
+        self._given = sum(1 for i in set(first.graph.outline.wiring.given) if i >= 0)
         self._builds: dict[int, Build] = {}
         self._bound: Any = None
         self._fixed: list[Tensor | None] = []

@@ -7,10 +7,11 @@ from typing import Any
 
 import attrs
 
+from steploop.compilation.aten_graph import check_torch
 from steploop.compilation.baked import Baked
 from steploop.compilation.flattening import Flat, describe, flatten, rebuild
 from steploop.compilation.graph_outputs import SlotsGrew
-from steploop.compilation.inductor import Run, check_torch, compile_graph
+from steploop.compilation.inductor import compile_graph
 from steploop.compilation.population.batching import batched
 from steploop.compilation.population.graph_parts import Inputs
 from steploop.compilation.population.member_traces import (
@@ -22,6 +23,7 @@ from steploop.compilation.population.member_traces import (
 )
 from steploop.compilation.population.population_graph import PopulationGraph
 from steploop.compilation.population.stacked_state import Population, stack_members
+from steploop.compilation.repeated_parts import Run
 from steploop.core.state.surroundings import is_usual, shield
 from steploop.core.state.train_state import TrainState
 from steploop.errors import CompileError, ConfigError, NonFiniteError
@@ -173,9 +175,9 @@ class VmappedStep:
                 )
         first = plans[0]
         graph = batched(first.graph, first.mode, literals, [dim for _, dim in inputs.taken], len(plans))
-        run = self._compiled.get(graph.text)
+        run = self._compiled.get(graph.outline.text)
         if run is None:
-            run = self._compiled[graph.text] = compile_graph(graph, first.mode)
+            run = self._compiled[graph.outline.text] = compile_graph(graph, first.mode)
         return PopulationGraph(plans, inputs, run, literals, which, states[0].device)
 
     def _watch(self, steps: Sequence[TrainStep], states: Sequence[TrainState]) -> None:

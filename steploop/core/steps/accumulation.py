@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from steploop.core.state.parts import Gradients
-from steploop.core.state.surroundings import shielded
+from steploop.core.state.surroundings import shielded_sums
 from steploop.core.state.train_state import TrainState
 from steploop.core.steps.backward_pass import gradients, require_some, seed_of, take_gradients
 from steploop.core.steps.forward import after_passes
@@ -20,7 +20,7 @@ from steploop.errors import EmptyDataError, ObjectiveError
 __all__ = ["accumulate"]
 
 
-@shielded
+@shielded_sums
 def accumulate(state: TrainState, micro_batches: Iterable[Any], objective: Objective) -> TrainState:
     """Take the place of ``forward_loss`` and ``backward_scaled`` for a batch that comes in parts.
 

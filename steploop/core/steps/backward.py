@@ -1,7 +1,7 @@
 """``backward_scaled``: compute the gradients of the scaled loss."""
 
 from steploop.core.state.parts import Gradients
-from steploop.core.state.surroundings import shielded
+from steploop.core.state.surroundings import shielded_sums
 from steploop.core.state.train_state import TrainState
 from steploop.core.steps.backward_pass import gradients, recomputed, require_some, seed_of
 from steploop.core.steps.part_passes import PartGraphs, part_gradients
@@ -10,7 +10,7 @@ from steploop.errors import StepOrderError
 __all__ = ["backward_scaled"]
 
 
-@shielded
+@shielded_sums
 def backward_scaled(state: TrainState, *, keep_graph: bool = False) -> TrainState:
     """Compute the gradients of the loss times the loss scale.
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from steploop.core.interruption import check_interruption
 from steploop.core.ranks import Parts, Ranks
 from steploop.core.state.copying import lazy_clone, leaf_like
-from steploop.core.state.surroundings import shielded
+from steploop.core.state.surroundings import shielded_sums
 from steploop.core.state.train_state import TrainState
 from steploop.core.steps.forward_pass import (
     Objective,
@@ -110,7 +110,7 @@ def _logits_and_labels(
     return found[0], found[1]
 
 
-@shielded
+@shielded_sums
 def evaluate(
     state: TrainState,
     batches: Iterable[Any],

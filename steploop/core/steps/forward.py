@@ -6,7 +6,7 @@ from torch import Tensor
 
 from steploop.core.ranks import Parts
 from steploop.core.state.parts import Began, InFlight
-from steploop.core.state.surroundings import shielded
+from steploop.core.state.surroundings import shielded_sums
 from steploop.core.state.train_state import TrainState
 from steploop.core.steps.forward_pass import DrewElsewhere, Objective, TrainingPasses
 from steploop.core.steps.part_agreement import agree, mean_buffers
@@ -16,7 +16,7 @@ from steploop.core.steps.sharded_steps import require_weights
 __all__ = ["after_passes", "forward_loss"]
 
 
-@shielded
+@shielded_sums
 def forward_loss(
     state: TrainState, batch: Any, objective: Objective, *, keep_graph: bool = False
 ) -> TrainState:
