@@ -5,9 +5,9 @@ settings, and on the modules of this folder; the key is made of these.
 """
 
 import hashlib
+import json
 import operator
 import os
-import pickle
 from collections.abc import Sequence
 from contextlib import suppress
 from functools import cache
@@ -21,7 +21,7 @@ from torch import Tensor, fx
 from steploop.compilation.decompositions import on_cpu, table_for
 from steploop.compilation.draws import is_random
 from steploop.compilation.pruning import Wiring
-from steploop.compilation.repeated_parts import Split
+from steploop.compilation.repeated_parts import Kernel, Part, Split
 
 __all__ = ["Compiled", "Form", "KeptGraph", "Outline", "find", "keep", "key_of", "outline_of", "source_tag"]
 
@@ -124,10 +124,9 @@ def find(key: str | None) -> KeptGraph | None:
     if key is None:
         return None
     try:
-        found = pickle.loads(_file(key).read_bytes())  # noqa: S301  (beside the pickles of torch's own cache)
+        return _read(json.loads(_file(key).read_bytes()))
     except Exception:  # noqa: BLE001  (absent, of a full disk or damaged: it is made anew)
         return None
-    return found if isinstance(found, KeptGraph) else None
 
 
 def keep(key: str, graph: KeptGraph) -> None:
@@ -136,8 +135,35 @@ def keep(key: str, graph: KeptGraph) -> None:
     temporary = path.with_name(f".{path.name}-{os.getpid()}")
     with suppress(OSError):
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_bytes(pickle.dumps(graph))
+        temporary.write_text(json.dumps(attrs.asdict(graph), default=_plain))
         temporary.replace(path)
+
+
+def _plain(value: Any) -> Any:
+    return str(value).removeprefix("torch.") if isinstance(value, torch.dtype) else sorted(value)
+
+
+def _read(found: dict[str, Any]) -> KeptGraph:
+    outline, split = found["outline"], found["split"]
+    return KeptGraph(
+        Outline(
+            Wiring(tuple(outline["wiring"]["inputs"]), tuple(outline["wiring"]["given"])),
+            outline["random"], frozenset(outline["written"]), outline["text"],
+        ),
+        None if split is None else Split(
+            tuple(split["inputs"]),
+            tuple(
+                Kernel(tuple((number, getattr(torch, dtype)) for number, dtype in kernel["kinds"]), kernel["length"])
+                for kernel in split["kernels"]
+            ),
+            tuple(
+                Part(part["kernel"], tuple(part["taken"]), tuple(part["shape"]), tuple(part["stride"]))
+                for part in split["parts"]
+            ),
+            tuple((number, at) for number, at in split["outputs"]),
+        ),
+        tuple(Compiled(compiled["key"], Form(**compiled["form"])) for compiled in found["compiled"]),
+    )  # fmt: skip
 
 
 @cache

@@ -1,7 +1,6 @@
 """Graphs that Inductor compiled: the numbers of eager, kept ATen calls, and the cache that a second process finds."""
 
 import os
-import pickle
 import shutil
 import subprocess
 import sys
@@ -48,6 +47,7 @@ from steploop.compilation.inductor import check_compiler
 from steploop.compilation.kept_graphs import Compiled, Form, KeptGraph, Outline
 from steploop.compilation.kernel_files import remove_truncated
 from steploop.compilation.pruning import Wiring
+from steploop.compilation.repeated_parts import Kernel, Part, Split
 from steploop.core.trees import named_leaves
 from steploop.testing.state_comparison import require_same
 
@@ -252,15 +252,26 @@ def test_what_its_text_does_not_tell_is_not_kept(what):
         assert kept_graphs.key_of(module, [x]) is None
 
 
-def test_a_damaged_plan_is_no_plan(tmp_path, monkeypatch):
+def test_a_plan_is_read_as_it_was_written_and_a_damaged_one_is_no_plan(tmp_path, monkeypatch):
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
-    outline = Outline(Wiring((0,), (0,)), random=False, written=frozenset(), text="text")
-    kept = KeptGraph(outline, None, (Compiled("key", Form(cpp_wrapper=True, adds_by_index=False)),))
+    outline = Outline(Wiring((0, 2), (0, -1)), random=True, written=frozenset({2, 0}), text="text")
+    parts = (Part(0, (1, -2), (3, 4), (4, 1)), Part(0, (0, -1), (2,), (1,)))
+    split = Split(
+        (0, 1), (Kernel(((True, torch.float64), (False, torch.bfloat16)), 7),), parts, ((-1, 0), (1, 0))
+    )
+    compiled = (
+        Compiled("key", Form(cpp_wrapper=True, adds_by_index=False)),
+        Compiled("other", Form(cpp_wrapper=False, adds_by_index=True)),
+    )
+    whole = KeptGraph(outline, None, compiled[:1])
+    kept_graphs.keep("whole", whole)
+    assert kept_graphs.find("whole") == whole
+    kept = KeptGraph(outline, split, compiled)
     kept_graphs.keep("name", kept)
     assert kept_graphs.find("name") == kept
     assert kept_graphs.find(None) is kept_graphs.find("other") is None
     path = tmp_path / "steploop" / "name"
-    for content in (path.read_bytes()[:-3], b"", b"nothing", pickle.dumps("text")):
+    for content in (path.read_bytes()[:-3], b"", b"nothing", b"{}"):
         path.write_bytes(content)
         assert kept_graphs.find("name") is None
 
