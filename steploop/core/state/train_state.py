@@ -437,7 +437,11 @@ class TrainState(PlainValues):
         rows = {
             "steps": f"{self.applied_steps}, {self.attempted_steps} attempted",
             "place": f"epoch {self.epoch}, batch {self.batch}",  # counted from 0, as in the state
-            **{name: f"{float(n):.4g}" for name, n in numbers.items() if type(n) in {int, float, Tensor}},
+            **{
+                name: f"{float(n):.4g}"
+                for name, n in numbers.items()
+                if n is not None and type(n) in {int, float, Tensor}
+            },
             "model": f"{type(self.machine.model).__name__} of {sum(p.numel() for p in self.tensors.params.values()):,} parameters",
             "precision": f"{self.precision} on {self.device}",
             "spent": None if self.alive else "a later state owns the tensors",
