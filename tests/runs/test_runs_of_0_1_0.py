@@ -43,10 +43,14 @@ def test_a_run_of_0_1_0_is_gone_on_with(name, tmp_path, monkeypatch, capsys):
     shutil.copytree(GOLDEN / "runs" / name, tmp_path / name)
     shutil.copy(GOLDEN / "runs" / "char_lm.txt", tmp_path)  # named relative to the working directory
     monkeypatch.chdir(tmp_path)
-    assert call(entry["resume"][1:]) == 0, capsys.readouterr().err
-    found, expected = found_in(tmp_path / name), entry["expected"]
+    code = call(entry["resume"][1:])
+    err = capsys.readouterr().err
     if name == "text_classification" and platform.python_version() != KNOWN["python_of_text_classification"]:
-        return  # its data are the source of Python's own library: another Python, other batches
+        # its data are the source of Python's own library: another Python, other batches, perhaps another number of them
+        assert code == 0 or "These are not the data of the run: data 15,126 pieces" in err
+        return
+    assert code == 0, err
+    found, expected = found_in(tmp_path / name), entry["expected"]
     if found in (expected, entry["expected_avx2"]):
         return
     if exact():

@@ -278,8 +278,12 @@ SPACE = {
 
 
 def trials(optuna, out):
-    storage = f"sqlite:///{out}/study.db"
-    return optuna.load_study(study_name="steploop", storage=storage).trials
+    storage = optuna.storages.RDBStorage(f"sqlite:///{out}/study.db")
+    try:
+        return optuna.load_study(study_name="steploop", storage=storage).trials
+    finally:  # Python 3.13 warns of a database that nobody closed
+        storage.remove_session()
+        storage.engine.dispose()
 
 
 def test_a_search_that_was_killed_and_resumed_is_as_if_it_had_not_been(optuna, tmp_path, capsys):
