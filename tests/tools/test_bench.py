@@ -25,6 +25,7 @@ from steploop.tools.bench.jobs import (
     CASES,
     COMPILED,
     COMPILED_MODEL,
+    COMPILING,
     CONTENDERS,
     DDP,
     EAGER,
@@ -188,6 +189,8 @@ class Fake:
     """A contender whose steps take a set time, growing from round to round as on a busy machine."""
 
     order: ClassVar[list[str]] = []
+    begun: ClassVar[list[str]] = []
+    open: ClassVar[list["Fake"]] = []
     seconds: ClassVar[dict[str, float]] = {
         HANDWRITTEN: 0.010,
         EAGER: 0.008,
@@ -201,26 +204,36 @@ class Fake:
     def __init__(self, job, name):
         if name == "broken":
             raise measuring.ContenderFailed("ImportError: no module named broken")
-        self.name, self.samples, self.turns, self.closed = name, 8.0, 0, False
+        self.name, self.samples, self.turns = name, 8.0, 0
+        self.compiles = name not in Fake.begun
+        Fake.begun.append(name)
+        Fake.open.append(self)
 
     def call(self, method, count):
         if method == "steps":
             Fake.order.append(self.name)
             self.turns += 1
             busy = 1.0 + 0.5 * (self.turns % 2)
-            return count * self.seconds[self.name] * busy
+            compiling = 5.0 if self.turns == 1 and self.compiles and self.name in COMPILING else 0.0
+            return compiling + count * self.seconds[self.name] * busy
         return {"peak_mib": 100.0, "waiting": 0.02}[method]
 
     def close(self):
-        self.closed = True
+        Fake.open.remove(self)
+
+
+@pytest.fixture(autouse=True)
+def no_process_is_left():
+    Fake.order, Fake.begun, Fake.open = [], [], []
+    yield
+    assert not Fake.open
 
 
 def test_contenders_take_turns_and_ratios_are_of_the_same_round(recipe):
-    Fake.order = []
     said = []
     results = measure(job(recipe), [*CONTENDERS, "broken"], rounds=4, report=said.append, workers=Fake)
     warm = 2 * len(CONTENDERS)
-    assert Fake.order[warm:] == list(CONTENDERS) * 4
+    assert Fake.order[warm : -len(COMPILING)] == list(CONTENDERS) * 4
     rows = {row.name: row for row in results.rows}
     assert rows[COMPILED].ratio == pytest.approx(0.2)
     assert max(rows[COMPILED].ratios) - min(rows[COMPILED].ratios) < 1e-9  # both were slow in the same round
@@ -229,6 +242,27 @@ def test_contenders_take_turns_and_ratios_are_of_the_same_round(recipe):
     assert rows["broken"].error == "ImportError: no module named broken"
     assert (results.base, results.waiting) == (HANDWRITTEN, 0.02)
     assert said[-1] == "waiting for data"
+
+
+def test_what_compiles_is_timed_once_more_in_a_second_process(recipe):
+    """The first three steps, when all turns are taken: a process that compiles meanwhile would disturb them."""
+    results = measure(job(recipe), CONTENDERS, rounds=2, report=lambda _: None, workers=Fake)
+    assert Fake.begun == [*CONTENDERS, *COMPILING]
+    assert Fake.order[-len(COMPILING) :] == list(COMPILING)
+    rows = {row.name: row for row in results.rows}
+    assert rows[COMPILED].first_s == pytest.approx(5.0 + 3 * 0.002 * 1.5)
+    assert rows[COMPILED].again_s == pytest.approx(3 * 0.002 * 1.5)
+    assert [row.name for row in results.rows if row.again_s is not None] == list(COMPILING)
+
+
+def test_a_second_process_that_fails_leaves_the_numbers_of_the_first(recipe):
+    def once(job, name):
+        if name in Fake.begun:
+            raise measuring.ContenderFailed("the process died")
+        return Fake(job, name)
+
+    results = measure(job(recipe), CONTENDERS, rounds=1, report=lambda _: None, workers=once)
+    assert all(row.error is None and row.again_s is None for row in results.rows)
 
 
 def test_without_a_handwritten_loop_the_first_form_is_the_base(recipe):
@@ -298,7 +332,37 @@ def test_the_table_has_a_row_for_every_form(recipe, capsys, fake_workers):
     for name in CONTENDERS:
         assert any(line.startswith(f"{name} ") for line in out.splitlines())
     assert "Waiting for data: 2% of a step." in out
+    again = "The first three in a second process, which finds what was compiled: torch.compile(model) 0.1 s, steploop compiled 0.0 s."
+    assert again in out.splitlines()
     assert out.splitlines()[-1].startswith("Use --compile: it is 4.00 times as fast as eager")
+
+
+@pytest.mark.parametrize("given", [None, "somewhere"])
+def test_all_processes_share_a_cache_that_was_empty_and_is_gone(recipe, capsys, monkeypatch, given):
+    """Else nothing says what compiling takes: an earlier measurement has compiled the same."""
+    if given:
+        monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", given)
+        monkeypatch.setenv("TRITON_CACHE_DIR", given)
+    seen = []
+
+    class Told(Fake):
+        def __init__(self, job, name, *, environment):
+            super().__init__(job, name)
+            folder = Path(environment["TORCHINDUCTOR_CACHE_DIR"])
+            seen.append(
+                (folder, name in {p.name for p in folder.iterdir()}, "TRITON_CACHE_DIR" in environment)
+            )
+            (folder / name).touch()
+
+    monkeypatch.setattr(measuring, "Worker", Told)
+    monkeypatch.setattr(handwritten, "installed_peers", list)
+    assert call(["bench", str(recipe), "--device", "cpu", "--rounds", "1"]) == 0
+    folders, found, triton = zip(*seen, strict=True)
+    assert len(set(folders)) == 1
+    assert folders[0] != Path("somewhere")
+    assert not folders[0].exists()
+    assert found == (False,) * len(CONTENDERS) + (True,) * len(COMPILING)
+    assert not any(triton)
 
 
 def test_json_holds_every_number(recipe, capsys, fake_workers):

@@ -19,6 +19,7 @@ HANDWRITTEN = "hand-written"
 COMPILED_MODEL = "torch.compile(model)"
 EAGER = "steploop"
 COMPILED = "steploop compiled"
+COMPILING = (COMPILED_MODEL, COMPILED)
 CONTENDERS = (HANDWRITTEN, COMPILED_MODEL, EAGER, COMPILED)
 DDP = "DistributedDataParallel"
 EXACT = "steploop exact"

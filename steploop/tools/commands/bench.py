@@ -1,7 +1,10 @@
 """``steploop bench``: time a recipe's step against a hand-written loop."""
 
 import json
+import os
 import sys
+import tempfile
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -68,13 +71,22 @@ def bench(
         *(CONTENDERS if nproc == 1 else RANK_CONTENDERS),
         *([] if no_peers else installed_peers()),
     ]
-    workers = Worker if nproc == 1 else RankWorkers
-    results = measure(job, names, rounds=rounds, report=lambda line: _say(f"{line}\n"), workers=workers)
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as cache:
+        workers = partial(Worker, environment=_with_cache(cache)) if nproc == 1 else RankWorkers
+        results = measure(job, names, rounds=rounds, report=lambda line: _say(f"{line}\n"), workers=workers)
     sys.stdout.write(
         json.dumps(_to_json(job, results, remedy), allow_nan=False) + "\n"
         if as_json
         else _table(job, results, remedy)
     )
+
+
+def _with_cache(folder: str) -> dict[str, str]:
+    """This process's environment, but for the folder where torch keeps what it compiles."""
+    kept = {
+        k: v for k, v in os.environ.items() if k != "TRITON_CACHE_DIR"
+    }  # it lies in torch's, unless it is set
+    return {**kept, "TORCHINDUCTOR_CACHE_DIR": folder}
 
 
 def _say(text: str) -> None:
@@ -84,7 +96,6 @@ def _say(text: str) -> None:
 
 def _conditions(job: "Job") -> str:
     """Say in one line what the numbers depend on."""
-    import os
     import platform
 
     import torch
@@ -131,6 +142,9 @@ def _table(job: "Job", results: "Results", remedy: str) -> str:
     ]
     out += [f"{row.name}: {row.error}" for row in results.rows if row.error]
     out += ["", f"ratio: the time over that of {results.base}; first 3: the time of the first three steps."]
+    again = [f"{row.name} {row.again_s:.1f} s" for row in results.rows if row.again_s is not None]
+    if again:
+        out += [f"The first three in a second process, which finds what was compiled: {', '.join(again)}."]
     if results.waiting is not None:
         out += [f"Waiting for data: {results.waiting:.0%} of a step."]
     return "\n".join([*out, advice(results, remedy), ""])
