@@ -31,6 +31,7 @@ from steploop import (
     update_ema,
 )
 from steploop.compilation.population import stack, unstack, vmap
+from steploop.compilation.population.running_members import RunningMembers
 from steploop.core.early_stopping import StoppingState
 from steploop.core.trees import first_difference
 from steploop.errors import CompileError, NonFiniteError, SpentStateError
@@ -335,6 +336,25 @@ def test_the_population_that_went_in_is_spent_and_a_clone_is_not():
     with pytest.raises(SpentStateError, match=r"population\.clone"):
         _ = population[0]
     assert first_difference(bits(step(kept, batches(1)[0])[2]), bits(new[2])) is None
+
+
+def test_a_step_makes_no_state_of_a_member_that_nobody_asks_for(monkeypatch):
+    """And a population that has given its tensors on cannot make one any more: the counts have gone on with them."""
+    step, population = a_population()
+    made = []
+    view = RunningMembers.view
+    monkeypatch.setattr(RunningMembers, "view", lambda self, index: made.append(index) or view(self, index))
+    new = functools.reduce(step, batches(4), population)
+    assert made == []
+    assert repr(new) == "Population(3 states of Sequential, step=7)"
+    assert repr(population) == "Population(3 states of Sequential) (spent)"
+    one = new.member(1)
+    assert (made, one.step) == ([1], 7)
+    assert new.member(1).params["0.weight"] is one.params["0.weight"]
+    with pytest.raises(SpentStateError, match="a member: this population is spent"):
+        population.member(1)
+    later = step(new, batches(1)[0])
+    assert (made, one.attempted_steps, later.member(1).attempted_steps) == ([1, 1], 7, 8)
 
 
 @pytest.mark.parametrize("how", ["by the graph", "one by one"])

@@ -8,17 +8,15 @@ from torch import Tensor
 
 from steploop.compilation.flattening import Build, Reference, flatten
 from steploop.compilation.graph_calls import positions
-from steploop.compilation.host_numbers import Now
-from steploop.compilation.next_state import counted
-from steploop.compilation.plans import StatePlan, StepPlan
+from steploop.compilation.plans import StepPlan
 from steploop.compilation.population.graph_parts import Inputs, Part
 from steploop.compilation.population.literals import Literal
+from steploop.compilation.population.running_members import RunningMembers
 from steploop.compilation.population.stacked_state import Population
 from steploop.compilation.population.stacked_tensors import parts_of
 from steploop.compilation.population.step_results import StepResults
 from steploop.compilation.repeated_parts import Run
 from steploop.core.state.train_state import TrainState
-from steploop.core.steps.set_rates import schedule
 
 __all__ = ["PopulationGraph"]
 
@@ -64,6 +62,7 @@ class PopulationGraph:
         rows = [[literal.values[i] for literal in literals] for i in which]
         self._literals = torch.tensor(rows, dtype=torch.float64, device=device).reshape(count, len(literals))
         self._given = sum(1 for i in set(first.graph.outline.wiring.given) if i >= 0)
+        self._befores = [state.before for state in self._states] if self._states[0].before else []
         self._builds: dict[int, Build] = {}
         self._bound: Any = None
         self._fixed: list[Tensor | None] = []
@@ -74,12 +73,14 @@ class PopulationGraph:
 
     def __call__(self, population: Population, batch: Sequence[Tensor], numbers: Sequence[Any]) -> Population:
         """Take one step of every member that has not ended."""
-        members = list(population.members)
-        if self._states[0].before:
-            members = [_scheduled(m, s.before) for m, s in zip(members, self._states, strict=True)]
-        nows = [Now([member], numbers, _FINITE) for member in members]
+        running = population.running
+        if not self._states[0].donated:
+            running = running.copy()  # the population that goes in stays as it is
+        running.set_rates(self._befores)
+        members = running.states
         view = self._view
-        for values, now in zip(self._values, nows, strict=True):
+        for values, now in zip(self._values, running.nows, strict=True):
+            now.numbers, now.finite = numbers, _FINITE  # assumed, before it is taken
             for position, read in values:
                 view[position] = read(now)
         if self._bound is not population.tensors:
@@ -94,14 +95,11 @@ class PopulationGraph:
             _whole(self._input(population, members, batch, drawn, part, dim), dim, len(members))
             for part, dim in self._inputs.passed
         ]
+        kept = {i: population.results_of(i) for i, why in enumerate(population.ended) if why is not None}
         if self._states[0].donated:
-            population.lease.tear()
-            for (
-                member
-            ) in population.members:  # whoever holds a view of one must not read the next step's values in it
-                member.lease.tear()
+            population.tear()
         given = [*self.run(inputs)[: self._given], *passed]
-        return self._next(population, members, nows, given)
+        return self._next(population, running, given, kept)
 
     # -- inputs --------------------------------------------------------------------------------------------------------
 
@@ -158,24 +156,24 @@ class PopulationGraph:
     # -- what comes after ------------------------------------------------------------------------------------------------
 
     def _next(
-        self, population: Population, members: Sequence[TrainState], nows: Sequence[Now], given: list[Tensor]
+        self,
+        population: Population,
+        running: RunningMembers,
+        given: list[Tensor],
+        kept: dict[int, dict[str, Any]],
     ) -> Population:
         """The population after the step."""
-        first, before = self._states[0], population.ended
+        first, before, count = self._states[0], population.ended, len(population)
         going = [why is None for why in before]
-        finite = [True] * len(members) if self._finite is None else given[self._finite].tolist()
-        computed: list[list[Any]] = [[] for _ in members]
+        finite = [True] * count if self._finite is None else given[self._finite].tolist()
+        computed: list[list[Any]] = [[] for _ in going]
         if self._computed:
-            for now, taken, own, expressions in zip(nows, finite, computed, self._expressions, strict=True):
+            for now, taken, own, expressions in zip(
+                running.nows, finite, computed, self._expressions, strict=True
+            ):
                 now.finite = [taken]
                 own += [read(now) for read in expressions]
-        rates: dict[Any, Any] = {}
-        if first.donated:
-            members = [m.replace(generation=m.lease.hand_on(_SPENDER)) for m in members]
-        new = [
-            _advanced(member, plan, rates, taken=taken) if goes_on else member
-            for member, plan, taken, goes_on in zip(members, self._states, finite, going, strict=True)
-        ]
+        running.advance(self._states, finite, going)
         ended = before
         if first.limit and not all(finite):
             ended = tuple(
@@ -185,7 +183,7 @@ class PopulationGraph:
                     if plan.limit <= m.nonfinite_steps
                     else None
                 )
-                for why, m, plan in zip(before, new, self._states, strict=True)
+                for why, m, plan in zip(before, running.states, self._states, strict=True)
             )
         tensors = population.tensors
         if first.tensors:
@@ -193,49 +191,22 @@ class PopulationGraph:
             if not all(going):
                 fresh = {place: _selected(going, t, tensors[place]) for place, t in fresh.items()}  # type: ignore[index]
             tensors = {**tensors, **fresh}  # type: ignore[dict-item]
-            new = list(parts_of(new, fresh, only=True))
-        kept = {i: population.results_of(i) for i, goes_on in enumerate(going) if not goes_on}
-        results = StepResults(self._states, self._where, given, computed, kept, builds=self._builds)
+            running = RunningMembers(parts_of(running.states, fresh, only=True))
+        results = StepResults(
+            self._states, self._where, given, computed, kept, finite=finite, builds=self._builds
+        )
         if not first.donated:
-            return Population(new, tensors, results=results, ended=ended)
-        population.lease.hand_on(_SPENDER)
-        return Population(new, tensors, results=results, ended=ended, lease=population.lease)
+            return Population(running, tensors, results=results, ended=ended)
+        population.hand_on(_SPENDER)
+        return Population(running, tensors, results=results, ended=ended, lease=population.lease)
 
 
 _FINITE = [True]  # what is assumed of a step before it is taken
 
 
-def _scheduled(state: TrainState, schedules: Sequence[Any]) -> TrainState:
-    for one in schedules:
-        state = schedule(state, one)
-    return state
-
-
 def _whole(tensor: Tensor, dim: int | None, count: int) -> Tensor:
     """A tensor with an axis of members."""
     return tensor if dim == 0 else tensor.expand(count, *tensor.shape)
-
-
-def _advanced(state: TrainState, plan: StatePlan, rates: dict[Any, Any], *, taken: bool) -> TrainState:
-    """The plain values of a member after its step, and its next rates.
-
-    Args:
-        state: before the step.
-        plan: of the step.
-        rates: what schedules gave for members before this one in the population, which may be alike.
-        taken: whether the step was finite.
-    """
-    changes = counted(plan, state, finite=taken)
-    if not plan.after:
-        return state.replace(**changes)
-    step, machine = changes.get("applied_steps", state.applied_steps), state.machine
-    key = (id(plan.after), step, id(state.hyper), machine.rate_factors, machine.group_labels)
-    hyper = rates.get(key)
-    if hyper is None:
-        new = _scheduled(state.replace(**changes), plan.after)
-        rates[key] = new.hyper
-        return new
-    return state.replace(**changes, hyper=hyper)
 
 
 def _counter(state: TrainState, name: str) -> Any:

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from steploop.compilation.flattening import flatten, rebuild
 from steploop.compilation.leaves import Place
+from steploop.compilation.population.running_members import RunningMembers
 from steploop.compilation.population.stacked_tensors import check_alike, parts_of, stacked_from
 from steploop.core.state.ownership import Lease
 from steploop.core.state.parts import result_names
@@ -47,7 +48,7 @@ class Population:
 
     def __init__(
         self,
-        members: Sequence[TrainState],
+        members: Sequence[TrainState] | RunningMembers,
         tensors: Mapping[Place, Tensor] | None,
         *,
         results: Results | None = None,
@@ -55,13 +56,20 @@ class Population:
         lease: Lease | None = None,
         values: object = None,
     ) -> None:
+        self._running = members if isinstance(members, RunningMembers) else None
+        states = members.states if isinstance(members, RunningMembers) else members
         self.ended = tuple(
-            why or ("early stopping" if m.early_stopping is not None and m.early_stopping.stopped else None)
-            for m, why in zip(members, ended or [None] * len(members), strict=True)
+            [
+                why
+                or ("early stopping" if m.early_stopping is not None and m.early_stopping.stopped else None)
+                for m, why in zip(states, ended or [None] * len(states), strict=True)
+            ]
         )
         self.lease = lease or Lease()
         self.generation = self.lease.generation
-        self._members = tuple(members)
+        self._count = len(states)
+        # those that somebody has asked for, or has given; the others are made when they are asked for
+        self._views: dict[int, TrainState] = {} if self._running is not None else dict(enumerate(states))
         self._tensors = tensors
         self._results = results
         self.values = values or object()  # populations with one of these differ in cursors and folds only
@@ -71,7 +79,33 @@ class Population:
     @property
     def members(self) -> tuple[TrainState, ...]:
         """The states; their tensors are parts of ``tensors``, and their results in flight are left out."""
-        return self._members
+        return tuple(map(self._view, range(self._count)))
+
+    def _view(self, index: int) -> TrainState:
+        view = self._views.get(index)
+        if view is None:
+            self.check_alive("a member")
+            view = self._views[index] = self.running.view(index)
+        return view
+
+    @property
+    def running(self) -> RunningMembers:
+        """The values of the members, which the next step changes in place."""
+        if self._running is None:
+            self._running = RunningMembers(self.members)
+        return self._running
+
+    def tear(self) -> None:
+        """Take the tensors from this population: an update begins. Who holds a view of a member must not read it in there."""
+        self.lease.tear()
+        for view in self._views.values():
+            view.lease.tear()
+
+    def hand_on(self, spender: str) -> None:
+        """End the update: the next population has the tensors."""
+        self.lease.hand_on(spender)
+        for view in self._views.values():
+            view.lease.hand_on(spender)
 
     @property
     def tensors(self) -> Mapping[Place, Tensor] | None:
@@ -88,7 +122,7 @@ class Population:
 
         It is a view: the population's next step spends it, and a step that it takes by itself spends the population.
         """
-        state = self._members[index]
+        state = self._view(index)
         if self._results is None:
             return state
         return state.replace(flight=state.flight.replace(**self._results.member(index)))
@@ -106,12 +140,12 @@ class Population:
             and all(
                 getattr(one, name) is getattr(mine, name) for name in ("hyper", "scale", "precision", "seed")
             )
-            for one, mine in zip(states, self._members, strict=True)
+            for one, mine in zip(states, self.members, strict=True)
         )
         if not noted or self._tensors is None or not self.alive:
             return stack_members(states, ended)
         return Population(
-            [one.replace(flight=m.flight) for one, m in zip(states, self._members, strict=True)],
+            [one.replace(flight=m.flight) for one, m in zip(states, self.members, strict=True)],
             self._tensors, results=self._results, ended=ended, lease=self.lease, values=self.values,
         )  # fmt: skip
 
@@ -123,7 +157,7 @@ class Population:
     @property
     def alive(self) -> bool:
         """Whether the tensors are this population's: no step has updated them in place."""
-        return self.generation == self.lease.generation and all(m.alive for m in self._members)
+        return self.generation == self.lease.generation and all(view.alive for view in self._views.values())
 
     def check_alive(self, use: str) -> None:
         """Raise SpentStateError if a step has updated the tensors."""
@@ -136,8 +170,8 @@ class Population:
                 f"{use}: this population is spent: a step updated its tensors in place and gave them to the population that it "
                 "returned. Go on with that one, or keep a copy beforehand with population.clone()."
             )
-        for index, member in enumerate(self._members):
-            if not member.alive:
+        for index, view in self._views.items():
+            if not view.alive:
                 raise SpentStateError(
                     f"{use}: this population is spent: its member {index} was stepped by itself. Stack the states that the steps "
                     "returned."
@@ -147,16 +181,16 @@ class Population:
 
     def __len__(self) -> int:
         """The number of members."""
-        return len(self._members)
+        return self._count
 
     def __getitem__(self, index: int) -> TrainState:
         """An ordinary state with the values of one member, as a copy."""
         self.check_alive("population[i]")
-        return self.member(range(len(self._members))[index]).clone()
+        return self.member(range(self._count)[index]).clone()
 
     def __iter__(self) -> Iterator[TrainState]:
         """Every member, as ``population[i]`` gives it."""
-        return (self[index] for index in range(len(self._members)))
+        return (self[index] for index in range(self._count))
 
     def clone(self) -> "Population":
         """A copy that shares no tensor with this one."""
@@ -198,14 +232,16 @@ class Population:
         self.check_alive(field)
         if self._results is not None:
             return self._results.field(field)
-        return _stacked_tree([getattr(m.flight, field) for m in self._members])
+        return _stacked_tree([getattr(m.flight, field) for m in self.members])
 
     def __repr__(self) -> str:
         """What a log line needs."""
-        steps = sorted({int(m.applied_steps) for m in self._members})
-        shown = str(steps[0]) if len(steps) == 1 else f"{steps[0]} to {steps[-1]}"
-        spent = "" if self.generation == self.lease.generation else " (spent)"
-        return f"Population({len(self)} states of {type(self._members[0].machine.model).__name__}, step={shown}){spent}"
+        spent = self.generation != self.lease.generation
+        kind = f"{len(self)} states of {type(self.running.states[0].machine.model).__name__}"
+        if spent:  # the counts have gone on with the tensors
+            return f"Population({kind}) (spent)"
+        steps = sorted({int(m.applied_steps) for m in self.running.states})
+        return f"Population({kind}, step={steps[0] if len(steps) == 1 else f'{steps[0]} to {steps[-1]}'})"
 
 
 def _stacked_tree(values: Sequence[Any]) -> Any:

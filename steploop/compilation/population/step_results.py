@@ -21,6 +21,7 @@ class StepResults:
         given: tensors with a first axis of members.
         computed: for each member, numbers of the host.
         ended: index -> results of a member that took no step.
+        finite: for each member, whether its step was.
         builds: what builds each tree from the values, known from steps before; looked up by the identity of its template.
     """
 
@@ -32,14 +33,17 @@ class StepResults:
         computed: Sequence[Sequence[Any]],
         ended: Mapping[int, dict[str, Any]],
         *,
+        finite: Sequence[bool],
         builds: dict[int, Build],
     ) -> None:
         self._plans = plans
         self._where = where
         self._given = given
         self._computed = computed
+        self._finite = finite
         self._ended = ended
         self._builds = builds
+        self._parts: list[Sequence[Tensor]] | None = None
 
     def _built(self, template: Any, values: Sequence[Any]) -> Any:
         build = self._builds.get(id(template))  # the plan, which lives as long, holds the template
@@ -59,8 +63,10 @@ class StepResults:
         if index in self._ended:
             return self._ended[index]
         plan = self._plans[index]
-        values = [*(t[index] for t in self._given), *self._computed[index]]
+        if self._parts is None:  # for all members at once: whoever asks for one mostly asks for all
+            self._parts = [t.unbind(0) for t in self._given]
+        values = [*(parts[index] for parts in self._parts), *self._computed[index]]
         fields = {name: self._built(template, values) for name, template in plan.flight.items()}
         if plan.attempts:
-            fields["finite"] = bool(fields["finite"])
+            fields["finite"] = self._finite[index]
         return fields

@@ -41,11 +41,13 @@ class _Current:
         graph: the compiled one.
         traces: of each member.
         result: the ``values`` of what it gave: whose members need not be compared again.
+        guarded: members of which Python decides by numbers.
     """
 
     graph: PopulationGraph
     traces: Sequence[MemberTrace]
     result: object = None
+    guarded: Sequence[tuple[int, MemberTrace]] = ()
 
 
 class VmappedStep:
@@ -119,19 +121,17 @@ class VmappedStep:
 
     def _holds(self, current: _Current, population: Population, numbers: Sequence[Any]) -> bool:
         """Whether the graph that ran last for this form of batch may run again."""
-        if current.result is not population.values or not all(
-            baked.unchanged() for baked in self._watched[1]
-        ):
+        if current.result is not population.values:
             return False
-        return all(
-            not trace.guards or holds(trace, population.member(i), numbers)
-            for i, trace in enumerate(current.traces)
-        )
+        for baked in self._watched[1]:
+            if not baked.unchanged():
+                return False
+        return all(holds(trace, population.member(i), numbers) for i, trace in current.guarded)
 
     def _find(self, population: Population, batch: Any, flat: Flat) -> _Current | None:
         """Find or make the graph; None where the members step one by one."""
         if population.tensors is None or any(
-            not any(m.tensors.slots.values()) and m.step == 0 for m in population.members
+            not any(m.tensors.slots.values()) and m.step == 0 for m in population.running.states
         ):
             return None  # the optimizers have not made their slots
         key = flat[1]
@@ -157,7 +157,8 @@ class VmappedStep:
         graph = self._graph(traces, states, dims)
         self.compile_s.append(time.perf_counter() - begin)
         self._report(f"compiling: {self.compile_s[-1]:.0f} s")
-        self._current[key] = _Current(graph, traces)
+        guarded = [(i, trace) for i, trace in enumerate(traces) if trace.guards]
+        self._current[key] = _Current(graph, traces, guarded=guarded)
         return self._current[key]
 
     def _graph(
@@ -211,10 +212,10 @@ class VmappedStep:
         """Take the step of every member in eager."""
         dims = self._dims(batch, flat)
         steps = self._steps_of(len(population))
+        states = [population.member(i) for i in range(len(population))]
         population.lease.tear()
         new = []
-        for i, step in enumerate(steps):
-            state = population.member(i)
+        for i, (step, state) in enumerate(zip(steps, states, strict=True)):
             new.append(state if population.ended[i] else step(state, _of_member(batch, flat, dims, i)))
         population.lease.hand_on("a step of a population")
         return stack_members(new, population.ended)
@@ -222,7 +223,7 @@ class VmappedStep:
 
 def _shielded(population: Population) -> AbstractContextManager[Any]:
     """Keep out what surrounds a step, where that is not as usual."""
-    machine = population.members[0].machine
+    machine = population.running.states[0].machine
     return nullcontext() if is_usual(machine) else shield(machine)
 
 
