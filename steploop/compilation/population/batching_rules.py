@@ -95,5 +95,6 @@ def _fma(a: Any, b: Any, c: Any) -> Any:
 _OWN: dict[str, Callable[..., Any]] = {
     "prims.convert_element_type.default": _convert,
     "prims.fma.default": _fma,
+    "prims.rev.default": torch.flip,
     "aten.copy.default": _copy,
 }

@@ -264,7 +264,7 @@ def vmap(
     Members may differ in their values and in numbers of Python's: learning rate, weight decay, betas, dropout rate, the
     bounds of a clipping. What makes another graph is refused with its name: other shapes, another optimizer, ``nesterov``
     in one and not in the other, a branch that Python takes for one only; and so are calls for which ``torch.vmap`` has no
-    rule (recurrent layers on the CPU), reading a tensor, and changing the batch in place.
+    rule, reading a tensor, and changing the batch in place.
 
     A member ends, and stays as it is while the others go on, when its ``early_stopping`` says so, or when as many of its
     steps in a row were not finite as ``optimizer_step`` allows; ``population.ended`` says why.
