@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from steploop.compilation.flattening import Build, Reference, flatten
+from steploop.compilation.flattening import Reference, flatten
 from steploop.compilation.graph_calls import positions
 from steploop.compilation.plans import StepPlan
 from steploop.compilation.population.graph_parts import Inputs, Part
@@ -14,7 +14,7 @@ from steploop.compilation.population.literals import Literal
 from steploop.compilation.population.running_members import RunningMembers
 from steploop.compilation.population.stacked_state import Population
 from steploop.compilation.population.stacked_tensors import parts_of
-from steploop.compilation.population.step_results import StepResults
+from steploop.compilation.population.step_results import Form, StepResults
 from steploop.compilation.repeated_parts import Run
 from steploop.core.state.train_state import TrainState
 
@@ -63,7 +63,7 @@ class PopulationGraph:
         self._literals = torch.tensor(rows, dtype=torch.float64, device=device).reshape(count, len(literals))
         self._given = sum(1 for i in set(first.graph.outline.wiring.given) if i >= 0)
         self._befores = [state.before for state in self._states] if self._states[0].before else []
-        self._builds: dict[int, Build] = {}
+        self._forms: dict[int, Form] = {}
         self._bound: Any = None
         self._fixed: list[Tensor | None] = []
         self._ended: tuple[str | None, ...] | None = None
@@ -193,7 +193,7 @@ class PopulationGraph:
             tensors = {**tensors, **fresh}  # type: ignore[dict-item]
             running = RunningMembers(parts_of(running.states, fresh, only=True))
         results = StepResults(
-            self._states, self._where, given, computed, kept, finite=finite, builds=self._builds
+            self._states, self._where, given, computed, kept, finite=finite, forms=self._forms
         )
         if not first.donated:
             return Population(running, tensors, results=results, ended=ended)

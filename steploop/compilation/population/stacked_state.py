@@ -84,7 +84,10 @@ class Population:
     def _view(self, index: int) -> TrainState:
         view = self._views.get(index)
         if view is None:
-            self.check_alive("a member")
+            if (
+                self.generation != self.lease.generation
+            ):  # the other views need no look, at the making of each
+                self.check_alive("a member")
             view = self._views[index] = self.running.view(index)
         return view
 
@@ -134,18 +137,20 @@ class Population:
             states: made of ``member(i)`` by changes of plain values. Where rates were changed too, all is stacked anew.
             ended: for each member that takes no part in the next step, why.
         """
+        members = self.members
         noted = all(
             one.tensors is mine.tensors
             and one.alive
-            and all(
-                getattr(one, name) is getattr(mine, name) for name in ("hyper", "scale", "precision", "seed")
-            )
-            for one, mine in zip(states, self.members, strict=True)
+            and one.hyper is mine.hyper
+            and one.scale is mine.scale
+            and one.precision is mine.precision
+            and one.seed is mine.seed
+            for one, mine in zip(states, members, strict=True)
         )
         if not noted or self._tensors is None or not self.alive:
             return stack_members(states, ended)
         return Population(
-            [one.replace(flight=m.flight) for one, m in zip(states, self.members, strict=True)],
+            [one.replace(flight=m.flight) for one, m in zip(states, members, strict=True)],
             self._tensors, results=self._results, ended=ended, lease=self.lease, values=self.values,
         )  # fmt: skip
 

@@ -9,7 +9,10 @@ from torch import Tensor
 from steploop.compilation.flattening import Build, Reference, builder, renumbered
 from steploop.compilation.plans import StatePlan
 
-__all__ = ["StepResults"]
+__all__ = ["Form", "StepResults"]
+
+# fields that are one value each, and fields that are trees of values
+Form = tuple[list[tuple[str, int]], list[tuple[str, Build]]]
 
 
 class StepResults:
@@ -22,7 +25,7 @@ class StepResults:
         computed: for each member, numbers of the host.
         ended: index -> results of a member that took no step.
         finite: for each member, whether its step was.
-        builds: what builds each tree from the values, known from steps before; looked up by the identity of its template.
+        forms: how the fields are made of the values, known from steps before; looked up by the identity of the plan.
     """
 
     def __init__(
@@ -34,7 +37,7 @@ class StepResults:
         ended: Mapping[int, dict[str, Any]],
         *,
         finite: Sequence[bool],
-        builds: dict[int, Build],
+        forms: dict[int, Form],
     ) -> None:
         self._plans = plans
         self._where = where
@@ -42,31 +45,45 @@ class StepResults:
         self._computed = computed
         self._finite = finite
         self._ended = ended
-        self._builds = builds
-        self._parts: list[Sequence[Tensor]] | None = None
+        self._forms = forms
+        self._rows: list[tuple[Tensor, ...]] | None = None
 
-    def _built(self, template: Any, values: Sequence[Any]) -> Any:
-        build = self._builds.get(id(template))  # the plan, which lives as long, holds the template
-        if build is None:
-            build = builder(renumbered(template, lambda i: Reference(self._where[i])))
-            self._builds[id(template)] = build
-        return build(values)
+    def _form(self, index: int) -> Form:
+        """How the fields of a member are made of the values; looked up for each plan once."""
+        plan = self._plans[index]
+        form = self._forms.get(id(plan))  # the graph, which lives as long, holds the plan
+        if form is None:
+            flight, where = plan.flight, self._where
+            direct = [(name, where[t.index]) for name, t in flight.items() if isinstance(t, Reference)]
+            built = [
+                (name, builder(renumbered(t, lambda i: Reference(where[i]))))
+                for name, t in flight.items()
+                if not isinstance(t, Reference)
+            ]
+            form = self._forms[id(plan)] = direct, built
+        return form
 
     def field(self, name: str) -> Any:
         """A field in flight, with a first axis of members."""
-        template = self._plans[0].flight.get(name)
-        numbers = [torch.tensor(each) for each in zip(*self._computed, strict=True)]
-        return self._built(template, [*self._given, *numbers])
+        values = [*self._given, *(torch.tensor(each) for each in zip(*self._computed, strict=True))]
+        direct, built = self._form(0)
+        for known, index in direct:
+            if known == name:
+                return values[index]
+        return next((build(values) for known, build in built if known == name), None)
 
     def member(self, index: int) -> dict[str, Any]:
         """The fields in flight of one member."""
         if index in self._ended:
             return self._ended[index]
-        plan = self._plans[index]
-        if self._parts is None:  # for all members at once: whoever asks for one mostly asks for all
-            self._parts = [t.unbind(0) for t in self._given]
-        values = [*(parts[index] for parts in self._parts), *self._computed[index]]
-        fields = {name: self._built(template, values) for name, template in plan.flight.items()}
-        if plan.attempts:
+        if self._rows is None:
+            # all members at once: whoever asks for one mostly asks for each, and t[index] costs more than the rest
+            self._rows = list(zip(*(t.unbind(0) for t in self._given), strict=True))
+        values = [*self._rows[index], *self._computed[index]]
+        direct, built = self._form(index)
+        fields = {name: values[place] for name, place in direct}
+        for name, build in built:
+            fields[name] = build(values)
+        if self._plans[index].attempts:
             fields["finite"] = self._finite[index]
         return fields

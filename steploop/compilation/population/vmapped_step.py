@@ -71,7 +71,7 @@ class VmappedStep:
         self._current: dict[Any, _Current] = {}
         self._compiled: dict[str, Run] = {}
         self._seen: dict[Any, int] = {}
-        self._watched: tuple[Any, list[Baked]] = ((), [])
+        self._watched: list[Baked] = []
 
     def __call__(self, population: Population, batch: Any) -> Population:
         """Take one step of every member.
@@ -123,7 +123,7 @@ class VmappedStep:
         """Whether the graph that ran last for this form of batch may run again."""
         if current.result is not population.values:
             return False
-        for baked in self._watched[1]:
+        for baked in self._watched:
             if not baked.unchanged():
                 return False
         return all(holds(trace, population.member(i), numbers) for i, trace in current.guarded)
@@ -182,12 +182,12 @@ class VmappedStep:
         return PopulationGraph(plans, inputs, run, literals, which, states[0].device)
 
     def _watch(self, steps: Sequence[TrainStep], states: Sequence[TrainState]) -> None:
-        """Guard what Python reads besides, once for each function and model."""
-        pairs = {
-            (id(step), id(state.machine.model)): (step, state.machine.model)
-            for step, state in zip(steps, states, strict=True)
-        }
-        self._watched = (tuple(pairs), [Baked(step, [model]) for step, model in pairs.values()])
+        """Guard what Python reads besides: all models of a function at once, which is looked through at every step."""
+        models: dict[int, dict[int, Any]] = {}
+        for step, state in zip(steps, states, strict=True):
+            models.setdefault(id(step), {})[id(state.machine.model)] = state.machine.model
+        functions = {id(step): step for step in steps}
+        self._watched = [Baked(step, list(models[key].values())) for key, step in functions.items()]
 
     def _steps_of(self, count: int) -> list[TrainStep]:
         if callable(self._steps):
