@@ -308,7 +308,10 @@ def test_each_shape_is_a_population(tmp_path):
 @pytest.mark.parametrize(
     ("grid", "message"),
     [
-        ({"hidden": [4, 8]}, r"member 000 .*: first\.weight of 001 is \(8, 6\) .* but \(4, 6\) .* in 000"),
+        (
+            {"hidden": [4, 8]},
+            r"member 000 .*: first\.weight of member 001 is \(8, 6\) .* but \(4, 6\) .* in member 000",
+        ),
         ({**GRID, "kind": "phases"}, "member 000 .* several phases, each with a train step of its own"),
         ({**GRID, "kind": "states"}, "member 000 .* trains several states"),
         ({**GRID, "kind": "fails"}, "member 000 .*OSError: no such data"),

@@ -24,7 +24,7 @@ from steploop.tools.sweep.member_seats import Seat
 from steploop.tools.sweep.sweep_record import Member, SweepRecord
 from steploop.tools.sweep.together import Steps
 
-__all__ = ["Built", "Group", "build", "grouped", "tried"]
+__all__ = ["Built", "Group", "build", "grouped", "renamed", "tried"]
 
 _ROUNDS = 5
 _BUDGET_S = 0.2  # for one form in one round
@@ -141,14 +141,19 @@ def grouped(built: Sequence[Built]) -> tuple[list[Group], dict[int, str]]:
 
 def _difference(first: Built, other: Built, *, same_batches: bool) -> str | None:
     """What keeps two members from being in one population; None if nothing does."""
-    names = {"0": f"{first.member.number:03d}", "1": f"{other.member.number:03d}"}
+    numbers = [first.member.number, other.member.number]
     if not same_batches:
-        return f"the batches of {names['1']} have another form than those of {names['0']}"
+        return f"the batches of {numbers[1]:03d} have another form than those of {numbers[0]:03d}"
     try:
         check_alike([first.recipe.state, other.recipe.state])
     except ConfigError as error:
-        return re.sub(r"\bmember ([01])\b", lambda m: names[m[1]], str(error).removeprefix("stack: "))
+        return renamed(str(error).removeprefix("stack: "), numbers)
     return None
+
+
+def renamed(text: str, numbers: Sequence[int]) -> str:
+    """An error about a population, with the numbers of the members in the sweep."""
+    return re.sub(r"\bmember (\d+)", lambda m: f"member {numbers[int(m[1])]:03d}", text)
 
 
 def tried(group: Group, *, measure: bool, compiled: Any, jobs: int) -> Group:

@@ -1,6 +1,5 @@
 """Train the members of a sweep that have one shape as populations, in this process."""
 
-import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -12,7 +11,7 @@ from steploop.runs.signals import StopFlag
 from steploop.tools.sweep.member_launchers import open_log
 from steploop.tools.sweep.member_run import TAKEN, is_settled, run_member
 from steploop.tools.sweep.member_seats import Seat, SharedStop
-from steploop.tools.sweep.populations import Built, Group, build, grouped, tried
+from steploop.tools.sweep.populations import Built, Group, build, grouped, renamed, tried
 from steploop.tools.sweep.sweep_record import Member, SweepRecord
 from steploop.tools.sweep.sweep_screens import SweepScreen
 from steploop.tools.sweep.together import Together
@@ -116,7 +115,7 @@ class Vectorising:
                 jobs=self._jobs,
             )  # fmt: skip
         except CompileError as error:
-            reasons = dict.fromkeys(group.numbers, _renamed(str(error), group.numbers))
+            reasons = dict.fromkeys(group.numbers, renamed(str(error), group.numbers))
             parts = _by_settings(group) if whole else []
             if len(parts) < 2:
                 return [], reasons
@@ -176,11 +175,6 @@ def _by_settings(group: Group) -> list[Group]:
         key = tuple((n, repr(v)) for n, v in settings if not isinstance(v, float) and n != "seed")
         parts.setdefault(key, []).append(one)
     return [Group(part) for part in parts.values()]
-
-
-def _renamed(text: str, numbers: Sequence[int]) -> str:
-    """An error about a population, with the numbers of the members in the sweep."""
-    return re.sub(r"\bmember (\d+)", lambda m: f"member {numbers[int(m[1])]:03d}", text)
 
 
 def _named(numbers: Sequence[int]) -> str:
