@@ -10,7 +10,7 @@ from steploop.core.ranks import Ranks
 from steploop.core.state.optimizer_state import check_slots
 from steploop.core.state.parts import TensorValues, field_names
 from steploop.core.state.sharded import local_part
-from steploop.core.state.surroundings import shielded_sums
+from steploop.core.state.surroundings import shielded
 from steploop.core.state.trace import trace_of
 from steploop.core.state.train_state import TrainState
 from steploop.core.steps.closure import Evaluations
@@ -22,7 +22,7 @@ from steploop.errors import CompileError, ConfigError, NonFiniteError, OutOfMemo
 __all__ = ["check_nonfinite", "first_nonfinite", "optimizer_step"]
 
 
-@shielded_sums
+@shielded
 def optimizer_step(
     state: TrainState,
     *,
