@@ -22,9 +22,17 @@ from steploop.compilation.kept_graphs import KeptGraph, Outline, outline_of
 from steploop.compilation.pruning import constants_to_inputs, prune, straighten
 from steploop.errors import CompileError
 
-__all__ = ["CapturedGraph", "capture", "check_torch", "fake_mode", "reads_a_value", "traced_again"]
+__all__ = [
+    "TORCH_RELEASES",
+    "CapturedGraph",
+    "capture",
+    "check_torch",
+    "fake_mode",
+    "reads_a_value",
+    "traced_again",
+]
 
-_TORCH = "2.14"
+TORCH_RELEASES = ("2.14", "2.15")  # those whose private names were tried
 
 
 @attrs.frozen(eq=False)
@@ -61,11 +69,11 @@ class CapturedGraph:
 
 
 def check_torch() -> None:
-    """Raise CompileError unless torch is the release whose private names are used here."""
-    if not torch.__version__.startswith(_TORCH + "."):
+    """Raise CompileError unless torch is a release whose private names are used here."""
+    if not torch.__version__.startswith(tuple(f"{release}." for release in TORCH_RELEASES)):
         raise CompileError(
-            f"steploop.compile uses internals of torch {_TORCH}, but this is torch {torch.__version__}. "
-            f"Install 'torch=={_TORCH}.*', or train without compiling."
+            f"steploop.compile uses internals of torch {' and '.join(TORCH_RELEASES)}, but this is torch {torch.__version__}. "
+            f"Install 'torch=={TORCH_RELEASES[-1]}.*', or train without compiling."
         )
 
 
