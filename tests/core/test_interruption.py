@@ -177,6 +177,13 @@ class Trial:
         found = (
             [] if same_generators(generators(), drawn) else [f"{where}: a generator of the caller was moved"]
         )
+        if (
+            torch.are_deterministic_algorithms_enabled()
+            or not torch.utils.deterministic.fill_uninitialized_memory
+        ):
+            found.append(f"{where}: torch was left deterministic")
+            torch.use_deterministic_algorithms(mode=False)
+            torch.utils.deterministic.fill_uninitialized_memory = True
         for one, held in made:
             if one.alive and (difference := first_difference(copied(one), held)) is not None:
                 found.append(f"{where}: alive with other values: {difference}")

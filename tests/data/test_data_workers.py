@@ -106,6 +106,8 @@ def test_persistent_workers_live_on_and_others_do_not():
     assert not Path(f"/proc/{pid}").exists()
 
 
+# torch looks for free file descriptors by a temporary file, in which the news of the death may interrupt it
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 def test_a_killed_worker_is_named_with_its_samples():
     batches = loader(Dying(), 2, batch_size=2, shuffle=False).epoch(0)
     got = []

@@ -93,23 +93,22 @@ def sums_in_order(device_type: str) -> Iterator[None]:
     if device_type != "cpu" or _deterministic():
         yield
         return
-    fills = _begin_order()
+    fills = _fills()
     try:
+        _begin_order()
         yield
     finally:
         _end_order(fills=fills)
 
 
-def _begin_order() -> bool:
-    fills: bool = _fills()
+def _begin_order() -> None:
     _set_fills(False)  # noqa: FBT003  (empty tensors stay empty)
     _set_deterministic(True, warn_only=True)  # noqa: FBT003
-    return fills
 
 
 def _end_order(*, fills: bool) -> None:
-    _set_deterministic(False)  # noqa: FBT003
     _set_fills(fills)
+    _set_deterministic(False)  # noqa: FBT003
 
 
 def shielded(function: Callable[Concatenate[S, P], R]) -> Callable[Concatenate[S, P], R]:
@@ -136,12 +135,17 @@ def _shielded(function: Callable[Concatenate[S, P], R], *, sums: bool) -> Callab
         ):
             grad = is_grad_enabled()
             order = sums and machine.device_type == "cpu" and not _deterministic()
+            fills = order and _fills()
             try:
-                if order:
-                    fills = _begin_order()
-                return function(state, *args, **kwargs)
+                try:
+                    if order:
+                        _begin_order()
+                    return function(state, *args, **kwargs)
+                finally:
+                    if order:
+                        _end_order(fills=fills)
             finally:
-                if order:
+                if order and _deterministic():  # an interruption came before
                     _end_order(fills=fills)
                 # an exception between the switch of a grad mode and the `with` that undoes it would leave it switched
                 if is_grad_enabled() is not grad:
