@@ -54,17 +54,13 @@ class CapturedGraph:
     draws: Draws
     drawn: int
     outline: Outline
+    _make: Callable[[], fx.GraphModule]
     key: str | None = None
     kept: KeptGraph | None = None
-    _module: fx.GraphModule | None = None
-    _make: Callable[[], fx.GraphModule] | None = None
 
     @cached_property
     def module(self) -> fx.GraphModule:
         """Takes ``inputs`` and gives a tuple of tensors."""
-        if self._module is not None:
-            return self._module
-        assert self._make is not None, "one of the two is given"  # noqa: S101
         return self._make()
 
 
@@ -141,14 +137,13 @@ def capture(
         plain += drawn
     key = kept_graphs.key_of(first, plain)
     kept = kept_graphs.find(key)
-    module = None
     if kept is None:
         module, outline = _functional(first, plain, mode)
     else:
-        outline = kept.outline
+        module, outline = None, kept.outline
     taken = [plain[i] for i in outline.wiring.inputs]
     return CapturedGraph(
-        taken, constants, draws, len(drawn), outline, key, kept, module, lambda: _functional(first, plain, mode)[0]
+        taken, constants, draws, len(drawn), outline, lambda: module or _functional(first, plain, mode)[0], key, kept
     )  # fmt: skip
 
 

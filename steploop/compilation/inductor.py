@@ -71,7 +71,8 @@ def compile_graph(graph: CapturedGraph, mode: Any) -> Run:
         return run
     found = split_repeated(graph.module)
     split, kernels = found or (None, [])
-    made = [_compiled(graph.module, _inputs_of_main(graph.inputs, split), mode)]
+    main = graph.inputs if split is None else [graph.inputs[i] for i in split.inputs]
+    made = [_compiled(graph.module, main, mode)]
     for kernel, module in zip(split.kernels if split else (), kernels, strict=True):
         inputs, any_length = _flat_inputs(kernel)
         FakeTensorProp(module, any_length).propagate_dont_convert_inputs(*inputs)
@@ -84,10 +85,6 @@ def compile_graph(graph: CapturedGraph, mode: Any) -> Run:
 
 def _joined(split: Split | None, runs: Sequence[Run]) -> Run:
     return runs[0] if split is None else in_parts(split, runs[0], runs[1:])
-
-
-def _inputs_of_main(inputs: Sequence[Tensor], split: Split | None) -> list[Tensor]:
-    return [*inputs] if split is None else [inputs[i] for i in split.inputs]
 
 
 def _flat_inputs(kernel: Kernel) -> tuple[list[Tensor], Any]:

@@ -135,11 +135,11 @@ def keep(key: str, graph: KeptGraph) -> None:
     temporary = path.with_name(f".{path.name}-{os.getpid()}")
     with suppress(OSError):
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_text(json.dumps(attrs.asdict(graph), default=_plain))
+        temporary.write_text(json.dumps(attrs.asdict(graph), default=_as_json))
         temporary.replace(path)
 
 
-def _plain(value: Any) -> Any:
+def _as_json(value: Any) -> Any:
     return str(value).removeprefix("torch.") if isinstance(value, torch.dtype) else sorted(value)
 
 

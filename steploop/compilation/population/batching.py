@@ -68,7 +68,7 @@ def batched(
         ) from error
     _write(module, written, count)
     outline = outline_of(module, Wiring(tuple(range(len(fakes))), ()), fakes, frozenset(written))
-    return CapturedGraph(fakes, [], Draws(None), 0, outline, module=module)
+    return CapturedGraph(fakes, [], Draws(None), 0, outline, lambda: module)
 
 
 def _write(module: fx.GraphModule, written: Sequence[int], count: int) -> None:
