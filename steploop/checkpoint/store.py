@@ -53,6 +53,8 @@ class CheckpointStore:
         background: write in a thread while training goes on (see ``BackgroundSaver``).
         frozen: False leaves out the parameters that are not trained (see ``save``).
         fs: the storage to write to.
+        on_saved: called with each checkpoint's directory once it is on the disk, before older ones are deleted; by the
+            thread that saves, of ranks by that of rank 0.
 
     Raises:
         ConfigError: ``keep`` is less than 2.
@@ -76,6 +78,7 @@ class CheckpointStore:
         background: bool = False,
         frozen: bool = True,
         fs: Fs = LOCAL,
+        on_saved: Callable[[Path], None] | None = None,
     ) -> None:
         if not isinstance(keep, int) or keep < _LEAST:
             raise ConfigError(
@@ -87,7 +90,9 @@ class CheckpointStore:
         self._frozen = frozen
         self._fs = fs
         self._best: int | None = None
-        self._saver = BackgroundSaver(fs=fs, after=self._prune, frozen=frozen) if background else None
+        self._target: Path | None = None
+        self._on_saved = on_saved
+        self._saver = BackgroundSaver(fs=fs, after=self._after, frozen=frozen) if background else None
 
     def prepare(self, *, ranks: Ranks | None = None) -> list[str]:
         """Create the directory, check that it is writable, and remove what crashed runs left.
@@ -135,16 +140,17 @@ class CheckpointStore:
             CheckpointWriteError: it could not be written; in the background: the one before it could not.
             NonFiniteError: a trained parameter is not finite; in the background: of the one before it.
         """
+        self.wait()
         lead = next(iter(named_members(state).values()))
         if best:
             self._best = step_of(state)
         elif lead.best is not None:
             self._best = lead.best.step
-        target = self.path(step_of(state))
+        self._target = target = self.path(step_of(state))
         if self._saver is not None:
             self._saver.save(state, target, overwrite=True)
         else:
-            save_state(self._fs, state, target, frozen=self._frozen, after=self._prune, overwrite=True)
+            save_state(self._fs, state, target, frozen=self._frozen, after=self._after, overwrite=True)
 
     def wait(self) -> None:
         """Wait until every save is on the disk.
@@ -154,6 +160,11 @@ class CheckpointStore:
         """
         if self._saver is not None:
             self._saver.wait()
+
+    def _after(self) -> None:
+        if self._on_saved is not None and self._target is not None:
+            self._on_saved(self._target)
+        self._prune()
 
     def _prune(self) -> None:
         steps = self.steps()

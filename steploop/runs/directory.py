@@ -6,6 +6,7 @@ import os
 import re
 import shutil
 import socket
+import threading
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -23,7 +24,7 @@ from steploop.errors import (
     RunExistsError,
 )
 from steploop.runs.atomic_files import replace_file
-from steploop.runs.directory_reader import read_record, refuse_irregular
+from steploop.runs.directory_reader import phase_folders, read_record, refuse_irregular
 from steploop.runs.record_values import checked_status, unresumable
 from steploop.runs.text_names import readable
 
@@ -262,13 +263,18 @@ def refuse_taken(directory: RunDirectory) -> None:
 
 
 def clear_unfinished(directory: RunDirectory) -> None:
-    """Remove what kills have left half written; with the run locked, nobody else is writing."""
+    """Remove what kills have left half written; with the run locked, nobody else is writing.
+
+    A checkpoint that was set aside for a newer one of its step, which did not arrive, has its name again before anybody
+    looks for it.
+    """
     for path in directory.path.iterdir():
         if _BESIDE.fullmatch(path.name):
             with suppress(OSError):
                 path.unlink()
-    with suppress(OSError):
-        sweep(LOCAL, directory.path / "capsules")
+    for folder in (directory.path / "capsules", *phase_folders(directory.path)):
+        with suppress(OSError):
+            sweep(LOCAL, folder)
 
 
 def open_directory(path: Path) -> RunDirectory:
@@ -300,7 +306,7 @@ def open_directory(path: Path) -> RunDirectory:
 
 
 class Status:
-    """status.json: written at the start, after each evaluation and checkpoint, and at the end.
+    """status.json: written at the start, after each evaluation and checkpoint, and at the end; by any thread.
 
     Args:
         directory: of the run; None: nothing is written, as by all ranks but one.
@@ -309,6 +315,7 @@ class Status:
 
     def __init__(self, directory: RunDirectory | None, **values: Any) -> None:
         self._path = None if directory is None else directory.status
+        self._lock = threading.Lock()
         self._values: dict[str, Any] = {
             "state": "running",
             "pid": os.getpid(),
@@ -319,6 +326,7 @@ class Status:
 
     def update(self, **values: Any) -> None:
         """Change some entries."""
-        self._values |= values
-        if self._path is not None:
-            write_json(self._path, self._values)
+        with self._lock:
+            self._values |= values
+            if self._path is not None:
+                write_json(self._path, self._values)

@@ -21,6 +21,7 @@ __all__ = [
     "nested_deeper",
     "open_file",
     "parse_object",
+    "phase_folders",
     "read_file",
     "read_record",
     "refuse_irregular",
@@ -199,7 +200,12 @@ def step_folders(directory: Path, *below: str) -> list[Path]:
     return [directory.joinpath(*below, name) for _, name in sorted(found)]
 
 
+def phase_folders(run: Path) -> list[Path]:
+    """The directories of a run that hold checkpoints, in the order of the phases."""
+    phases = [(int(m[1] or 1), name) for name in folders_in(run) if (m := _PHASE.fullmatch(name))]
+    return [run / name for _, name in sorted(phases)]
+
+
 def checkpoint_folders(run: Path) -> list[Path]:
     """The checkpoints of a run from the oldest to the newest: by phase, then by step."""
-    phases = [(int(m[1] or 1), name) for name in folders_in(run) if (m := _PHASE.fullmatch(name))]
-    return [folder for _, name in sorted(phases) for folder in step_folders(run, name)]
+    return [folder for phase in phase_folders(run) for folder in step_folders(run, phase.name)]

@@ -152,7 +152,7 @@ class Phases:
             told = {
                 "before_save": self._outlets.flush,
                 "on_saved": lambda path, best: self._outlets.say(
-                    checkpoint=path.name, **({"best_checkpoint": path.name} if best else {})
+                    checkpoint=path.name, **({"best_checkpoint": best.name} if best else {})
                 ),
             }
         directory, ranks = self._request.directory.checkpoints(phase), self._request.ranks

@@ -17,7 +17,9 @@ class CheckpointKeeper:
 
     Args:
         directory: of the checkpoints; made if it is missing, and cleared of what crashed runs left in it.
-        on_saved: called with each checkpoint's directory, and whether it is the best, once it is on the disk.
+        on_saved: called with the newest checkpoint's directory, and that of the best one or None, when a run goes on and
+            whenever one is on the disk, before older ones are deleted: what it is told of is there. The thread that saves
+            calls it.
         frozen: whether parameters that are not trained are kept too.
         before_save: called before each: what was logged up to there is to be written before it.
         ranks: those that save together, each of which has a keeper.
@@ -29,18 +31,18 @@ class CheckpointKeeper:
     def __init__(
         self,
         directory: Path,
-        on_saved: Callable[[Path, bool], None] = lambda *_: None,
+        on_saved: Callable[[Path, Path | None], None] = lambda *_: None,
         before_save: Callable[[], None] = lambda: None,
         *,
         frozen: bool = True,
         ranks: Ranks | None = None,
     ) -> None:
-        self._store = CheckpointStore(directory, background=True, frozen=frozen)
+        self._store = CheckpointStore(directory, background=True, frozen=frozen, on_saved=self._tell)
         self._store.prepare(ranks=ranks)
         self._on_saved = on_saved
         self._before_save = before_save
         self._saved: tuple[object, ...] | None = None
-        self._begun: tuple[Path, bool] | None = None  # what is being written; on_saved comes later
+        self._best: Path | None = None
 
     def save(self, state: State, *, best: bool) -> None:
         """Keep the state, unless it was the last one kept; it is copied here and written while training goes on.
@@ -52,19 +54,23 @@ class CheckpointKeeper:
         place = _place(state)
         if place != self._saved:
             self._before_save()
-            before, self._begun = self._begun, None
-            self._store.save(state, best=best)  # the one before is on the disk when this returns
-            self._tell(before)
+            self._store.wait()  # whoever is told of the one before is told of its best one
+            self._best = self._best_of(state)
+            self._store.save(state, best=best)
             self._saved = place
-            self._begun = self._store.path(step_of(state)), best
 
-    def _tell(self, saved: tuple[Path, bool] | None) -> None:
-        if saved is not None:
-            self._on_saved(*saved)
+    def _best_of(self, state: State) -> Path | None:
+        best = lead(state).best
+        return None if best is None else self._store.path(best.step)
+
+    def _tell(self, saved: Path) -> None:
+        self._on_saved(saved, self._best if self._best is not None and self._best.is_dir() else None)
 
     def goes_on_from(self, state: State) -> None:
-        """Note that the state is kept already: it was loaded from here."""
+        """Note that the state is kept already: it was loaded from here. A kill may have come before it was told."""
         self._saved = _place(state)
+        self._best = self._best_of(state)
+        self._tell(self._store.path(step_of(state)))
 
     def settle(self) -> None:
         """Return once the last one is on the disk.
@@ -73,9 +79,7 @@ class CheckpointKeeper:
             CheckpointWriteError: it could not be written.
             NonFiniteError: a trained parameter in it is not finite.
         """
-        last, self._begun = self._begun, None
         self._store.wait()
-        self._tell(last)
 
 
 def _place(state: State) -> tuple[object, ...]:

@@ -34,9 +34,11 @@ from running import (
 
 from steploop.checkpoint import CheckpointStore
 from steploop.checkpoint.storage import commit as commit_module
-from steploop.checkpoint.storage.local import LocalFs
+from steploop.checkpoint.storage.commit import find
+from steploop.checkpoint.storage.local import LOCAL, LocalFs
 from steploop.data.order import epoch_order
 from steploop.errors import DataError
+from steploop.runs.directory import Status
 from steploop.tools.cli import call
 
 QUICK = ["--no-tune", "--device", "cpu", "--quiet"]
@@ -57,6 +59,13 @@ def golden(tmp_path_factory):
         train(out, checkpoint_every=1)
     assert sorted(seen) == list(range(1, len(seen) + 1))  # by the steps applied
     return out, seen
+
+
+def gone(out):
+    """The checkpoints that status.json names and that are not there, under their names or set aside for a newer one."""
+    status = json.loads((out / "status.json").read_bytes())
+    told = [status[key] for key in ("checkpoint", "best_checkpoint") if key in status]
+    return [name for name in told if not find(LOCAL, out / "checkpoints" / name).is_dir()]
 
 
 # -- kills ------------------------------------------------------------------------------------------------------------
@@ -87,9 +96,7 @@ def test_a_run_that_is_killed_again_and_again_loses_nothing_that_was_saved(golde
             assert found is None or found.digest in digests[step]
             assert step >= newest
             newest = step
-            told = json.loads((out / "status.json").read_bytes()).get("checkpoint")
-            # never one that was only begun; an older one may have been removed before the newer one was told
-            assert told is None or int(told[5:]) < newest or (out / "checkpoints" / told).is_dir()
+            assert gone(out) == []
         if code == 0 or newest == len(digests):
             break
         if (out / "config.json").is_file():
@@ -128,6 +135,32 @@ def test_a_start_that_is_killed_needs_nobody_to_clear_up_after_it(
     assert [line["attempted"] for line in lines(out) if line["kind"] == "train"] == list(range(1, 15))
     assert (out / "recipe.py").read_bytes() == Path(POINTS).read_bytes()
     assert not [path.name for path in out.iterdir() if path.name.startswith(".")]
+
+
+@pytest.mark.parametrize("epoch", [1, 2])
+def test_a_kill_while_a_checkpoint_takes_the_place_of_one_of_its_step_costs_none(
+    epoch, golden, tmp_path, monkeypatch
+):
+    """The older one is set aside for a moment, and may be the only one: it is gone on with."""
+    whole, _ = golden
+    out, rename, left = tmp_path / "run", LocalFs.rename, [epoch]
+
+    def killing(self, source, target):
+        left[0] -= find(LOCAL, target) != target
+        if left[0] == 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+        rename(self, source, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(LocalFs, "rename", killing)
+        child = Forked(tmp_path, "run", POINTS, "--out", str(out), *QUICK, "--log-every", "1")
+        assert child.end()[0] == -signal.SIGKILL
+    assert steps(out) == [7] * (epoch - 1)
+    assert gone(out) == []
+    train(out, resume=True)
+    resumed = [line["attempted"] for line in lines(out) if line.get("event") == "resumed"]
+    assert resumed == [7 * epoch]
+    assert digest(out) == digest(whole)
 
 
 @pytest.mark.parametrize("content", [None, b"", b'{"state": "runn', bytes(100)], ids=repr)
@@ -273,6 +306,53 @@ def test_the_newest_three_and_the_best_are_kept(tmp_path):
     assert steps(tmp_path / "run") == [14, 28, 35, 42]
     status = json.loads((tmp_path / "run" / "status.json").read_bytes())
     assert status["best_checkpoint"] == "step-000000000014"
+
+
+LOSSES = [3.0, 1.0, 2.0, 0.5, 2.0, 2.0, 2.0]  # of the seven evaluations of a run of six epochs
+
+
+def judged(recipe, _):
+    """Evaluations that are the better the lower ``LOSSES`` has them."""
+    return attrs.evolve(recipe, evaluate=lambda state: {"loss": LOSSES[state.attempted_steps // 7]})
+
+
+def test_what_the_status_names_is_there_at_any_moment(tmp_path, monkeypatch):
+    """Whoever reads it while the run goes on, or after a kill: after each operation on the files of checkpoints."""
+    out, seen = tmp_path / "run", []
+
+    def looking(real):
+        def operation(self, *paths):
+            real(self, *paths)
+            if (out / "status.json").exists():
+                seen.append(gone(out))
+
+        return operation
+
+    for name in ("rename", "unlink", "remove_directory", "sync_directory"):
+        monkeypatch.setattr(LocalFs, name, looking(getattr(LocalFs, name)))
+    train(out, {"epochs": "6", "precision": "fp32"}, recipe=changed(tmp_path, judged), checkpoint_every=3)
+    assert len(seen) > 100
+    assert not any(seen)
+
+
+def test_the_best_one_is_named_though_a_kill_came_before_it_was(tmp_path, monkeypatch):
+    out, update = tmp_path / "run", Status.update
+
+    def killing(self, **values):
+        if values.get("best_checkpoint") == "step-000000000021":
+            os.kill(os.getpid(), signal.SIGKILL)
+        update(self, **values)
+
+    recipe = changed(tmp_path, judged)
+    with monkeypatch.context() as patch:
+        patch.setattr(Status, "update", killing)
+        words = ["run", recipe, "--out", str(out), *QUICK, "--set", "epochs=6", "--set", "precision=fp32"]
+        assert Forked(tmp_path, *words).end()[0] == -signal.SIGKILL
+    assert gone(out) == []
+    train(out, resume=True)
+    status = json.loads((out / "status.json").read_bytes())
+    assert status["best_checkpoint"] == "step-000000000021"
+    assert gone(out) == []
 
 
 # -- workers ----------------------------------------------------------------------------------------------------------
