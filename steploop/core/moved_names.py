@@ -1,7 +1,6 @@
 """Keep the module paths of 0.1.0 importable, with a DeprecationWarning: saved recipes use them."""
 
 import importlib
-import importlib.abc
 import importlib.machinery
 import sys
 import warnings
@@ -82,7 +81,8 @@ def _new_path(name: str) -> str | None:
     return found and f"steploop.{found}"
 
 
-class _MovedNames(importlib.abc.MetaPathFinder, importlib.abc.Loader):
+# without the classes of importlib.abc, which need a third of the time in which no signal is caught yet
+class _MovedNames:
     """Finds a module under its old path: the same object as under the new one."""
 
     def find_spec(
@@ -93,7 +93,10 @@ class _MovedNames(importlib.abc.MetaPathFinder, importlib.abc.Loader):
     ) -> importlib.machinery.ModuleSpec | None:
         if not fullname.startswith("steploop.") or _new_path(fullname) is None:
             return None
-        return importlib.machinery.ModuleSpec(fullname, self)
+        return importlib.machinery.ModuleSpec(fullname, self)  # type: ignore[arg-type]  # it has the methods of a Loader
+
+    def create_module(self, spec: importlib.machinery.ModuleSpec) -> None:
+        """Leave it to the import system, as ``importlib.abc.Loader`` does."""
 
     def exec_module(self, module: ModuleType) -> None:
         new = _new_path(module.__name__)

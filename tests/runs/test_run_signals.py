@@ -355,6 +355,19 @@ def test_a_signal_while_torch_is_loaded_is_no_failure_either(signum, code, tmp_p
     assert list(tmp_path.iterdir()) == []
 
 
+EARLY = (
+    "import sys; before = {*sys.modules}; import steploop.tools.cli; print(*sorted({*sys.modules} - before))"
+)
+
+
+def test_little_is_imported_before_signals_are_caught():
+    """A signal that comes before ends the process without a word: the interpreter's own start and this, 15 ms each."""
+    done = subprocess.run([sys.executable, "-c", EARLY], check=True, capture_output=True, text=True)
+    found = set(done.stdout.split())
+    assert "steploop.runs.signals" in found
+    assert not found & {"attrs", "importlib.abc", "json", "pathlib", "socket", "tempfile", "torch", "typer"}
+
+
 LATE = """
 import os, signal, sys
 

@@ -1,7 +1,6 @@
 """What torchrun tells its processes in their environment, read without importing torch."""
 
 import os
-import socket
 
 __all__ = ["attempt", "launch_id", "local_ranks", "rank_here", "several_ranks", "under_torchrun"]
 
@@ -39,6 +38,8 @@ def launch_id(number: int) -> str | None:
     """
     if not under_torchrun():
         return None
+    import socket  # slow to import, and whoever imports this module wants to catch signals soon
+
     return f"{os.environ['TORCHELASTIC_RUN_ID']} {socket.gethostname()} {os.getppid()} {number}"
 
 
