@@ -3,6 +3,7 @@
 import contextlib
 import os
 import threading
+import types
 import warnings
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from steploop import checkpoint
 from steploop.checkpoint import BackgroundSaver, CheckpointStore, DamagedCheckpointWarning
 from steploop.checkpoint.packing import collect
 from steploop.checkpoint.saving import write_collected
+from steploop.checkpoint.storage import commit as commit_module
 from steploop.checkpoint.storage.litter import discard
 from steploop.checkpoint.storage.local import LOCAL
 from steploop.core.early_stopping import Best
@@ -135,13 +137,49 @@ def test_the_best_can_be_said_by_the_caller(tmp_path):
     assert store.steps() == [2, 4, 5]
 
 
-def test_an_older_one_is_deleted_only_once_the_new_one_is_there(tmp_path):
-    """Saving fails: nothing that was good is gone."""
-    filled(tmp_path, [1, 2], keep=2)
-    fs = FaultyFs(1, sticky=True, within=lambda operation: operation == "sync")
-    with pytest.raises(CheckpointWriteError):
-        write_collected(fs, tmp_path / "step-000000000003", collect(at(3)), CPU, overwrite=True, wait_s=0)
-    assert CheckpointStore(tmp_path).steps() == [1, 2]
+def test_a_save_that_fails_deletes_nothing(tmp_path, monkeypatch):
+    """Whichever operation fails from some point on: what was good before is there, and room is made by nobody."""
+    monkeypatch.setattr(commit_module, "time", types.SimpleNamespace(sleep=lambda seconds: None))
+    monkeypatch.setattr(os, "fsync", lambda fd: None)  # the disk is not what is tested
+    saving = FaultyFs(0)
+    write_collected(saving, tmp_path / "one", collect(at(3)), CPU, overwrite=True)
+    for nth in range(1, saving.count + 1):
+        filled(tmp_path / str(nth), [1, 2], keep=2)
+        store = CheckpointStore(tmp_path / str(nth), keep=2, fs=FaultyFs(nth, sticky=True))
+        with pytest.raises(CheckpointWriteError):
+            store.save(at(3))
+        assert store.steps()[:2] == [1, 2]
+
+
+def test_an_older_one_is_deleted_only_once_the_new_one_would_outlive_a_power_loss():
+    """In the order of the operations: a power loss may come between any two."""
+    fs = MemoryFs()
+    store = filled("/c", [1, 2], keep=2, fs=fs)
+    fs.journal.clear()
+    store.save(at(3))
+    named = fs.journal.index(("rename", f"/c/.tmp-000000000003-{os.getpid()}", "/c/step-000000000003"))
+    hidden = next(n for n, entry in enumerate(fs.journal) if entry[:2] == ("rename", "/c/step-000000000001"))
+    assert ("syncdir", "/c") in fs.journal[named:hidden]
+    assert fs.journal[:hidden].count(("syncdir", "/c")) == 1
+    assert store.steps() == [2, 3]
+
+
+def test_whoever_is_told_of_a_new_one_finds_the_older_ones_still_there(tmp_path):
+    """So what has been told is never of one that is gone."""
+    for background in (False, True):
+        told, folder = [], tmp_path / str(background)
+        store = CheckpointStore(
+            folder,
+            keep=2,
+            background=background,
+            on_saved=lambda path, told=told: told.append(listed(path.parent)),
+        )
+        store.prepare()
+        for step in (1, 2, 3):
+            store.save(at(step))
+        store.wait()
+        assert told == [[f"step-{step:012d}" for step in range(1, last + 1)] for last in (1, 2, 3)]
+        assert store.steps() == [2, 3]
 
 
 def test_a_kill_while_deleting_leaves_no_half_of_a_checkpoint(tmp_path):

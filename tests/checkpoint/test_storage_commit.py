@@ -3,6 +3,7 @@
 import errno
 import os
 import random
+import signal
 import stat
 import subprocess
 import sys
@@ -348,6 +349,26 @@ def test_short_writes_and_reads_change_nothing(tmp_path, monkeypatch):
     assert open_checkpoint(tmp_path / "short").digest == checkpoint.digest(make_linear())
     for name in ("model.safetensors", "optimizer.safetensors", "state.json"):
         assert (tmp_path / "short" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+
+
+def test_signals_that_interrupt_system_calls_change_nothing(tmp_path):
+    """A handler of somebody's own runs every tenth of a millisecond while files are written and read."""
+    heard = []
+    before = signal.signal(signal.SIGALRM, lambda *_: heard.append(1))
+    state = make_linear()
+    checkpoint.save(state, tmp_path / "calm")
+    signal.setitimer(signal.ITIMER_REAL, 1e-4, 1e-4)
+    try:
+        for _ in range(20):
+            checkpoint.save(state, tmp_path / "shaken", overwrite=True)
+            assert open_checkpoint(tmp_path / "shaken").digest == checkpoint.digest(state)
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+    assert len(heard) > 20
+    for name in ("model.safetensors", "optimizer.safetensors", "state.json"):
+        assert (tmp_path / "shaken" / name).read_bytes() == (tmp_path / "calm" / name).read_bytes()
+    assert listed(tmp_path) == ["calm", "shaken"]
 
 
 def test_what_cannot_be_saved_is_refused_before_any_file_exists(tmp_path):

@@ -10,10 +10,14 @@ import time
 from pathlib import Path
 
 import pytest
+from running import train
 
 import steploop
 from steploop.errors import CheckpointWriteError, RunLockedError
 from steploop.runs.directory_lock import Owner, run_lock, run_owner
+from steploop.runs.logs.screens import QuietScreen
+from steploop.runs.reading import read_run
+from steploop.tools.cli import call
 
 # The module alone, so that a process starts in milliseconds: importing torch takes seconds.
 ALONE = f"""
@@ -203,11 +207,43 @@ def test_a_directory_that_cannot_hold_a_lock_is_told(tmp_path):
 def test_no_other_module_opens_the_lock_file():
     """A second open and close anywhere in the process would drop the lock; to ask whether it exists does no harm."""
     for path in Path(steploop.__file__).parent.rglob("*.py"):
-        if path.name == "run_lock.py":
-            continue
-        for call in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-            if isinstance(call, ast.Call) and any(
-                isinstance(n, ast.Constant) and n.value == "run.lock" for n in ast.walk(call)
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Call) and any(
+                isinstance(n, ast.Constant) and n.value == "run.lock" for n in ast.walk(node)
             ):
-                assert isinstance(call.func, ast.Attribute), path
-                assert call.func.attr == "exists", path
+                assert isinstance(node.func, ast.Attribute), path
+                assert node.func.attr == "exists", path
+
+
+_watched = []
+sys.addaudithook(
+    lambda event, arguments: [seen.append(str(arguments[0])) for seen in _watched if event == "open"]
+)
+
+
+class Looking(QuietScreen):
+    """Whoever looks at the run from its own process, as a notebook does."""
+
+    def __init__(self, out):
+        self.out = out
+
+    def train(self, line, *, done, left_s):
+        if line["attempted"] == 3:
+            for words in (
+                ["status", str(self.out)],
+                ["runs", str(self.out.parent)],
+                ["inspect", str(self.out)],
+            ):
+                assert call(words) == 0
+            assert read_run(self.out).state == "running"
+
+
+def test_a_run_opens_its_lock_file_once_whoever_looks_at_it_meanwhile(tmp_path, capsys):
+    out, opened = tmp_path / "run", []
+    _watched.append(opened)
+    try:
+        train(out, {"epochs": "1"}, screen=Looking(out), checkpoint_every=1)
+    finally:
+        _watched.clear()
+    assert "running" in capsys.readouterr().out
+    assert opened.count(str(out / "run.lock")) == 1
