@@ -38,7 +38,7 @@ from steploop.checkpoint.storage.commit import find
 from steploop.checkpoint.storage.local import LOCAL, LocalFs
 from steploop.data.order import epoch_order
 from steploop.errors import DataError
-from steploop.runs.directory import Status
+from steploop.runs.directory import Status, make_directory
 from steploop.tools.cli import call
 
 QUICK = ["--no-tune", "--device", "cpu", "--quiet"]
@@ -306,6 +306,14 @@ def test_the_newest_three_and_the_best_are_kept(tmp_path):
     assert steps(tmp_path / "run") == [14, 28, 35, 42]
     status = json.loads((tmp_path / "run" / "status.json").read_bytes())
     assert status["best_checkpoint"] == "step-000000000014"
+
+
+def test_runs_that_begin_at_once_get_directories_of_their_own(tmp_path, monkeypatch):
+    """Each of them has looked before the others made theirs: a number is whose ``mkdir`` made it."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(Path, "glob", lambda self, pattern: [])
+    made = [make_directory(None, "points") for _ in range(3)]
+    assert [directory.path.name for directory in made] == ["points-1", "points-2", "points-3"]
 
 
 LOSSES = [3.0, 1.0, 2.0, 0.5, 2.0, 2.0, 2.0]  # of the seven evaluations of a run of six epochs

@@ -256,30 +256,39 @@ def test_the_version_needs_no_torch():
     assert done.stdout.split("\n") == [f"steploop {__version__}", "0 False", ""]
 
 
+IN_ASCII = """
+import sys
+from steploop.tools.cli import call
+for stream in (sys.stdout, sys.stderr):  # as main does
+    stream.reconfigure(errors="backslashreplace")
+out, recipe, elsewhere = sys.argv[1:]
+begin = ["run", recipe, "--set", "name=" + out.rpartition("/")[2], "--out", out, "--no-tune", "--device", "cpu", "--limit-steps"]
+looks = [["status", out], ["runs", out], ["inspect", out], ["plot", out, "--terminal"], ["diff", out, out], ["report", out]]
+for words in ([*begin, "3"], ["resume", out], *looks, ["export", out, elsewhere], ["resume", out + "x"]):
+    print(words[0], call(words), file=sys.stderr)
+"""
+
+
 def test_a_locale_without_unicode_does_no_harm(tmp_path):
-    """A run directory called é ✓ under LC_ALL=C: run, stop, resume and print."""
+    """A run directory called é ✓ under LC_ALL=C: run, stop, save, resume, print, and all that looks at it."""
     out = tmp_path / "é ✓"
     settings = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "PYTHONIOENCODING": "ascii"}
-    program = "import sys; from steploop.tools.cli import main; sys.argv[0] = 'steploop'; main()"
-    command = [
-        sys.executable,
-        "-c",
-        program,
-        "run",
-        POINTS,
-        "--set",
-        "name=é ✓",
-        "--out",
-        str(out),
-        "--limit-steps",
-        "3",
-        *QUICK,
-    ]
+    settings["OMP_NUM_THREADS"] = "1"
+    command = [sys.executable, "-c", IN_ASCII, str(out), POINTS, str(tmp_path / "é ✓.safetensors")]
     done = subprocess.run(command, capture_output=True, env={**os.environ, **settings}, check=False)
-    assert (done.returncode, done.stderr) == (0, b"")
-    assert json.loads(done.stdout.splitlines()[-1])["run"] == str(out)
+    codes = [
+        line.split() for line in done.stderr.decode("ascii").splitlines() if not line.startswith("steploop")
+    ]
+    looks = ["status", "runs", "inspect", "plot", "diff", "report", "export"]
+    assert codes == [[name, "0"] for name in ("run", "resume", *looks)] + [["resume", "2"]], done.stderr
+    said = done.stdout.decode("ascii")
+    ends = [json.loads(line) for line in said.splitlines() if line.startswith('{"state"')]
+    assert [(end["run"], end["ending"]) for end in ends] == [(str(out), "limit"), (str(out), "finished")]
     assert json.loads((out / "config.json").read_bytes())["config"]["name"] == "é ✓"
-    assert train(out, resume=True).state == "finished"
+    assert "é ✓" in (out / "report.html").read_text(encoding="utf-8")
+    assert (tmp_path / "é ✓.safetensors").exists()
+    train(tmp_path / "whole", {"name": "é ✓"})
+    assert digest(out) == digest(tmp_path / "whole")
 
 
 def a_line(**changes):
