@@ -202,6 +202,30 @@ def test_muon_orthogonalizes_each_members_matrix():
         torch.testing.assert_close(member.params["weight"], single.params["weight"], rtol=1e-2, atol=1e-2)
 
 
+@pytest.mark.parametrize("affine", [True, False])
+def test_batch_norm_under_autocast_has_statistics_in_float32(affine):
+    """The input in bfloat16, weights and statistics in float32: torch's batching rule has no kernel for both."""
+
+    def states():
+        made = []
+        for rate in (0.02, 0.05):
+            torch.manual_seed(0)
+            model = TinyConvolution()
+            model.norm = nn.BatchNorm2d(3, affine=affine)
+            made.append(
+                TrainState.create(model, Optimizer(torch.optim.SGD, lr=rate), precision="bf16", seed=0)
+            )
+        return made
+
+    population = functools.reduce(vmap(one_step_for_all), batches(5), stack(states()))
+    for state, member in zip(states(), population, strict=True):
+        single = functools.reduce(one_step_for_all, batches(5), state)
+        assert member.buffers["norm.running_var"].dtype == torch.float32
+        for name, value in {**single.params, **single.buffers}.items():
+            kept = {**member.params, **member.buffers}[name]
+            torch.testing.assert_close(kept, value, rtol=2e-2, atol=2e-2)
+
+
 def test_draws_are_each_members_own():
     """Members that differ in their seeds only drop different entries; with one seed they are equal to the bit."""
     first = mlp(dropout=0.5)

@@ -8,6 +8,9 @@ from torch import Tensor
 
 __all__ = ["NoRule", "call_under_vmap"]
 
+_BATCH_NORM = torch.ops.aten._native_batch_norm_legit_functional.default
+_BATCH_NORM_BACKWARD = torch.ops.aten.native_batch_norm_backward.default
+
 
 class NoRule(Exception):  # noqa: N818  (caught where the member is known)
     """A call has no batching rule; its text is the name of the call."""
@@ -88,6 +91,29 @@ def _copy(x: Tensor, source: Tensor, *_: bool) -> Tensor:
     return value.expand_as(x) if value.shape != x.shape else value.clone()
 
 
+# torch's rules for BatchNorm take a low-precision input apart from weights and statistics in float32, into calls for
+# which there is no kernel, and its fake kernels give the batch's statistics another dtype than its kernels do.
+
+
+def _batch_norm(x: Tensor, *others: Any) -> tuple[Any, ...]:
+    if (dtype := _other_dtype(x, others)) is None:
+        return tuple(_BATCH_NORM(x, *others))
+    first, *rest = _BATCH_NORM(_convert(x, dtype), *others)
+    return (_convert(first, x.dtype), *rest)
+
+
+def _batch_norm_backward(gradient: Tensor, x: Tensor, *others: Any) -> tuple[Any, ...]:
+    if (dtype := _other_dtype(x, others)) is None:
+        return tuple(_BATCH_NORM_BACKWARD(gradient, x, *others))
+    first, *rest = _BATCH_NORM_BACKWARD(_convert(gradient, dtype), _convert(x, dtype), *others)
+    return (None if first is None else _convert(first, x.dtype), *rest)
+
+
+def _other_dtype(x: Tensor, others: Sequence[Any]) -> torch.dtype | None:
+    """The dtype of weights and statistics, where it is not that of the input."""
+    return next((t.dtype for t in others if isinstance(t, Tensor) and t.dtype != x.dtype), None)
+
+
 def _fma(a: Any, b: Any, c: Any) -> Any:
     return a * b + c
 
@@ -97,4 +123,6 @@ _OWN: dict[str, Callable[..., Any]] = {
     "prims.fma.default": _fma,
     "prims.rev.default": torch.flip,
     "aten.copy.default": _copy,
+    str(_BATCH_NORM): _batch_norm,
+    str(_BATCH_NORM_BACKWARD): _batch_norm_backward,
 }
