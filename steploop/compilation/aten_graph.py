@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, fx
 
 from steploop.compilation import kept_graphs
+from steploop.compilation.cpu_libraries import forget_if_switched
 from steploop.compilation.decompositions import decompositions, inductor_options, table_for
 from steploop.compilation.draws import Draws, drawing
 from steploop.compilation.generator_events import Event
@@ -78,6 +79,7 @@ def fake_mode() -> Any:
     from torch._subclasses.fake_tensor import FakeTensorMode
     from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
+    forget_if_switched()
     # Inductor's cache on disk asks for a shape environment; in this one every shape is a number
     shapes = ShapeEnv(allow_scalar_outputs=False, allow_dynamic_output_shape_ops=False)
     return FakeTensorMode(allow_non_fake_inputs=True, shape_env=shapes, static_shapes=True)

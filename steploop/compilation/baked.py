@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from steploop.compilation.cpu_libraries import libraries
 from steploop.compilation.mapping_watch import MISSING, Cells, MappingWatch, Snapshot, same
 from steploop.compilation.reach import in_reach
 from steploop.core.trees import named_leaves
@@ -23,6 +24,7 @@ class Baked:
     """
 
     def __init__(self, train_step: Callable[..., Any], models: Sequence[nn.Module]) -> None:
+        self._libraries = libraries()
         self._found = in_reach(train_step, models)
         if self._found.iterators:  # before a trace moves it on
             raise CompileError(
@@ -39,6 +41,8 @@ class Baked:
 
     def unchanged(self) -> bool:
         """Whether all of them are as they were: 25 ns for each, where they are the same objects."""
+        if libraries() != self._libraries:
+            return False
         if any(self._hooks) and sum(map(len, self._hooks)) != self._hook_count:
             return False
         try:
@@ -86,8 +90,10 @@ class Baked:
 
     def changed(self) -> list[str]:
         """The names of those that are not."""
-        hooks = ["the hooks of a module"] if sum(map(len, self._hooks)) != self._hook_count else []
-        return hooks + [place.name(key) for place in self._places for key, _ in place.changes()]
+        others = ["the hooks of a module"] if sum(map(len, self._hooks)) != self._hook_count else []
+        if libraries() != self._libraries:
+            others.append("torch.backends.mkldnn or nnpack")
+        return others + [place.name(key) for place in self._places for key, _ in place.changes()]
 
     # -- what a trace did ------------------------------------------------------------------------------------------
 

@@ -18,6 +18,7 @@ import attrs
 import torch
 from torch import Tensor, fx
 
+from steploop.compilation.cpu_libraries import libraries
 from steploop.compilation.decompositions import on_cpu, table_for
 from steploop.compilation.draws import is_random
 from steploop.compilation.pruning import Wiring
@@ -193,7 +194,7 @@ def _settings(inputs: Sequence[Tensor]) -> str:
     return _digest(
         _torch_files(), sorted(chosen), sorted(config.save_config_portable(ignore_private_configs=False).items()),
         torch.compiler.config.cache_key_tag, torch.get_default_dtype(), torch.get_num_threads(),
-        torch.backends.cpu.get_cpu_capability(), torch.backends.mkldnn.enabled, torch.get_float32_matmul_precision(),
+        torch.backends.cpu.get_cpu_capability(), *libraries(), torch.get_float32_matmul_precision(),
         torch.are_deterministic_algorithms_enabled(), torch.utils.deterministic.fill_uninitialized_memory,  # type: ignore[attr-defined]  # set by a module of its own class
     )  # fmt: skip
 

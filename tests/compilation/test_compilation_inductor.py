@@ -1,5 +1,6 @@
 """Graphs that Inductor compiled: the numbers of eager, kept ATen calls, and the cache that a second process finds."""
 
+import functools
 import os
 import shutil
 import subprocess
@@ -39,13 +40,16 @@ from steploop import (
     forward_loss,
     optimizer_step,
     schedule,
+    stack,
     unscale_and_clip,
     update_ema,
+    vmap,
 )
 from steploop.compilation import kept_graphs
 from steploop.compilation.inductor import check_compiler
 from steploop.compilation.kept_graphs import Compiled, Form, KeptGraph, Outline
 from steploop.compilation.kernel_files import remove_truncated
+from steploop.compilation.population import vmapped_step
 from steploop.compilation.pruning import Wiring
 from steploop.compilation.repeated_parts import Kernel, Part, Split
 from steploop.core.trees import named_leaves
@@ -359,3 +363,36 @@ def test_only_kernel_files_that_are_truncated_and_that_nobody_writes_are_deleted
         "other.cpp",
         "whole.main.so",
     ]
+
+
+# -- libraries that are switched ---------------------------------------------------------------------------------------
+
+
+def convolved(seed=0):
+    """A state over a convolution of 16 images, whose result lies as the library that computes it chooses."""
+    torch.manual_seed(seed)
+    model = nn.Sequential(
+        nn.Conv2d(3, 4, 3, bias=False), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(64, 4)
+    )
+    return TrainState.create(model, Optimizer(torch.optim.SGD, lr=0.1), seed=0)
+
+
+def test_a_step_is_right_after_a_population_was_traced_and_after_a_library_was_switched(monkeypatch):
+    """A population is traced without oneDNN; what torch remembers of that is no single step's."""
+    images = torch.randn(16, 3, 6, 6).to(memory_format=torch.channels_last)
+    given = [(images, torch.randint(0, 4, (16,)))] * 2
+    monkeypatch.setattr(vmapped_step, "compile_graph", lambda graph, _: lambda inputs: graph.module(*inputs))
+    functools.reduce(vmap(train_step), given, stack([convolved(), convolved(1)]))
+
+    step = compile(train_step)
+    eager = folded(train_step, convolved(), given)
+    compiled = eager.clone()
+    was = torch._C._get_mkldnn_enabled()
+    try:
+        for on in (True, False, True):
+            torch._C._set_mkldnn_enabled(on)
+            eager, compiled = folded(train_step, eager, given), folded(step, compiled, given)
+            assert_alike(eager, compiled, 1e-4)
+    finally:
+        torch._C._set_mkldnn_enabled(was)
+    assert len(step.figures.compile_s) == 2

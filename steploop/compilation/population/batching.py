@@ -94,6 +94,26 @@ def _with_axis(tensor: Tensor, count: int) -> Tensor:
     )
 
 
+def _batched_call(
+    node: fx.Node, args: Any, kwargs: Any, decompositions: dict[Any, Callable[..., Any]]
+) -> Any:
+    """Call under ``torch.vmap``; NoRule where torch fails in it, whatever it raises."""
+    if (
+        node.target is torch.ops.aten.as_strided.default
+        and args[0].stride() != node.args[0].meta["val"].stride()
+    ):  # type: ignore[union-attr]  # a node
+        raise NoRule("aten.as_strided on a tensor that lies otherwise for all members")
+    try:
+        return call_under_vmap(node.target, args, kwargs, decompositions)
+    except NoRule:
+        raise
+    except Exception as error:
+        line = str(error).strip().split("\n", maxsplit=1)[0]
+        raise NoRule(
+            f"{str(node.target).removesuffix('.default')} ({type(error).__name__}: {line})"
+        ) from error
+
+
 def _run(  # noqa: PLR0917  (what an interpreter needs)
     module: fx.GraphModule,
     nodes: Sequence[fx.Node],
@@ -124,5 +144,5 @@ def _run(  # noqa: PLR0917  (what an interpreter needs)
                 own = {key: numbers[number] for key, number in lifted[index].items()}
                 values[node] = call_with_literals(node, [*args, *kwargs.values()], own)
             else:
-                values[node] = call_under_vmap(node.target, args, kwargs, decompositions)
+                values[node] = _batched_call(node, args, kwargs, decompositions)
     return outputs, written

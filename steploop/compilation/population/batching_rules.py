@@ -8,8 +8,11 @@ from torch import Tensor
 
 __all__ = ["NoRule", "call_under_vmap"]
 
-_BATCH_NORM = torch.ops.aten._native_batch_norm_legit_functional.default
-_BATCH_NORM_BACKWARD = torch.ops.aten.native_batch_norm_backward.default
+# call -> how many of its arguments have the dtype of the input
+_BATCH_NORMS = {
+    torch.ops.aten._native_batch_norm_legit_functional.default: 1,
+    torch.ops.aten.native_batch_norm_backward.default: 2,
+}
 
 
 class NoRule(Exception):  # noqa: N818  (caught where the member is known)
@@ -30,8 +33,12 @@ def call_under_vmap(
     Raises:
         NoRule: there is no way.
     """
+    # how a tensor of all members lies is chosen when the graph of all of them is compiled
+    kwargs = {key: value for key, value in kwargs.items() if key != "memory_format"}
     if (own := _OWN.get(str(target))) is not None:
         return own(*args, **kwargs)
+    if target in _BATCH_NORMS and (dtype := _other_dtype(args)) is not None:
+        return _batch_norm(target, args, dtype, decompositions)
     if str(target).startswith("aten._foreach_"):
         return _one_by_one(target, args, kwargs, decompositions)
     if not isinstance(target, torch._ops.OpOverload) or _has_rule(target) or not _batched(args, kwargs):
@@ -91,27 +98,22 @@ def _copy(x: Tensor, source: Tensor, *_: bool) -> Tensor:
     return value.expand_as(x) if value.shape != x.shape else value.clone()
 
 
-# torch's rules for BatchNorm take a low-precision input apart from weights and statistics in float32, into calls for
-# which there is no kernel, and its fake kernels give the batch's statistics another dtype than its kernels do.
+def _batch_norm(
+    target: Any, args: Sequence[Any], dtype: torch.dtype, decompositions: dict[Any, Callable[..., Any]]
+) -> tuple[Any, ...]:
+    """BatchNorm of a low-precision input in the dtype of its weights and statistics.
+
+    torch's rules take the two apart, into calls for which there is no kernel.
+    """
+    inputs = _BATCH_NORMS[target]  # the gradient is one, too
+    same = [_convert(x, dtype) for x in args[:inputs]]
+    first, *rest = call_under_vmap(target, [*same, *args[inputs:]], {}, decompositions)
+    return (None if first is None else _convert(first, args[0].dtype), *rest)
 
 
-def _batch_norm(x: Tensor, *others: Any) -> tuple[Any, ...]:
-    if (dtype := _other_dtype(x, others)) is None:
-        return tuple(_BATCH_NORM(x, *others))
-    first, *rest = _BATCH_NORM(_convert(x, dtype), *others)
-    return (_convert(first, x.dtype), *rest)
-
-
-def _batch_norm_backward(gradient: Tensor, x: Tensor, *others: Any) -> tuple[Any, ...]:
-    if (dtype := _other_dtype(x, others)) is None:
-        return tuple(_BATCH_NORM_BACKWARD(gradient, x, *others))
-    first, *rest = _BATCH_NORM_BACKWARD(_convert(gradient, dtype), _convert(x, dtype), *others)
-    return (None if first is None else _convert(first, x.dtype), *rest)
-
-
-def _other_dtype(x: Tensor, others: Sequence[Any]) -> torch.dtype | None:
+def _other_dtype(args: Sequence[Any]) -> torch.dtype | None:
     """The dtype of weights and statistics, where it is not that of the input."""
-    return next((t.dtype for t in others if isinstance(t, Tensor) and t.dtype != x.dtype), None)
+    return next((t.dtype for t in args if isinstance(t, Tensor) and t.dtype != args[0].dtype), None)
 
 
 def _fma(a: Any, b: Any, c: Any) -> Any:
@@ -123,6 +125,7 @@ _OWN: dict[str, Callable[..., Any]] = {
     "prims.fma.default": _fma,
     "prims.rev.default": torch.flip,
     "aten.copy.default": _copy,
-    str(_BATCH_NORM): _batch_norm,
-    str(_BATCH_NORM_BACKWARD): _batch_norm_backward,
+    # a tensor of all members may lie otherwise than that of one, so that there is no view of it
+    "aten.view.default": torch.Tensor.reshape,
+    "aten._unsafe_view.default": torch.Tensor.reshape,
 }

@@ -1,14 +1,13 @@
 """Trace the steps of members: one trace for those that are alike, and what differs between the others' graphs."""
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import attrs
-import torch
 
 from steploop.compilation.baked import Baked
 from steploop.compilation.capture import trace_step
+from steploop.compilation.cpu_libraries import without_mkldnn
 from steploop.compilation.diagnosis import diagnosed
 from steploop.compilation.flattening import Flat
 from steploop.compilation.graph_outputs import SlotsGrew
@@ -106,7 +105,7 @@ class MemberTraces:
         baked = Baked(step, [state.machine.model])
         try:
             # the fused kernels have no batching rule: of attention, and of a recurrent layer on a CPU
-            with sdpa_kernel([SDPBackend.MATH]), _without_mkldnn():
+            with sdpa_kernel([SDPBackend.MATH]), without_mkldnn():
                 plan = trace_step(step, {"": state}, batch, flat, baked, drawn_outside=True)
         except (SlotsGrew, ConfigError, ObjectiveError, StepOrderError):
             raise
@@ -117,17 +116,6 @@ class MemberTraces:
             plan, baked, like, signature(state)[1:], constants_of(state.hyper, cycled=plan.cycled),
             [(guard.read, guard.value) for guard in plan.guards],
         )  # fmt: skip
-
-
-@contextmanager
-def _without_mkldnn() -> Iterator[None]:
-    # torch.backends.mkldnn.flags sets more, and warns of what it sets
-    was = torch._C._get_mkldnn_enabled()
-    torch._C._set_mkldnn_enabled(False)  # noqa: FBT003  (it takes no keyword)
-    try:
-        yield
-    finally:
-        torch._C._set_mkldnn_enabled(was)
 
 
 def uniform(states: Sequence[TrainState]) -> list[TrainState]:
