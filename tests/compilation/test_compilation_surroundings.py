@@ -17,6 +17,7 @@ from steploop import (
     TrainState,
     backward_scaled,
     compile,  # noqa: A004  (steploop.compile, as in torch.compile)
+    evaluate,
     forward_loss,
     optimizer_step,
     unscale_and_clip,
@@ -437,6 +438,17 @@ def test_other_weights_in_the_midst_of_a_step_are_refused_and_run_in_eager_by_au
         folded(compile(step, mode="auto"), first_state(), batches(3)),
         0,
     )
+
+
+def test_an_evaluation_in_the_midst_of_a_step_is_refused_and_runs_in_eager_by_auto():
+    def step(state, batch):
+        better = evaluate(state, [batch], objective)["loss"] < 1.0
+        return updated(state, (batch[0] * (0.5 if better else 1.0), batch[1]))
+
+    with pytest.raises(CompileError, match=r"calls evaluate.*between two steps"):
+        folded(compile(step), first_state(), batches(3))
+    automatic = folded(compile(step, mode="auto"), first_state(), batches(3))
+    assert_alike(folded(step, first_state(), batches(3)), automatic, 0)
 
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute")

@@ -12,6 +12,7 @@ from steploop.core.interruption import check_interruption
 from steploop.core.ranks import Parts, Ranks
 from steploop.core.state.copying import lazy_clone, leaf_like
 from steploop.core.state.surroundings import shielded_sums
+from steploop.core.state.trace import trace_of
 from steploop.core.state.train_state import TrainState
 from steploop.core.steps.forward_pass import (
     Objective,
@@ -26,7 +27,7 @@ from steploop.core.steps.part_passes import is_empty, joined_parts, parts_of
 from steploop.core.steps.sharded_steps import in_rounds
 from steploop.core.steps.trial import first_batches
 from steploop.core.trees import UNCOUNTED, count_samples, map_tensors
-from steploop.errors import ConfigError, ObjectiveError
+from steploop.errors import CompileError, ConfigError, ObjectiveError
 
 __all__ = ["Metric", "TorchMetric", "accuracy", "evaluate"]
 
@@ -157,6 +158,11 @@ def evaluate(
         {'loss': 0.0}
     """
     state.check_alive("evaluate")
+    if trace_of(state) is not None:
+        raise CompileError(
+            "calls evaluate, which gives numbers of Python, in the midst of a step. Evaluate between two steps, or compute the loss "
+            "with forward_loss(state, batch, objective).loss, which is a tensor."
+        )
     metrics = metrics or {}
     if "loss" in metrics:
         raise ConfigError('evaluate: "loss" is the mean of the objective; give the metric another name.')
