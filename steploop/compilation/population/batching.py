@@ -98,10 +98,8 @@ def _batched_call(
     node: fx.Node, args: Any, kwargs: Any, decompositions: dict[Any, Callable[..., Any]]
 ) -> Any:
     """Call under ``torch.vmap``; NoRule where torch fails in it, whatever it raises."""
-    if (
-        node.target is torch.ops.aten.as_strided.default
-        and args[0].stride() != node.args[0].meta["val"].stride()
-    ):  # type: ignore[union-attr]  # a node
+    given: Any = node.args[0] if node.args else None
+    if node.target is torch.ops.aten.as_strided.default and args[0].stride() != given.meta["val"].stride():
         raise NoRule("aten.as_strided on a tensor that lies otherwise for all members")
     try:
         return call_under_vmap(node.target, args, kwargs, decompositions)
