@@ -6,7 +6,7 @@ from contextlib import contextmanager, suppress
 
 from steploop.core.interruption import Interrupted
 from steploop.core.state.several import members
-from steploop.errors import CheckpointWriteError, SteploopError
+from steploop.errors import CheckpointWriteError, RankFailedError, SteploopError
 from steploop.recipe.recipe import Logger
 from steploop.runs.allocator import tune_allocator
 from steploop.runs.beginning import Beginning, begin_anew
@@ -176,12 +176,16 @@ class _Run:
 
     @contextmanager
     def _nothing_to_save(self) -> Iterator[None]:
-        """A signal raises at once inside; one that came before, here."""
+        """A signal raises at once inside; one that came before, here. An error after it may come of its being swallowed."""
         self._stop.at_once = True
         try:
             if self._stop.heard is not None:
-                raise Interrupted(self._stop.heard)
+                raise Interrupted(self._stop.heard)  # noqa: TRY301  (at_once is set, and has to be taken back)
             yield
+        except Exception as error:
+            if self._stop.heard is None or isinstance(error, RankFailedError):
+                raise
+            raise Interrupted(self._stop.heard) from error
         finally:
             self._stop.at_once = False
 

@@ -13,7 +13,7 @@ from contextlib import contextmanager, nullcontext, suppress
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
-from steploop.core.interruption import Interrupted, watched_by
+from steploop.core.interruption import Interrupted, interruption_behind, watched_by
 
 if TYPE_CHECKING:
     import socket
@@ -26,6 +26,7 @@ __all__ = [
     "exit_code_of",
     "exit_soon_with",
     "heeded",
+    "interruption_of",
     "process_flag",
     "signals_as",
 ]
@@ -159,6 +160,17 @@ def heeded() -> None:
     """Say that what ``catch_signals`` let a signal raise has arrived where the process is ended: raise no more."""
     for flag in _of_the_process:
         flag.at_once = False
+
+
+def interruption_of(error: BaseException) -> Interrupted | None:
+    """The interruption that an error is, was made of, or may come of: one was raised at once, and swallowed on its way.
+
+    NumPy, for one, is imported by C code of torch that swallows it, and half imported it fails in its own words.
+    """
+    swallowed = (
+        Interrupted(flag.signum) for flag in _of_the_process if flag.at_once and flag.signum is not None
+    )
+    return interruption_behind(error) or next(swallowed, None)
 
 
 def _quiet_hook(shown: Callable[[Any], Any]) -> Callable[[Any], Any]:

@@ -5,10 +5,9 @@ Little is imported at the top: a signal that comes before ``main`` ends the proc
 
 import sys
 
-from steploop.core.interruption import interruption_behind
 from steploop.errors import RankFailedError, SteploopError
 from steploop.runs.ranks.launcher import rank_here
-from steploop.runs.signals import catch_signals, exit_soon_with, heeded
+from steploop.runs.signals import catch_signals, exit_soon_with, heeded, interruption_of
 from steploop.runs.standard_streams import settle_streams, watched_streams
 
 __all__ = ["call", "main"]
@@ -44,7 +43,7 @@ def call(arguments: list[str]) -> int:
     try:
         return _call(arguments, debug=debug)
     except BaseException as error:
-        if (interrupted := interruption_behind(error)) is None:
+        if (interrupted := interruption_of(error)) is None:
             raise
         heeded()
         from steploop.tools.commands.endings import interrupted_early
@@ -59,7 +58,7 @@ def _call(arguments: list[str], *, debug: bool) -> int:
 
         app(args=arguments, prog_name="steploop")  # ends in SystemExit, usage errors with their message and 2
     except SteploopError as error:
-        if not isinstance(error, RankFailedError) and interruption_behind(error):
+        if not isinstance(error, RankFailedError) and interruption_of(error):
             raise
         if isinstance(error, RankFailedError) and error.said and not debug:
             return error.exit_code

@@ -267,6 +267,7 @@ def swallows(path, signum, swallower):
 WEAK = "    thing = Thing(); gone = weakref.ref(thing, send); del thing"
 FINALIZER = "    Deleted()"
 NAMED = "    class Owner:\n        named = Named()"
+BROKEN = "    try: send()\n    except: pass\n    raise ImportError('cannot load module more than once per process')"
 BARE = "    for _ in range(3):\n        try: send()\n        except: pass"
 
 
@@ -279,6 +280,11 @@ BARE = "    for _ in range(3):\n        try: send()\n        except: pass"
         (FINALIZER, signal.SIGINT, 130),
         (BARE, signal.SIGUSR1, 75),
         (NAMED, signal.SIGINT, 130),  # Python 3.11 makes a RuntimeError of it
+        (
+            BROKEN,
+            signal.SIGTERM,
+            75,
+        ),  # as NumPy says that C code of torch imports, swallows it, and imports again
     ],
     ids=[
         "weak reference",
@@ -287,6 +293,7 @@ BARE = "    for _ in range(3):\n        try: send()\n        except: pass"
         "finalizer, Ctrl-C",
         "bare except",
         "set_name",
+        "half imported",
     ],
 )
 def test_what_a_signal_raises_where_it_is_swallowed_is_raised_again(fork, swallower, signum, code, tmp_path):
@@ -305,9 +312,14 @@ def test_a_second_signal_interrupts_nothing_that_is_cleaned_up(fork, tmp_path):
     assert (ended, said.splitlines()[-2]) == (75, "tidy")
 
 
-@pytest.mark.parametrize(
-    "ending", ["", "class Owner:\n    named = Named()\n"], ids=["in build", "while the recipe is loaded"]
-)
+LOADED = {
+    "in build": "",
+    "while the recipe is loaded": "class Owner:\n    named = Named()\n",
+    "half imported": "try: send()\nexcept: pass\nraise ImportError('cannot load module more than once per process')\n",
+}
+
+
+@pytest.mark.parametrize("ending", LOADED.values(), ids=LOADED)
 def test_a_command_that_swallowed_a_signal_ends_by_it_all_the_same(ending, tmp_path):
     recipe = swallows(tmp_path / "swallows.py", signal.SIGINT, FINALIZER)
     Path(recipe).write_text(Path(recipe).read_text() + ending)

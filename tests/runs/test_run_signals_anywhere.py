@@ -150,13 +150,17 @@ def test_a_signal_when_a_part_of_a_run_begins_is_seen_at_the_next_place_where_no
         signalled(Calls(2, signal.SIGTERM, name), 75, whole, tmp_path / "2", capsys)
 
 
+TOLD = ("state", "ending", "step", "epoch", "metrics", "best", "checkpoint", "best_checkpoint")
+
+
 def everything(out):
-    """The newest state of each phase, and the log without its times and events."""
+    """The newest state of each phase, the log without its times and events, and what the status says of them."""
+    status = json.loads((out / "status.json").read_bytes())
     states = {
         folder.name: (max(folder.glob("step-*")) / "state.json").read_bytes()
         for folder in out.glob("checkpoints*")
     }
-    return states, comparable(out)
+    return states, comparable(out), {name: status.get(name) for name in TOLD}
 
 
 @pytest.mark.parametrize(
@@ -165,7 +169,7 @@ def everything(out):
     ids=["plain", "phases", "early stopping"],
 )
 def test_a_kill_at_any_moment_costs_time_and_nothing_else(values, tmp_path, capsys):
-    """Of every other run the resume is killed too. State and log are those of the uninterrupted run; no litter stays."""
+    """Of every other run the resume is killed too. State, log and status are those of the uninterrupted run; no litter stays."""
     options = [*QUICK, "--log-every", "1", *(word for value in values for word in ("--set", value))]
     with Calls() as calls:
         assert call(["run", POINTS, "--out", str(tmp_path / "whole"), *options]) == 0

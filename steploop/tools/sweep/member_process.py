@@ -6,9 +6,15 @@ import sys
 import threading
 from pathlib import Path
 
-from steploop.core.interruption import Interrupted
 from steploop.errors import SteploopError
-from steploop.runs.signals import catch_signals, exit_code_of, exit_soon_with, heeded, process_flag
+from steploop.runs.signals import (
+    catch_signals,
+    exit_code_of,
+    exit_soon_with,
+    heeded,
+    interruption_of,
+    process_flag,
+)
 
 __all__ = ["main"]
 
@@ -30,12 +36,15 @@ def main() -> None:
     path, number, *words = sys.argv[1:]
     try:
         code = _run(Path(path), int(number), trust="--trust" in words)
-    except SteploopError as error:
-        sys.stderr.write(f"steploop: {error}\n")
-        code = error.exit_code
-    except Interrupted as interrupted:
-        heeded()
-        code = exit_code_of(interrupted.signum)
+    except BaseException as error:
+        if (interrupted := interruption_of(error)) is not None:
+            heeded()
+            code = exit_code_of(interrupted.signum)
+        elif isinstance(error, SteploopError):
+            sys.stderr.write(f"steploop: {error}\n")
+            code = error.exit_code
+        else:
+            raise
     exit_soon_with(code)
     raise SystemExit(code)
 

@@ -16,7 +16,7 @@ from steploop.runs.contract import changed_code
 from steploop.runs.from_python import launch
 from steploop.runs.logs.screens import Screen
 from steploop.runs.safe_text import safe_lines
-from steploop.runs.signals import StopFlag, exit_code_of
+from steploop.runs.signals import StopFlag, exit_code_of, interruption_of
 from steploop.runs.standing import is_run, read_standing
 from steploop.tools.sweep.member_ends import read_end
 from steploop.tools.sweep.sweep_record import Member, SweepRecord
@@ -120,9 +120,9 @@ def run_member(
     except (RunLockedError, RunExistsError) as error:
         sys.stderr.write(f"steploop: {safe_lines(error)}\n")
         return TAKEN
-    except Interrupted as interrupted:
-        return exit_code_of(interrupted.signum)
-    except Exception as error:  # noqa: BLE001  (a recipe may raise anything, and the other members go on)
+    except (Interrupted, Exception) as error:  # noqa: BLE001  (a recipe may raise anything, and the other members go on)
+        if (interrupted := interruption_of(error)) is not None:
+            return exit_code_of(interrupted.signum)
         if isinstance(error, SteploopError):
             sys.stderr.write(f"steploop: {safe_lines(error)}\n")
         else:
