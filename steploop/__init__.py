@@ -11,14 +11,14 @@ if TYPE_CHECKING:
     from steploop.compilation.population import stack as stack
     from steploop.compilation.population import unstack as unstack
     from steploop.compilation.population import vmap as vmap
+    from steploop.core.batch_parts import Parts as Parts
+    from steploop.core.batch_parts import split_parts as split_parts
     from steploop.core.early_stopping import EarlyStopping as EarlyStopping
     from steploop.core.optimizer import Optimizer as Optimizer
     from steploop.core.plateau import ReduceLROnPlateau as ReduceLROnPlateau
     from steploop.core.precision import LossScale as LossScale
     from steploop.core.precision import best_precision as best_precision
-    from steploop.core.ranks import Parts as Parts
     from steploop.core.ranks import Ranks as Ranks
-    from steploop.core.ranks import split_parts as split_parts
     from steploop.core.schedules import Rates as Rates
     from steploop.core.schedules import constant as constant
     from steploop.core.schedules import cosine_annealing as cosine_annealing
@@ -33,9 +33,9 @@ if TYPE_CHECKING:
     from steploop.core.steps.averaging import update_ema as update_ema
     from steploop.core.steps.backward import backward_scaled as backward_scaled
     from steploop.core.steps.clip import unscale_and_clip as unscale_and_clip
-    from steploop.core.steps.evaluation import accuracy as accuracy
     from steploop.core.steps.evaluation import evaluate as evaluate
     from steploop.core.steps.forward import forward_loss as forward_loss
+    from steploop.core.steps.metrics import accuracy as accuracy
     from steploop.core.steps.set_rates import schedule as schedule
     from steploop.core.steps.update import optimizer_step as optimizer_step
     from steploop.errors import ConfigError as ConfigError
@@ -61,9 +61,9 @@ _HOMES = {
     "ReduceLROnPlateau": "core.plateau",
     "LossScale": "core.precision",
     "best_precision": "core.precision",
-    "Parts": "core.ranks",
+    "Parts": "core.batch_parts",
     "Ranks": "core.ranks",
-    "split_parts": "core.ranks",
+    "split_parts": "core.batch_parts",
     "Rates": "core.schedules",
     "constant": "core.schedules",
     "cosine_annealing": "core.schedules",
@@ -78,7 +78,7 @@ _HOMES = {
     "update_ema": "core.steps.averaging",
     "backward_scaled": "core.steps.backward",
     "unscale_and_clip": "core.steps.clip",
-    "accuracy": "core.steps.evaluation",
+    "accuracy": "core.steps.metrics",
     "evaluate": "core.steps.evaluation",
     "forward_loss": "core.steps.forward",
     "schedule": "core.steps.set_rates",

@@ -16,7 +16,7 @@ import torch
 
 from steploop.compilation.inductor import check_compiler
 from steploop.core.state.seeding import python_mark
-from steploop.core.steps.forward_pass import Objective
+from steploop.core.steps.objectives import Objective
 from steploop.core.trees import shapes
 from steploop.errors import CompileError
 

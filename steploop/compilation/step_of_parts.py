@@ -7,7 +7,7 @@ from steploop.compilation.auto_choice import measure
 from steploop.compilation.part_compiler import PartCompiler
 from steploop.core.ranks import Ranks
 from steploop.core.state.train_state import TrainState
-from steploop.core.steps.part_passes import computed_by
+from steploop.core.steps.by_parts.part_passes import computed_by
 from steploop.errors import CompileError
 
 __all__ = ["PASSES_ONLY", "StepOfParts"]

@@ -19,7 +19,8 @@ from torch.utils.data import (
 )
 
 from steploop.core.ambient_generators import ambient_kept, generators_of, seed_ambient
-from steploop.core.ranks import Ranks, split_parts
+from steploop.core.batch_parts import split_parts
+from steploop.core.ranks import Ranks
 from steploop.core.seeds import fold_in
 from steploop.data.loader import Loader
 from steploop.data.order import AMBIENT, ORDER

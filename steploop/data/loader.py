@@ -6,8 +6,9 @@ from typing import Any
 import attrs
 import torch
 
+from steploop.core.batch_parts import Parts, without_samples
 from steploop.core.interruption import check_interruption
-from steploop.core.ranks import Parts, Ranks, without_samples
+from steploop.core.ranks import Ranks
 from steploop.core.seeds import fold_in
 from steploop.core.steps.trial import in_trial
 from steploop.core.trees import map_tensors

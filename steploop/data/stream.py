@@ -6,7 +6,8 @@ from typing import Any
 import attrs
 import torch
 
-from steploop.core.ranks import Ranks, split_parts
+from steploop.core.batch_parts import split_parts
+from steploop.core.ranks import Ranks
 from steploop.core.validators import boolean, integer, require_int
 from steploop.data.epochs import EpochBatches, ahead_of_use, as_device
 from steploop.errors import ConfigError, DataError, EmptyDataError

@@ -10,7 +10,7 @@ from steploop.core.early_stopping import EarlyStopping, Mode
 from steploop.core.html_tables import html_table
 from steploop.core.plateau import ReduceLROnPlateau
 from steploop.core.state.several import State
-from steploop.core.steps.forward_pass import Objective
+from steploop.core.steps.objectives import Objective
 from steploop.data.batches import Batches, as_batches
 from steploop.data.loader import Loader
 from steploop.data.stream import Stream

@@ -4,7 +4,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from steploop.core.ranks import Parts
+from steploop.core.batch_parts import Parts
 from steploop.core.trees import count_samples
 
 __all__ = ["Pace"]

@@ -5,10 +5,10 @@ from typing import Any
 
 from torch import Tensor
 
-from steploop.core.ranks import Parts
+from steploop.core.batch_parts import Parts
 from steploop.core.state.several import State, members
 from steploop.core.state.train_state import TrainState
-from steploop.core.steps.evaluation import Metric
+from steploop.core.steps.metrics import Metric
 from steploop.core.steps.update import check_nonfinite
 
 __all__ = ["MAX_NONFINITE_STEPS", "read_step"]

@@ -13,7 +13,7 @@ from steploop.core.state.train_state import TrainState
 from steploop.core.steps.backward import backward_scaled
 from steploop.core.steps.clip import unscale_and_clip
 from steploop.core.steps.forward import forward_loss
-from steploop.core.steps.forward_pass import Objective
+from steploop.core.steps.objectives import Objective
 from steploop.core.steps.update import optimizer_step
 from steploop.testing.state_comparison import State, Step, clone, members, require
 

@@ -12,7 +12,7 @@ from steploop.core.state.train_state import TrainState
 from steploop.core.steps.accumulation import accumulate
 from steploop.core.steps.backward import backward_scaled
 from steploop.core.steps.forward import forward_loss
-from steploop.core.steps.forward_pass import Objective
+from steploop.core.steps.objectives import Objective
 from steploop.core.trees import count_samples, map_tensors, named_leaves
 from steploop.testing.state_comparison import (
     State,

@@ -30,7 +30,7 @@ from steploop import (
 )
 from steploop.compilation import part_compiler
 from steploop.compilation.part_compiler import PartCompiler
-from steploop.core.steps.part_passes import computed_by
+from steploop.core.steps.by_parts.part_passes import computed_by
 from steploop.core.trees import first_difference
 from steploop.errors import CompileError
 

@@ -26,7 +26,7 @@ from steploop.core.early_stopping import Best, EarlyStopping, is_better
 from steploop.core.plateau import ReduceLROnPlateau
 from steploop.core.state.creation import _one_device
 from steploop.core.state.module_machine import module_machine
-from steploop.core.steps.forward_pass import translated
+from steploop.core.steps.pass_failures import translated
 from steploop.core.validators import boolean, integer, one_of, real
 from steploop.data.order import batch_indices, epoch_order
 from steploop.errors import (

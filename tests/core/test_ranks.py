@@ -43,7 +43,7 @@ from steploop import (
     split_parts,
     unscale_and_clip,
 )
-from steploop.core.steps.part_sums import PartSum
+from steploop.core.steps.by_parts.part_sums import PartSum
 from steploop.core.trees import first_difference
 from steploop.errors import ConfigError, DataError
 

@@ -24,7 +24,7 @@ from steploop import (
 )
 from steploop.core.ambient_generators import generators_of
 from steploop.core.state.creation import copy_leaf
-from steploop.core.state.machine import _settle_implementation
+from steploop.core.state.optimizer_traits import settle_implementation
 from steploop.core.state.parts import Gradients
 from steploop.core.state.shared_memory import shared_memory
 from steploop.core.trees import first_difference, named_leaves
@@ -561,7 +561,7 @@ def test_a_fused_optimizer_of_somebody_else_may_put_new_slots_in_place_of_the_ol
 )
 def test_how_an_optimizer_computes_is_decided_once_and_on_a_cpu_only(options, device, expected):
     optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=0.1, **options)
-    _settle_implementation(optimizer, torch.device(device))
+    settle_implementation(optimizer, torch.device(device))
     group = optimizer.param_groups[0]
     assert (group["foreach"], group["fused"]) == expected
 

@@ -27,7 +27,7 @@ from steploop import (
     update_ema,
     warmup_cosine,
 )
-from steploop.core.steps import part_exchange
+from steploop.core.steps.by_parts import part_exchange
 from steploop.core.trees import named_leaves
 
 ADAMW = Optimizer(torch.optim.AdamW, lr=1e-2)

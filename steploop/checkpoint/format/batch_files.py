@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from steploop.checkpoint.format.layout import spec_from_json, spec_of
-from steploop.core.ranks import Parts
+from steploop.core.batch_parts import Parts
 from steploop.errors import CheckpointUnsupportedError, DataError
 
 __all__ = ["decode", "encode"]

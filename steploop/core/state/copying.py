@@ -9,7 +9,16 @@ from torch import Tensor, nn
 from steploop.core.state.parts import Began, TensorValues
 from steploop.core.trees import map_tensors
 
-__all__ = ["carry_hooks", "copy_began", "copy_leaf", "copy_tensors", "lazy_clone", "leaf_like", "plain_copy"]
+__all__ = [
+    "carry_hooks",
+    "copy_began",
+    "copy_leaf",
+    "copy_tensors",
+    "lazy_clone",
+    "leaf_like",
+    "plain_copy",
+    "unchanged",
+]
 
 
 def copy_leaf(param: Tensor) -> Tensor:
@@ -93,3 +102,11 @@ def lazy_clone(tensor: Tensor) -> Tensor:
         return torch._lazy_clone(tensor.detach())
     except (AttributeError, RuntimeError, NotImplementedError):  # private, and not for every kind of tensor
         return tensor.detach().clone()
+
+
+def unchanged(now: Tensor, before: Tensor) -> bool:
+    """Whether a copy has its first value; one whose memory is still shared lazily was never written to."""
+    if hasattr(torch._C, "_is_cow_tensor") and torch._C._is_cow_tensor(now):
+        return True
+    with torch.no_grad():
+        return now.shape == before.shape and torch.equal(now.detach(), before)

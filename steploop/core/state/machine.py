@@ -5,8 +5,6 @@ tensor, never a copy. Where a machine holds a state's values already, a step run
 another living state's, the values are lent to it for the length of one call and the others put back.
 """
 
-import functools
-import inspect
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -14,7 +12,6 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from torch.optim import optimizer as torch_optimizer
 
 from steploop.core.ranks import Ranks
 from steploop.core.state.module_machine import ModuleMachine
@@ -24,6 +21,14 @@ from steploop.core.state.optimizer_state import (
     check_hyper,
     check_keepable,
     restore_attributes,
+)
+from steploop.core.state.optimizer_traits import (
+    bare_step,
+    has_modes,
+    hooked,
+    rate_factors,
+    requires_closure,
+    settle_implementation,
 )
 from steploop.core.state.ownership import Holder, Lease
 from steploop.core.state.parts import TensorValues
@@ -81,7 +86,7 @@ class Machine:
         self.not_trained = tuple(name for name in names if name not in grouped)
         self.moved: tuple[str, ...] | None = None
         self.recomputes: bool | None = None
-        self.rate_factors = _rate_factors(optimizer)
+        self.rate_factors = rate_factors(optimizer)
         self.uniform = all(factor == 1.0 for factor in self.rate_factors)
         # kept by ``schedule``: the schedule of each group, or None where one value holds for all
         self.group_rates: tuple[Any, list[Any] | None] | None = None
@@ -93,16 +98,16 @@ class Machine:
         self.rate_table: object = None  # kept by ``schedule``: a schedule's values on the device
         self._hyper: tuple[Mapping[str, Any], ...] | None = None
         self._pointed: Mapping[str, Tensor] | None = None  # the parameters that the optimizer holds
-        _settle_implementation(optimizer, device)
+        settle_implementation(optimizer, device)
         # torch's own optimizers keep all state with their parameters, in the dictionaries that they are given
         members: tuple[torch.optim.Optimizer, ...] = getattr(optimizer, "members", (optimizer,))
         self.optimizer_name = "+".join(type(m).__name__ for m in members)
         self.third_party = any(not type(m).__module__.startswith("torch.optim") for m in members)
-        self._bare_step = _bare_step(optimizer)
-        self.needs_closure = isinstance(optimizer, torch.optim.LBFGS) or _requires_closure(self._bare_step)
+        self._bare_step = bare_step(optimizer)
+        self.needs_closure = isinstance(optimizer, torch.optim.LBFGS) or requires_closure(self._bare_step)
         # schedule-free optimizers compute with other parameters than those they are judged by
         self.members = members
-        self.has_modes = any(_has_modes(member) for member in members)
+        self.has_modes = any(has_modes(member) for member in members)
         self.set_mode("train")
         self.initial_hyper = self.read_hyper()
         check_hyper(optimizer, self.initial_hyper)
@@ -152,7 +157,7 @@ class Machine:
     def set_mode(self, mode: Literal["train", "eval"]) -> None:
         """Put optimizers that have modes into one."""
         for member in self.members:
-            if _has_modes(member):
+            if has_modes(member):
                 getattr(member, mode)()
 
     # -- whose values the optimizer holds -------------------------------------------------------------------------
@@ -254,7 +259,7 @@ class Machine:
         try:
             if closure is not None:
                 optimizer.step(closure)
-            elif _hooked(optimizer) or "step" in vars(optimizer):
+            elif hooked(optimizer) or "step" in vars(optimizer):
                 optimizer.step()
             else:
                 self._bare_step(optimizer)
@@ -270,65 +275,3 @@ class Machine:
                     f"The parameter {name} requires a gradient, but it did not when the state was made: no optimizer has it. "
                     "After thawing it, make a new state with TrainState.create(model, optimizer)."
                 )
-
-
-def _rate_factors(optimizer: torch.optim.Optimizer) -> tuple[float, ...]:
-    """The lr of each group over the optimizer's own lr: the proportion that a schedule keeps."""
-    base = optimizer.defaults.get("lr") or optimizer.param_groups[0].get("lr")
-    # no rate of its own (others' Adafactor has lr=None), or one of 0: there is no proportion to keep
-    return tuple(
-        float(group["lr"]) / float(base) if base and group.get("lr") is not None else 1.0
-        for group in optimizer.param_groups
-    )
-
-
-def _has_modes(optimizer: torch.optim.Optimizer) -> bool:
-    return all(callable(getattr(optimizer, mode, None)) for mode in ("train", "eval"))
-
-
-def _bare_step(optimizer: torch.optim.Optimizer) -> Callable[..., Any]:
-    """The function underneath ``step()``; the wrapped one is taken as soon as there is a hook.
-
-    torch wraps it in a profiler annotation and a walk over hooks: 40 us of 95 on a small model. What is under these
-    switches the grad mode off in its own optimizers, by two objects that cost 10,000 instructions.
-    """
-    step: Callable[..., Any] = getattr(type(optimizer).step, "__wrapped__", type(optimizer).step)
-    inner = getattr(step, "__wrapped__", None)
-    own = type(optimizer).__module__.startswith("torch.optim")
-    if inner is None or not own or optimizer.defaults.get("differentiable"):
-        return step
-
-    @functools.wraps(step)
-    def without_grad(*args: Any) -> Any:
-        before = torch.is_grad_enabled()
-        torch._C._set_grad_enabled(False)  # noqa: FBT003  (as torch declares it)
-        try:
-            return inner(*args)
-        finally:
-            torch._C._set_grad_enabled(before)
-
-    return without_grad
-
-
-def _requires_closure(step: Callable[..., Any]) -> bool:
-    """Whether ``step`` cannot be called without a closure."""
-    parameter = inspect.signature(step).parameters.get("closure")
-    return parameter is not None and parameter.default is inspect.Parameter.empty
-
-
-def _settle_implementation(optimizer: torch.optim.Optimizer, device: torch.device) -> None:
-    """Decide once what torch decides anew at every step, looking at every tensor: on a CPU it takes the plain loop."""
-    if device.type != "cpu" or not type(optimizer).__module__.startswith("torch.optim"):
-        return
-    for group in optimizer.param_groups:
-        if "foreach" in group and group["foreach"] is None and not group.get("fused"):
-            group["foreach"] = False
-
-
-def _hooked(optimizer: torch.optim.Optimizer) -> bool:
-    return bool(
-        optimizer._optimizer_step_pre_hooks
-        or optimizer._optimizer_step_post_hooks
-        or torch_optimizer._global_optimizer_pre_hooks
-        or torch_optimizer._global_optimizer_post_hooks
-    )

@@ -6,15 +6,13 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from steploop.core.state.module_check import ModuleCheck, changed_behind
+from steploop.core.state.module_places import places_in_lists, registered_places
 from steploop.core.state.ownership import Holder, Lease
 from steploop.core.state.plain_attributes import PlainAttributes
 from steploop.core.state.sharded_module import sharded_module
-from steploop.errors import ConfigError
 
 __all__ = ["ModuleMachine", "module_machine"]
-
-# (dictionary or list, key, name of the value): somewhere a parameter or buffer stands
-_Place = tuple[Any, Any, str]
 
 
 class ModuleMachine:
@@ -39,9 +37,9 @@ class ModuleMachine:
         names = {id(value): name for name, value in params.items()}
         modules = dict(model.named_modules())
         # a buffer that is None may be filled by a forward pass
-        self.param_places = _registered(modules, "_parameters", names) + _lists_of(modules, names)
-        self._kind = _kind_of(next(iter(params.values()), None))
-        self.buffer_places = _registered(
+        self.param_places = registered_places(modules, "_parameters", names)
+        self.param_places += places_in_lists(modules, names)
+        self.buffer_places = registered_places(
             modules, "_buffers", {id(b): name for name, b in model.named_buffers()}, empty=True
         )
         # the others are caches, which a call by hand may make anew
@@ -53,25 +51,11 @@ class ModuleMachine:
         ]
         # None: not known, as after a pass that failed
         self._buffers_placed: list[Tensor | None] | None = [where[key] for where, key in self._persistent]
-        # a sharded parameter may have the whole one in its place
-        hidden = self.sharded.names if self.sharded is not None else ()
-        hiding = {id(where) for where, _, name in self.param_places if name in hidden}
-        self._registered = [
-            m._parameters for m in modules.values() if m._parameters and id(m._parameters) not in hiding
-        ]
-        self._seen_places = [place for place in self.param_places if place[2] not in hidden]
-        self._one_by_one = _not_by_equality(self._seen_places, self._registered)
-        self._note_placed(params)
+        self._check = ModuleCheck(
+            model, self.param_places, () if self.sharded is None else self.sharded.names
+        )
+        self.placed: Mapping[str, Tensor] = params
         self._placing: Mapping[str, Tensor] = params
-        self._dicts = [where for m in modules.values() for where in (m._modules, m._parameters, m._buffers)]
-        self._sizes = list(map(len, self._dicts))
-        self._children = [m._modules for m in modules.values() if m._modules]
-        self._known_children = list(map(dict, self._children))
-        compared = set(map(id, (*self._registered, *self._children)))
-        self._empty = [where for where in self._dicts if not where]
-        self._counted = [where for where in self._dicts if where and id(where) not in compared]
-        self._counts = list(map(len, self._counted))
-        self._names = _names(model)
         plain = nn.Module.get_extra_state
         self.extras = [(name, m) for name, m in modules.items() if type(m).get_extra_state is not plain]
         self.attributes = PlainAttributes(modules)
@@ -91,12 +75,8 @@ class ModuleMachine:
             where[key] = params[name]
         if self.sharded is not None:
             self.sharded.look_again()
-        self._note_placed(params)
-
-    def _note_placed(self, params: Mapping[str, Tensor]) -> None:
-        """Remember what ``check`` compares with."""
         self.placed = params
-        self._expected = list(map(dict, self._registered))
+        self._check.note()
 
     def place_buffers(self, buffers: Mapping[str, Tensor]) -> None:
         """Point the module at these buffers; one that is not among them is None."""
@@ -122,7 +102,7 @@ class ModuleMachine:
         for (where, key), tensor in zip(self._persistent, placed, strict=True):
             if where[key] is not tensor:
                 name = next(n for at, k, n in self.buffer_places if at is where and k == key)
-                raise _changed(f"its buffer {name} was replaced by another tensor")
+                raise changed_behind(f"its buffer {name} was replaced by another tensor")
 
     def buffers(self) -> dict[str, Tensor]:
         """The buffers that the module points at: a forward pass may have replaced them."""
@@ -187,72 +167,13 @@ class ModuleMachine:
     # -- what others do to the module ---------------------------------------------------------------------------
 
     def check(self) -> None:
-        """Raise ConfigError if somebody put other tensors or layers into the module.
-
-        Costs 10 ns for each place and each layer.
-        """
+        """Raise ConfigError if somebody put other tensors or layers into the module."""
         if (
             self.sharded is not None
             and (name := self.sharded.changed(self.placed, self._placing)) is not None
         ):
-            raise _changed(f"its parameter {name} was replaced by another tensor")
-        try:
-            # dictionaries are compared in C, and by identity: layers have no equality, and that of two tensors of more
-            # than one element is no truth
-            if (
-                self._registered == self._expected
-                and self._children == self._known_children
-                and not any(self._empty)
-                and (not self._counted or list(map(len, self._counted)) == self._counts)
-                and (not self._one_by_one or self._each_is_as_it_was())
-                and self._first_is_as_it_was()
-            ):
-                return
-        except Exception:  # noqa: BLE001, S110  (whatever a comparison of two tensors raises, they are two)
-            pass
-        self._explain()
-
-    def _each_is_as_it_was(self) -> bool:
-        return all(where[key] is self.placed[name] for where, key, name in self._one_by_one)
-
-    def _first_is_as_it_was(self) -> bool:
-        """Whether the first parameter stands where it stood, in its dtype: ``model.to()`` changes them all, in place."""
-        # of sharded ones FSDP keeps dtype and device
-        if not self.param_places or self.sharded is not None:
-            return True
-        where, key, _ = self.param_places[0]
-        first = where[key]
-        return first.dtype is self._kind[0] and first.device == self._kind[1]
-
-    def _explain(self) -> None:
-        """Raise ConfigError that names what was changed; after an exception half-way through a placing nothing was."""
-        for where, key, name in self._seen_places:
-            try:
-                found = where[key]
-            except (KeyError, IndexError):
-                raise _changed(f"its parameter {name} was removed") from None
-            if found is not self.placed[name] and found is not self._placing[name]:
-                raise _changed(f"its parameter {name} was replaced by another tensor")
-        if list(map(len, self._dicts)) != self._sizes:
-            raise _changed(self._difference())
-        if not self._first_is_as_it_was():
-            where, key, name = self.param_places[0]
-            first = where[key]
-            raise _changed(
-                f"its parameters were moved: {name} is {first.dtype} on {first.device} now, and was {self._kind[0]} on "
-                f"{self._kind[1]} when the state was made"
-            )
-        for children, known in zip(self._children, self._known_children, strict=True):
-            if children != known:
-                name = next(n for n in known if children.get(n) is not known[n])
-                raise _changed(f"its layer {name!r} was replaced by another one")
-
-    def _difference(self) -> str:
-        now = _names(self.model)
-        if added := [name for name in now if name not in self._names]:
-            return f"it has new layers, parameters or buffers: {', '.join(added[:5])}"
-        removed = [name for name in self._names if name not in now]
-        return f"layers, parameters or buffers were removed: {', '.join(removed[:5])}"
+            raise changed_behind(f"its parameter {name} was replaced by another tensor")
+        self._check.check(self.placed, self._placing)
 
     def layout(self) -> list[tuple[int, Any]]:
         """Where values stand, and what stays in eval mode: another layout means a new head, say, or a thawed part."""
@@ -265,10 +186,11 @@ class ModuleMachine:
         if self.sharded is not None:
             self.sharded.take_back()
         now = {name: where[key] for where, key, name in self.param_places}
-        self._kind = _kind_of(next(iter(now.values()), None))  # model.to() changes parameters in place
+        self._check.note_kind()  # model.to() changes parameters in place
         if any(now[name] is not tensor for name, tensor in self.placed.items()):
             self._placing = now
-            self._note_placed(now)
+            self.placed = now
+            self._check.note()
             self.holder.release()  # what the module holds is no living state's any more
 
     # -- extra state ----------------------------------------------------------------------------------------------
@@ -314,66 +236,6 @@ class ModuleMachine:
     def __reduce__(self) -> tuple[type[None], tuple[()]]:
         """Pickle as None: a loaded module begins without a machine too."""
         return type(None), ()
-
-
-def _registered(
-    modules: Mapping[str, nn.Module], kind: str, names: Mapping[int, str], *, empty: bool = False
-) -> list[_Place]:
-    """The places of registered values; a tied one stands in several places under one name."""
-    return [
-        (where, key, names.get(id(value)) or f"{path}.{key}".removeprefix("."))
-        for path, module in modules.items()
-        for where in [getattr(module, kind)]
-        for key, value in where.items()
-        if value is not None or empty
-    ]
-
-
-def _lists_of(modules: Mapping[str, nn.Module], names: Mapping[int, str]) -> list[_Place]:
-    """The places of parameters in plain lists and dictionaries of a module: they move with the registered ones."""
-    found: list[_Place] = []
-    for module in modules.values():
-        for attribute, value in vars(module).items():
-            if (
-                type(value) in {list, dict}
-                and value
-                and attribute not in {"_parameters", "_buffers", "_modules"}
-            ):
-                items = enumerate(value) if type(value) is list else value.items()
-                found += [(value, key, names[id(item)]) for key, item in items if id(item) in names]
-    return found
-
-
-def _not_by_equality(places: list[_Place], registered: list[dict[str, Tensor | None]]) -> list[_Place]:
-    """The places where ``==`` of dictionaries would not tell one tensor from another, or that stand in others."""
-    known = set(map(id, registered))
-    return [
-        (where, key, name)
-        for where, key, name in places
-        if id(where) not in known or type(where[key]) is not nn.Parameter or where[key].numel() < 2
-    ]
-
-
-def _names(model: nn.Module) -> list[str]:
-    """The names of parameters, of buffers (those that are None too), and of layers that have neither."""
-    found: dict[str, None] = {}
-    for path, module in model.named_modules():
-        own = [*(name for name, p in module._parameters.items() if p is not None), *module._buffers]
-        found |= dict.fromkeys([f"{path}.{name}".removeprefix(".") for name in own] or [path])
-    return list(found)
-
-
-def _kind_of(param: Tensor | None) -> tuple[Any, Any]:
-    """What ``model.to()``, ``half()`` or ``cuda()`` would change, of all parameters at once."""
-    return (None, None) if param is None else (param.dtype, param.device)
-
-
-def _changed(what: str) -> ConfigError:
-    return ConfigError(
-        f"The model was changed behind the state: {what}. A state trains the tensors that it was made with. Give a state "
-        "other values with state.with_params(...); after a change of the model itself, make a new state with "
-        "TrainState.create(model, ...)."
-    )
 
 
 _ATTRIBUTE = "_steploop_machine"

@@ -12,15 +12,16 @@ from steploop.core.html_tables import html_table
 from steploop.core.optimizer import check_rate
 from steploop.core.precision import LossScale, Precision, check_precision
 from steploop.core.ranks import Ranks
-from steploop.core.state.copying import copy_began, copy_tensors, lazy_clone, leaf_like
+from steploop.core.state.copying import copy_began, copy_tensors
 from steploop.core.state.creation import OptimizerDescription, initial_values
+from steploop.core.state.given_values import check_values, own_carry, with_values
 from steploop.core.state.machine import Machine
 from steploop.core.state.ownership import Lease
 from steploop.core.state.parts import Gradients, InFlight, PlainValues, TensorValues, field_names, plain_names
-from steploop.core.state.sharded import as_sharded
+from steploop.core.state.state_text import state_line, state_rows
 from steploop.core.state.surroundings import shielded
 from steploop.core.state.trace import trace_of
-from steploop.core.trees import map_tensors, unkeepable
+from steploop.core.trees import map_tensors
 from steploop.errors import CompileError, ConfigError, SpentStateError
 
 __all__ = ["TrainState", "read_host"]
@@ -162,7 +163,7 @@ class TrainState(PlainValues):
                 loss_scale=loss_scale,
                 ema=ema,
                 ema_buffers=ema_buffers,
-                carry=_own_carry(carry),
+                carry=own_carry(carry),
                 ranks=ranks,
             )
         )
@@ -298,39 +299,10 @@ class TrainState(PlainValues):
             raise CompileError(
                 "calls with_params, which makes a state of its own in the midst of a step. Call it between two steps."
             )
-        have = {**self.tensors.params, **self.tensors.buffers}
-        for name, value in values.items():
-            if name not in have:
-                raise ConfigError(
-                    f"with_params: the state has no parameter or buffer {name!r}. It has: {', '.join(list(have)[:10])}"
-                    f"{', ...' if len(have) > 10 else ''}."
-                )
-            if not isinstance(value, Tensor) or (value.shape, value.dtype) != (
-                have[name].shape,
-                have[name].dtype,
-            ):
-                came = (
-                    f"{tuple(value.shape)} {value.dtype}"
-                    if isinstance(value, Tensor)
-                    else type(value).__name__
-                )
-                raise ConfigError(
-                    f"with_params: {name} must be {tuple(have[name].shape)} {have[name].dtype}, but is {came}."
-                )
+        check_values(self.tensors, values)
         new = self.clone()
-        tensors = new.tensors
-        params, buffers = dict(tensors.params), dict(tensors.buffers)
-        for name, value in values.items():
-            copied = torch.empty_like(have[name], requires_grad=False).copy_(
-                as_sharded(value.detach(), have[name])
-            )
-            if name in params:
-                params[name] = leaf_like(self.tensors.params[name], copied)
-            else:
-                buffers[name] = copied
-        leaves = tuple(params[name] for name in self.machine.trainable)
         return new.replace(
-            tensors=tensors.replace(params=params, buffers=buffers, leaves=leaves),
+            tensors=with_values(new.tensors, values, self.machine.trainable),
             flight=type(self.flight)(known=self.flight.known),
         )
 
@@ -353,7 +325,7 @@ class TrainState(PlainValues):
             {'reward': 0.5}
         """
         self.check_alive("with_carry")
-        return self.replace(tensors=self.tensors.replace(carry=_own_carry(carry)))
+        return self.replace(tensors=self.tensors.replace(carry=own_carry(carry)))
 
     @shielded
     def clone(self) -> Self:
@@ -419,45 +391,8 @@ class TrainState(PlainValues):
 
     def __repr__(self) -> str:
         """What a log line needs: never the tensors."""
-        spent = "" if self.alive else " (spent)"
-        count = sum(p.numel() for p in self.tensors.params.values())
-        loss = f", loss={float(self.loss):.4g}" if type(self.loss) is Tensor else ""
-        rate = self.hyper[0].get("lr") if self.hyper else None
-        lr = f", lr={float(rate):.4g}" if rate is not None and type(rate) in {int, float, Tensor} else ""
-        return (
-            f"TrainState(step={self.applied_steps}, attempted={self.attempted_steps}, epoch={self.epoch}, batch={self.batch}"
-            f"{loss}{lr}, precision={self.precision!r}, {type(self.machine.model).__name__} of {count:,} parameters on "
-            f"{self.device}){spent}"
-        )
+        return state_line(self)
 
     def _repr_html_(self) -> str:
         """What a notebook shows: where the training stands, and never the tensors."""
-        rate = self.hyper[0].get("lr") if self.hyper else None
-        numbers = {"loss": self.loss, "gradient norm": self.grad_norm, "learning rate": rate}
-        rows = {
-            "steps": f"{self.applied_steps}, {self.attempted_steps} attempted",
-            "place": f"epoch {self.epoch}, batch {self.batch}",  # counted from 0, as in the state
-            **{
-                name: f"{float(n):.4g}"
-                for name, n in numbers.items()
-                if n is not None and type(n) in {int, float, Tensor}
-            },
-            "model": f"{type(self.machine.model).__name__} of {sum(p.numel() for p in self.tensors.params.values()):,} parameters",
-            "precision": f"{self.precision} on {self.device}",
-            "spent": None if self.alive else "a later state owns the tensors",
-        }
-        return html_table("TrainState", rows)
-
-
-def _own_carry(carry: Any) -> Any:
-    """A copy of the tree with its tensors detached; ConfigError where a checkpoint could not keep it."""
-    if carry is None:
-        return None
-    if (found := unkeepable(carry)) is not None:
-        name, value = found
-        raise ConfigError(
-            f"The carry of a state must be a tree of tensors, numbers, texts and None (lists, tuples, mappings), but "
-            f"{('carry' + name)!r} is a {type(value).__name__}."
-        )
-    # while a step is traced nobody but its own code holds them
-    return map_tensors(lambda t: lazy_clone(t) if type(t) is Tensor else t.detach(), carry)
+        return html_table("TrainState", state_rows(self))

@@ -10,10 +10,11 @@ from steploop.core.state.parts import Gradients
 from steploop.core.state.surroundings import shielded_sums
 from steploop.core.state.train_state import TrainState
 from steploop.core.steps.backward_pass import gradients, require_some, seed_of, take_gradients
+from steploop.core.steps.by_parts.part_accumulation import accumulate_parts
+from steploop.core.steps.by_parts.part_weights import checked_weight, counts, weighted_sum
 from steploop.core.steps.forward import after_passes
-from steploop.core.steps.forward_pass import DrewElsewhere, Objective, TrainingPasses
-from steploop.core.steps.part_accumulation import accumulate_parts
-from steploop.core.steps.part_weights import checked_weight, counts, weighted_sum
+from steploop.core.steps.forward_pass import DrewElsewhere, TrainingPasses
+from steploop.core.steps.objectives import Objective
 from steploop.core.trees import count_samples
 from steploop.errors import EmptyDataError, ObjectiveError
 

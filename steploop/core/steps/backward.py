@@ -4,7 +4,7 @@ from steploop.core.state.parts import Gradients
 from steploop.core.state.surroundings import shielded_sums
 from steploop.core.state.train_state import TrainState
 from steploop.core.steps.backward_pass import gradients, recomputed, require_some, seed_of
-from steploop.core.steps.part_passes import PartGraphs, part_gradients
+from steploop.core.steps.by_parts.part_passes import PartGraphs, part_gradients
 from steploop.errors import StepOrderError
 
 __all__ = ["backward_scaled"]

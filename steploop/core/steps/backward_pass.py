@@ -8,7 +8,8 @@ from torch import Tensor
 from steploop.core.state.parts import TensorValues
 from steploop.core.state.trace import trace_of
 from steploop.core.state.train_state import TrainState
-from steploop.core.steps.forward_pass import drop_leftovers, translated
+from steploop.core.steps.forward_pass import drop_leftovers
+from steploop.core.steps.pass_failures import translated
 from steploop.errors import ObjectiveError, SpentStateError
 
 try:

@@ -12,8 +12,8 @@ from steploop.core.state.parts import Gradients
 from steploop.core.state.sharded import local_part
 from steploop.core.state.surroundings import shielded
 from steploop.core.state.train_state import TrainState
+from steploop.core.steps.by_parts.sharded_steps import sharded_norm
 from steploop.core.steps.clipping import check_bound, clip_adaptive, clip_norm, clip_value, global_norm
-from steploop.core.steps.sharded_steps import sharded_norm
 from steploop.errors import ConfigError, SpentStateError, StepOrderError
 
 __all__ = ["unscale_and_clip"]

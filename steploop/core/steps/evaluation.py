@@ -1,114 +1,30 @@
 """``evaluate``: metrics of a state over batches, exact for any batch size, changing nothing."""
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager, nullcontext
-from typing import Any, Protocol, runtime_checkable
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from steploop.core.interruption import check_interruption
-from steploop.core.ranks import Parts, Ranks
 from steploop.core.state.copying import lazy_clone, leaf_like
 from steploop.core.state.surroundings import shielded_sums
 from steploop.core.state.trace import trace_of
 from steploop.core.state.train_state import TrainState
-from steploop.core.steps.forward_pass import (
-    Objective,
-    read_objective,
-    seeded_generators,
-    surroundings,
-    translated,
-)
+from steploop.core.steps.by_parts.sharded_steps import in_rounds
+from steploop.core.steps.forward_pass import seeded_generators, surroundings
 from steploop.core.steps.judged_params import params_to_evaluate
-from steploop.core.steps.metric_ranks import given_all, refuse_unsynchronised
-from steploop.core.steps.part_passes import is_empty, joined_parts, parts_of
-from steploop.core.steps.sharded_steps import in_rounds
+from steploop.core.steps.metric_totals import MetricTotals
+from steploop.core.steps.metrics import Metric, TorchMetric, accuracy
+from steploop.core.steps.objectives import Objective, read_objective
+from steploop.core.steps.pass_failures import translated
 from steploop.core.steps.trial import first_batches
 from steploop.core.trees import UNCOUNTED, count_samples, map_tensors
 from steploop.errors import CompileError, ConfigError, ObjectiveError
 
+# the first three are those of ``metrics``: 0.1.0 had them here
 __all__ = ["Metric", "TorchMetric", "accuracy", "evaluate"]
-
-# metric(outputs, batch) -> (sum over the batch, weight): their totals are divided at the end
-Metric = Callable[[Any, Any], tuple[Any, Any]]
-
-
-@runtime_checkable
-class TorchMetric(Protocol):
-    """What ``evaluate`` uses of a torchmetrics metric."""
-
-    def update(self, *args: Any) -> None:
-        """Take a batch in."""
-        ...
-
-    def compute(self) -> Any:
-        """The value over all batches."""
-        ...
-
-    def reset(self) -> None:
-        """Forget all batches."""
-        ...
-
-
-def accuracy(
-    outputs: Any, batch: Any, *, logits: str = "logits", labels: str | int | None = None
-) -> tuple[Tensor, int]:
-    """The share of samples whose largest logit is the label's, as (sum, weight).
-
-    Args:
-        outputs: logits (B, C), or (B, ..., C), or a mapping that holds them.
-        batch: ``(inputs, labels)`` with integer labels (B,), or (B, ...); or a mapping that holds them.
-        logits: the key of the logits in a mapping of outputs.
-        labels: the key or index of the labels in the batch: "labels" in a mapping and 1 elsewhere, if it is None. Give
-            it with ``functools.partial(accuracy, labels="y")``.
-
-    Raises:
-        ObjectiveError: the labels' shape is not that of the logits without their last axis, there is one class only, or a
-            key is missing.
-
-    Example:
-        >>> accuracy(torch.tensor([[0.1, 0.9], [0.8, 0.2]]), (None, torch.tensor([1, 1])))
-        (tensor(1), 2)
-    """
-    scores, targets = _logits_and_labels(outputs, batch, logits, labels)
-    if (
-        scores.dim() == 0
-        or scores.shape[:-1] != targets.shape
-        or scores.shape[-1] < 2
-        or targets.is_floating_point()
-    ):
-        raise ObjectiveError(
-            f"accuracy: expected integer labels of shape (B,) and logits of shape (B, C) with C >= 2, but the labels are "
-            f"{tuple(targets.shape)} {targets.dtype} and the logits {tuple(scores.shape)}. Reshape them; for one logit a sample "
-            "write a metric of your own, as ((logits > 0) == labels).sum()."
-        )
-    return (scores.argmax(dim=-1) == targets).sum(), targets.numel()
-
-
-def _logits_and_labels(
-    outputs: Any, batch: Any, logits: str, labels: str | int | None
-) -> tuple[Tensor, Tensor]:
-    """The logits of what an objective gave, and the labels of its batch."""
-    where: Any = labels if labels is not None else "labels" if isinstance(batch, Mapping) else 1
-    found = []
-    for what, tree, key in (("outputs", outputs, logits), ("batch", batch, where)):
-        value = tree
-        if what == "batch" or isinstance(tree, Mapping):
-            try:
-                value = tree[key]
-            except (KeyError, IndexError, TypeError):
-                known = f"It has: {', '.join(map(str, tree))}." if isinstance(tree, Mapping) else ""
-                raise ObjectiveError(
-                    f"The {what} have no {key!r}. {known} Name the keys: functools.partial(accuracy, logits=..., labels=...)."
-                ) from None
-        if not isinstance(value, Tensor):
-            raise ObjectiveError(
-                f"{key!r} of the {what} is a {type(value).__name__}, but a tensor is needed."
-            )
-        found.append(value)
-    return found[0], found[1]
 
 
 @shielded_sums
@@ -170,7 +86,7 @@ def evaluate(
         raise ConfigError(
             "evaluate: use_ema=True, but this state carries no average. Make it with TrainState.create(..., ema=True)."
         )
-    totals = _Totals(state, metrics)
+    totals = MetricTotals(state, metrics)
     passes = _Passes(state, objective)
     with _EvalMode(state, use_ema=use_ema) as model:
         given = first_batches(batches, averaged=use_ema)
@@ -236,127 +152,6 @@ class _Passes:
             if self._grad
             else (loss, outputs, weight)
         )
-
-
-class _Totals:
-    """Running sums of values and weights, in float64 on the device (float32 where it has none)."""
-
-    def __init__(self, state: TrainState, metrics: Mapping[str, Metric | TorchMetric]) -> None:
-        self._state = state
-        self._device = state.device
-        self._ranks = None if state.ranks is None or state.ranks.size == 1 else state.ranks
-        self._place = 0, 0  # number of the batch, and of the part where it comes in parts
-        self._whole = 0  # batches that came whole
-        self._first: dict[str, Any] = {}  # what torchmetrics got of the first, for ranks that get none
-        self._told: list[tuple[tuple[int, int], str, Tensor, Tensor]] = []  # for the other ranks
-        self._dtype = torch.float32 if self._device.type == "mps" else torch.float64
-        self._sums: dict[str, tuple[Tensor, Tensor]] = {}
-        self._good: dict[str, Any] = {}  # whether every weight was one; read at the end
-        self._metrics = metrics
-        self._torch_metrics: dict[str, TorchMetric] = {}
-        for name, metric in metrics.items():
-            if isinstance(metric, TorchMetric):
-                if self._ranks is not None:
-                    refuse_unsynchronised(name, metric)
-                self._torch_metrics[name] = metric
-                metric.reset()
-
-    def mine(self, index: int, batch: Any) -> Iterator[tuple[int, Any]]:
-        """What this process computes of a batch, each with a number of its own among all."""
-        parts = batch if type(batch) is Parts or self._state.ranks is None else joined_parts(batch)
-        if type(parts) is Parts:
-            if self._state.machine.module.sharded is not None:
-                raise ConfigError(
-                    "evaluate: a sharded model takes whole batches here, on every rank, and not the parts of one."
-                )
-            parts = parts_of(self._state, parts, "evaluate")
-            for number, part in zip(parts.numbers, parts.batches, strict=True):
-                self._place = index, number
-                if not is_empty(part):
-                    yield index * parts.total + number, part
-        elif self._ranks is None or index % self._ranks.size == self._ranks.rank:
-            self._place = index, 0
-            yield index, batch
-        self._whole += type(parts) is not Parts
-
-    def add(self, name: str, value: Any, weight: Any) -> None:
-        """Count a batch in."""
-        v = torch.as_tensor(value, device=self._device).to(self._dtype)
-        w = torch.as_tensor(weight, device=self._device).to(self._dtype)
-        before = self._sums.get(name)
-        if v.dim() > 1 or w.shape not in {v.shape, torch.Size()} or (before and before[0].shape != v.shape):
-            raise ObjectiveError(
-                f"evaluate: the metric {name!r} gave a sum of shape {tuple(v.shape)} with a weight of shape {tuple(w.shape)}"
-                f"{f' after sums of shape {tuple(before[0].shape)}' if before else ''}. Give two numbers, or two tensors with an "
-                "entry for each class."
-            )
-        if self._ranks is not None:
-            self._told.append((self._place, name, v, w))
-            return
-        self._good[name] = self._good.get(name, True) & ((w >= 0) & (w < math.inf)).all()
-        # a batch without weight has a mean of 0 / 0: it counts for nothing, rather than making all of it nan
-        v = torch.where(w == 0, torch.zeros_like(v), v)
-        self._sums[name] = (v, w) if before is None else (before[0] + v, before[1] + w)
-
-    def add_metrics(self, outputs: Any, batch: Any) -> None:
-        """Count a batch in for every metric."""
-        for name, metric in self._metrics.items():
-            if isinstance(metric, TorchMetric):
-                pair = _logits_and_labels(outputs, batch, "logits", None)
-                metric.update(*pair)
-                if self._ranks is not None and self._whole < self._ranks.size:
-                    self._first[name] = pair
-                continue
-            result = metric(outputs, batch)
-            if not isinstance(result, tuple) or len(result) != 2:
-                raise ObjectiveError(
-                    f"evaluate: the metric {name!r} must return (sum over the batch, weight), but returned "
-                    f"{type(result).__name__}. For an accuracy: ((logits.argmax(1) == labels).sum(), len(labels))."
-                )
-            self.add(name, *result)
-
-    def results(self) -> dict[str, float | None]:
-        """Every value as a float, or None: the one time that the host waits."""
-        alone: AbstractContextManager[object] = nullcontext()
-        if self._ranks is not None:
-            if 0 < self._whole < self._ranks.size:
-                alone = given_all(self._torch_metrics, self._first, self._ranks, self._device)
-            self._hear(self._ranks)
-        values: dict[str, float | None] = {"loss": None, **dict.fromkeys(self._metrics)}
-        for name, (total, weight) in self._sums.items():
-            if not bool(self._good[name]):
-                of = "the objective" if name == "loss" else f"the metric {name!r}"
-                raise ObjectiveError(
-                    f"evaluate: {of} gave a weight that is no finite number >= 0 for some batch."
-                )
-            if total.dim() == 0:
-                values[name] = float(total / weight) if float(weight) else None
-                continue
-            del values[name]
-            pairs = zip(total.tolist(), weight.expand_as(total).tolist(), strict=True)
-            values |= {f"{name}.{i}": t / w if w else None for i, (t, w) in enumerate(pairs)}
-        with alone:
-            for name, metric in self._torch_metrics.items():
-                del values[name]
-                values |= _flat(name, metric.compute()) if self._sums else {name: None}
-                metric.reset()
-        return values
-
-    def _hear(self, ranks: Ranks) -> None:
-        """Add what every process counted, in the order of the batches."""
-        told = [(place, name, v.cpu(), w.cpu()) for place, name, v, w in self._told]
-        self._ranks, heard = None, ranks.gather_objects(told)
-        for _, name, v, w in sorted((one for some in heard for one in some), key=lambda one: one[0]):
-            self.add(name, v, w)
-
-
-def _flat(name: str, value: Any) -> dict[str, float | None]:
-    """What a torchmetrics metric computed as numbers: a collection and a tensor with an axis have several."""
-    if isinstance(value, Mapping):
-        return {key: number for k, v in value.items() for key, number in _flat(f"{name}.{k}", v).items()}
-    if isinstance(value, Tensor) and value.dim():
-        return {f"{name}.{i}": float(v) for i, v in enumerate(value.flatten().tolist())}
-    return {name: float(value)}
 
 
 class _EvalMode:

@@ -4,14 +4,15 @@ from typing import Any
 
 from torch import Tensor
 
-from steploop.core.ranks import Parts
+from steploop.core.batch_parts import Parts
 from steploop.core.state.parts import Began, InFlight
 from steploop.core.state.surroundings import shielded_sums
 from steploop.core.state.train_state import TrainState
-from steploop.core.steps.forward_pass import DrewElsewhere, Objective, TrainingPasses
-from steploop.core.steps.part_agreement import agree, mean_buffers
-from steploop.core.steps.part_passes import parts_of, run_parts
-from steploop.core.steps.sharded_steps import require_weights
+from steploop.core.steps.by_parts.part_agreement import agree, mean_buffers
+from steploop.core.steps.by_parts.part_passes import parts_of, run_parts
+from steploop.core.steps.by_parts.sharded_steps import require_weights
+from steploop.core.steps.forward_pass import DrewElsewhere, TrainingPasses
+from steploop.core.steps.objectives import Objective
 
 __all__ = ["after_passes", "forward_loss"]
 

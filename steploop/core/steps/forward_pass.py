@@ -1,40 +1,27 @@
 """Forward passes of an objective on a state's values, in training mode, whatever the surroundings are."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack
 from typing import Any, Self
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from steploop.core.ambient_generators import generators_of
 from steploop.core.precision import Precision, autocast
-from steploop.core.state.copying import lazy_clone, leaf_like
+from steploop.core.state.copying import lazy_clone
 from steploop.core.state.machine import Machine
 from steploop.core.state.parts import Began, TensorValues
 from steploop.core.state.seeding import SeededGenerators
 from steploop.core.state.trace import trace_of
 from steploop.core.state.train_state import TrainState
-from steploop.core.trees import map_tensors, named_leaves, shapes
-from steploop.errors import CompileError, ObjectiveError, OutOfMemoryError, SteploopError
+from steploop.core.steps.moved_params import MovedParams
+from steploop.core.steps.objectives import Objective, read_objective
+from steploop.core.steps.pass_failures import translated
+from steploop.core.trees import map_tensors, named_leaves
+from steploop.errors import CompileError, ObjectiveError
 
-__all__ = [
-    "DrewElsewhere",
-    "Objective",
-    "TrainingPasses",
-    "did_not_fit",
-    "drop_leftovers",
-    "read_objective",
-    "seeded_generators",
-    "surroundings",
-    "translated",
-    "unchanged",
-]
-
-# objective(model, batch) -> loss | (loss, outputs) | (loss, outputs, weight)
-Objective = Callable[[nn.Module, Any], Any]
-
-_OUT_OF_MEMORY = ("DefaultCPUAllocator", "out of memory", "can't allocate memory")
+__all__ = ["DrewElsewhere", "TrainingPasses", "drop_leftovers", "seeded_generators", "surroundings"]
 
 
 def seeded_generators(machine: Machine, *coordinates: int, others: bool = True) -> SeededGenerators:
@@ -65,23 +52,6 @@ def surroundings(machine: Machine, precision: Precision, *, grad: bool = True) -
     return stack
 
 
-def read_objective(result: Any) -> tuple[Tensor, Any, float | Tensor | None]:
-    """(loss, outputs, weight) of what an objective returned; ObjectiveError where it is none of its three forms."""
-    loss, outputs, weight = result, None, None
-    if isinstance(result, tuple):
-        if not 1 <= len(result) <= 3:
-            raise ObjectiveError(
-                f"An objective returns loss, (loss, outputs) or (loss, outputs, weight), but returned {len(result)} values."
-            )
-        loss, outputs, weight = (*result, None, None)[:3]
-    if not isinstance(loss, Tensor) or loss.dim() != 0 or not loss.is_floating_point():
-        came = f"{tuple(loss.shape)} {loss.dtype}" if isinstance(loss, Tensor) else type(loss).__name__
-        raise ObjectiveError(
-            f"An objective's loss must be a floating-point tensor of shape (), but is {came}. Reduce it, as with loss.mean()."
-        )
-    return loss, outputs, weight
-
-
 class TrainingPasses:
     """Forward passes in training mode on a state's values; the module and the generators are put back on leaving.
 
@@ -91,8 +61,8 @@ class TrainingPasses:
     """
 
     __slots__ = (
-        "_attributes", "_before", "_buffers_before", "_copies", "_drawing", "_frozen_versions", "_generators", "_machine", "_own_params",
-        "_state", "_untouched", "_versions", "tensors", "updated_in_place",
+        "_attributes", "_before", "_buffers_before", "_drawing", "_generators", "_machine", "_moved", "_state", "tensors",
+        "updated_in_place",
     )  # fmt: skip
 
     def __init__(self, state: TrainState) -> None:
@@ -106,7 +76,6 @@ class TrainingPasses:
             if trace is None
             else trace.generators(state)
         )
-        self._copies: dict[str, Tensor] = {}
         self._before: Mapping[str, Tensor] | None = None
         self._attributes: Any = None
         self.tensors: TensorValues = state.tensors
@@ -118,8 +87,8 @@ class TrainingPasses:
         if machine.not_trained:
             machine.check_frozen(tensors.params)
         drop_leftovers(tensors.leaves)
-        self._own_params = self._params()
-        self._before = module.point(state.lease, self._own_params)
+        self._moved = MovedParams(state)
+        self._before = module.point(state.lease, self._moved.params)
         if self._before is not None:
             self._buffers_before = module.buffers()
         if module.buffer_places:
@@ -134,35 +103,8 @@ class TrainingPasses:
         if self._drawing:
             self._attributes = module.attributes.look()
         module.set_training(training=True)
-        self._versions = [leaf._version for leaf in tensors.leaves]
-        if machine.not_trained:
-            self._frozen_versions = [self._own_params[name]._version for name in machine.not_trained]
         self._generators.__enter__()
         return self
-
-    def _params(self) -> dict[str, Tensor]:
-        """The parameters to compute with: copies in the places of those that the model moves itself.
-
-        Which ones it moves is found out in the first pass, on lazy copies of all.
-        """
-        machine, params = self._machine, self._state.tensors.params
-        self._untouched: list[tuple[str, Tensor, int]] = []
-        if machine.moved is None:
-            if trace_of(self._state) is not None:
-                self._untouched = [(name, p, p._version) for name, p in params.items()]
-                return params
-            self._copies = {name: lazy_clone(p) for name, p in params.items()}
-            copied = machine.not_trained
-        elif not machine.moved:
-            return params
-        else:
-            if trace_of(self._state) is not None:
-                raise _moves(machine.moved[0])
-            self._copies = {name: params[name].detach().clone() for name in machine.moved}
-            copied = tuple(name for name in machine.moved if name in machine.not_trained)
-        if not copied:
-            return params
-        return {**params, **{name: leaf_like(params[name], lazy_clone(params[name])) for name in copied}}
 
     def __exit__(self, failure: object, *_: object) -> None:
         self._generators.__exit__()
@@ -235,28 +177,14 @@ class TrainingPasses:
         ``updated_in_place`` says afterwards whether the model changed trained parameters: then the state that went
         in is spent.
         """
-        state, machine = self._state, self._machine
-        module, tensors = machine.module, state.tensors
-        if machine.moved is None and trace_of(state) is None:
-            module.check()  # a layer that the first pass has made
-            machine.moved = self._moved()
-        for name, param, version in self._untouched:
-            if param._version != version:
-                raise _moves(name)
-        overwritten = self._overwritten()
+        state, module, tensors = self._state, self._machine.module, self._state.tensors
+        overwritten = self._moved.look()
         self.updated_in_place = bool(overwritten)
-        if overwritten and not {*overwritten} <= {*(machine.moved or ())}:
-            machine.moved = tuple(dict.fromkeys([*(machine.moved or ()), *overwritten]))
-        moved = (
-            {n: self._own_params[n] for n in machine.moved if n in machine.not_trained}
-            if machine.moved
-            else None
-        )
         changes: dict[str, Any] = {}
         if module.buffer_places:
             changes["buffers"] = module.take_buffers()
-        if moved:
-            changes["params"] = {**tensors.params, **moved}
+        if frozen := self._moved.frozen():
+            changes["params"] = {**tensors.params, **frozen}
         if self._attributes is not None:
             module.attributes.learn(self._attributes)
         if module.keeps_extra_state():
@@ -264,54 +192,7 @@ class TrainingPasses:
             if not self._drawing:
                 _require_traceable(tensors.extra, changes["extra"])
         self.tensors = tensors.replace(**changes) if changes else tensors
-        return state.flight.began or Began(tensors, self._kept(overwritten) if overwritten else {})
-
-    def _kept(self, names: list[str]) -> dict[str, Tensor]:
-        """The first values of parameters that were overwritten; of one that moved for the first time there is none."""
-        return {name: self._copies[name] for name in names if name in self._copies}
-
-    def _moved(self) -> tuple[str, ...]:
-        """The names of the parameters that the first pass has changed."""
-        before, now = self._copies, self._own_params
-        written = self._written()  # a momentum encoder begins as a copy, and its first move changes no value
-        frozen = [n for n in self._machine.not_trained if n in written or not unchanged(now[n], before[n])]
-        trained = [
-            name
-            for name, leaf, version in zip(
-                self._machine.trainable, self._state.tensors.leaves, self._versions, strict=True
-            )
-            if leaf._version != version or not unchanged(leaf, before[name])
-        ]
-        return (*frozen, *trained)
-
-    def _written(self) -> list[str]:
-        """The names of the frozen parameters that the passes wrote to."""
-        names = self._machine.not_trained
-        if not names:
-            return []
-        pairs = zip(names, self._frozen_versions, strict=True)
-        return [name for name, before in pairs if self._own_params[name]._version != before]
-
-    def _overwritten(self) -> list[str]:
-        """The names of the state's own parameters that the passes changed in place, through .data too where that is known.
-
-        Raises:
-            CompileError: while a step is traced.
-        """
-        machine = self._machine
-        known = machine.moved or ()
-        versions = [leaf._version for leaf in self._state.tensors.leaves]
-        if versions == self._versions and not known and not machine.not_trained:
-            return []
-        late = [name for name in self._written() if name not in known]  # the others were copies
-        if versions == self._versions and not known:
-            found = late
-        else:
-            pairs = zip(machine.trainable, versions, self._versions, strict=True)
-            found = [*(name for name, now, before in pairs if now != before or name in known), *late]
-        if found and not self._drawing:
-            raise _moves(found[0])
-        return found
+        return state.flight.began or Began(tensors, self._moved.first_values(overwritten))
 
 
 def _have_changed(leaves: Sequence[Tensor], grads: list[tuple[Tensor, int]]) -> bool:
@@ -336,56 +217,3 @@ def _require_traceable(before: Mapping[str, Any], now: Mapping[str, Any]) -> Non
 def _plain_part(tree: Any) -> list[tuple[str, Any]]:
     """What a graph cannot change of a tree: its names, the shapes of its tensors, and its other values."""
     return [(n, x.shape if isinstance(x, Tensor) else (type(x), x)) for n, x in named_leaves(tree)]
-
-
-def _moves(name: str) -> CompileError:
-    return CompileError(
-        f"moves the parameter {name} in its forward pass, which a graph cannot undo where the step is skipped. Run this step in "
-        "eager."
-    )
-
-
-def unchanged(now: Tensor, before: Tensor) -> bool:
-    """Whether a copy has its first value; one whose memory is still shared lazily was never written to."""
-    if hasattr(torch._C, "_is_cow_tensor") and torch._C._is_cow_tensor(now):
-        return True
-    with torch.no_grad():
-        return now.shape == before.shape and torch.equal(now.detach(), before)
-
-
-def did_not_fit(error: BaseException) -> bool:
-    """Whether an error says that memory ran out, on the host or on a device."""
-    text = str(error)
-    return isinstance(error, MemoryError) or any(sign in text for sign in _OUT_OF_MEMORY)
-
-
-def translated(error: Exception, machine: Machine, batch: Any) -> SteploopError | None:
-    """Our error for the two failures of a forward or backward pass that torch's text does not explain; else None.
-
-    ``batch`` is None where it is not known, in a backward pass.
-    """
-    text = str(error)
-    if did_not_fit(error):
-        held = "" if batch is None else f": the batch holds {shapes(batch)}"
-        return OutOfMemoryError(
-            f"A step did not fit into the memory of {machine.device}{held}. The state is as it was. Use smaller batches, "
-            "accumulate(state, micro_batches, objective), or precision='bf16'."
-        )
-    if isinstance(error, ValueError) and "more than 1 value per channel" in text:
-        return ObjectiveError(
-            f"{_failing_layer(error, machine.model)} needs more than one value per channel in training, but the batch holds "
-            f"{shapes(batch)}. Drop the short last batch (drop_last=True) or use larger batches."
-        )
-    return None
-
-
-def _failing_layer(error: Exception, model: nn.Module) -> str:
-    """The name of the innermost module of ``model`` that the traceback passes through."""
-    names = {id(module): name for name, module in model.named_modules()}
-    found, trace = "A BatchNorm layer", error.__traceback__
-    while trace is not None:
-        layer = trace.tb_frame.f_locals.get("self")
-        if id(layer) in names and layer is not model:
-            found = f"The layer {names[id(layer)]} ({type(layer).__name__})"
-        trace = trace.tb_next
-    return found

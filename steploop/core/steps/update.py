@@ -7,16 +7,15 @@ import torch
 from torch import Tensor
 
 from steploop.core.ranks import Ranks
-from steploop.core.state.optimizer_state import check_slots
-from steploop.core.state.parts import TensorValues, field_names
+from steploop.core.state.parts import TensorValues
 from steploop.core.state.sharded import local_part
 from steploop.core.state.surroundings import shielded
 from steploop.core.state.trace import trace_of
 from steploop.core.state.train_state import TrainState
 from steploop.core.steps.closure import Evaluations
-from steploop.core.steps.forward_pass import did_not_fit, seeded_generators
-from steploop.core.steps.sharded_steps import NOT_FOR_SHARDS, check_slots_of_shards
-from steploop.core.trees import map_tensors, paths, with_leaves
+from steploop.core.steps.optimizer_run import run_optimizer
+from steploop.core.steps.pass_failures import did_not_fit
+from steploop.core.steps.selection import decided_by_fused_optimizer, selected
 from steploop.errors import CompileError, ConfigError, NonFiniteError, OutOfMemoryError, StepOrderError
 
 __all__ = ["check_nonfinite", "first_nonfinite", "optimizer_step"]
@@ -93,11 +92,11 @@ def optimizer_step(
     if isinstance(finite, bool):
         advanced = _decided(state, evaluations, finite=finite)
     elif type(finite) is Tensor:
-        advanced = _decided_by_fused_optimizer(state, finite)
+        advanced = decided_by_fused_optimizer(state, finite)
     else:
         if (trace := trace_of(state)) is not None:
             trace.limit_nonfinite(state, max_nonfinite_steps)
-        advanced = _selected(state, finite)  # type: ignore[arg-type]  # a tensor that is being traced
+        advanced = selected(state, finite)  # type: ignore[arg-type]  # a tensor that is being traced
     last = flight if evaluations is None else evaluations.last.flight
     known, finite = advanced.pop("known", last.known), advanced.pop("finite", finite)
     advanced |= {
@@ -170,108 +169,12 @@ def check_nonfinite(state: TrainState, limit: int, culprit: str) -> None:
         )
 
 
-def _run_optimizer(state: TrainState, evaluations: Evaluations | None = None) -> dict[str, Any]:
-    """Update the state's own tensors in place; what else of the state changes."""
-    machine, tensors = state.machine, state.tensors
-    # the first step makes the slots, which is where memory runs out: if nothing else was done, it can be undone
-    first = type(state.applied_steps) is int and state.applied_steps == 0 and not any(tensors.slots.values())
-    versions = [leaf._version for leaf in tensors.leaves] if first else None
-    put_back = machine.point_optimizer(state.lease, tensors, state.hyper)
-    grads = state.flight.grads.values  # type: ignore[union-attr]  # checked by the caller
-    try:
-        state.lease.tear()
-        closure = None
-        if evaluations is not None:
-            evaluations.keep(state)
-            closure = evaluations.closure
-        if machine.third_party:
-            trace = trace_of(state)
-            with seeded_generators(machine) if trace is None else trace.generators(state) as generators:
-                # it may draw: the next place of this step
-                generators.seed(state.seed, state.attempted_steps, state.flight.passes)
-                machine.step(tensors.leaves, grads, closure)
-        else:
-            machine.step(tensors.leaves, grads, closure)
-        if evaluations is not None:
-            tensors = evaluations.last.tensors
-        if first and machine.module.sharded is not None:
-            check_slots_of_shards(state, tensors.slots)
-        return _read_back(state, tensors, first=first) if machine.third_party else {"tensors": tensors}
-    except BaseException as error:
-        if trace_of(state) is None:
-            _after_failure(state, error, versions)
-        raise
-    finally:
-        if put_back is not None:
-            put_back()
-
-
-def _read_back(state: TrainState, tensors: TensorValues, *, first: bool) -> dict[str, Any]:
-    """What an optimizer that is none of torch's keeps after a step, wherever it keeps it."""
-    machine = state.machine
-    optimizer = machine.optimizer
-    slots = {name: optimizer.state.get(tensors.params[name], {}) for name in machine.trainable}
-    hyper, beside = machine.read_hyper(), machine.read_beside()
-    if first:
-        for member in machine.members:
-            check_slots(member, slots, hyper, beside)
-    machine.forget_hyper()
-    return {"tensors": tensors.replace(slots=slots, beside=beside), "hyper": hyper}
-
-
-def _after_failure(state: TrainState, error: BaseException, versions: list[int] | None) -> None:
-    """Undo an update that failed before it changed a parameter; otherwise the state is spent, half updated.
-
-    Args:
-        state: whose update failed.
-        error: why; running out of memory is raised again as an error of ours.
-        versions: of the parameters before the first update of a run; None for a later one, which cannot be undone.
-    """
-    machine = state.machine
-    whole = versions == [leaf._version for leaf in state.tensors.leaves]
-    if whole:
-        for slot in state.tensors.slots.values():
-            slot.clear()
-        if state.lease.torn:
-            state.lease.mend()
-    if machine.third_party:
-        machine.forget_hyper()
-        _explain_third_party(state, error)
-    if machine.module.sharded is not None and any(sign in str(error) for sign in NOT_FOR_SHARDS):
-        raise ConfigError(
-            f"optimizer_step: {machine.optimizer_name} cannot update sharded parameters: {str(error).splitlines()[0]} Take an optimizer "
-            "that updates every value by itself, such as AdamW or SGD."
-        ) from error
-    if did_not_fit(error):
-        left = "The state is as it was." if whole else "It was cut off half-way: this state is spent."
-        raise OutOfMemoryError(
-            f"The update of {type(machine.optimizer).__name__} did not fit into the memory of {machine.device}. {left} Take an "
-            "optimizer that keeps less for each parameter, or freeze some; optimizer_step(state, donate=False) leaves the "
-            "state whole in any case, for the memory of a copy."
-        ) from error
-
-
-def _explain_third_party(state: TrainState, error: BaseException) -> None:
-    """Raise ConfigError for two failures of other people's optimizers whose text does not say what to do here."""
-    kind, text = type(state.machine.optimizer).__name__, str(error).lower()
-    if "closure" in text or "closure" in type(error).__name__.lower():
-        raise ConfigError(
-            f"optimizer_step: {kind} evaluates the loss itself ({error}). Give it a function that does so: "
-            "optimizer_step(state, closure=lambda state: backward_scaled(forward_loss(state, batch, objective)))."
-        ) from error
-    if "does not require grad" in text or "create_graph" in text:
-        raise ConfigError(
-            f"optimizer_step: {kind} differentiates the gradients once more ({error}), but gradients here are values without a "
-            "graph. Use an optimizer that needs none."
-        ) from error
-
-
 def _decided(state: TrainState, evaluations: Evaluations | None, *, finite: bool) -> dict[str, Any]:
     """What a step changes where the host knows whether it is finite."""
     if not finite:
         state.lease.tear()
         return {"tensors": _as_it_began(state), "nonfinite_steps": state.nonfinite_steps + 1}
-    changed = _run_optimizer(state, evaluations)
+    changed = run_optimizer(state, evaluations)
     if evaluations is not None and evaluations.spoiled(changed["tensors"]):
         slots, beside, hyper = evaluations.undo(state)
         return {
@@ -293,90 +196,3 @@ def _as_it_began(state: TrainState) -> TensorValues:
         for name, value in began.overwritten.items():
             state.tensors.params[name].copy_(value)
     return began.tensors
-
-
-def _counts_and_buffers(state: TrainState, finite: Tensor) -> dict[str, Any]:
-    """The same without a decision on the host: counters move by a tensor, buffers and the carry are selected."""
-    began = state.tensors if state.flight.began is None else state.flight.began.tensors
-    old, tensors = began.buffers, state.tensors
-    buffers = {name: torch.where(finite, b, old.get(name, b)) for name, b in tensors.buffers.items()}
-    others = {
-        name: _selected_tree(finite, new, before, name)
-        for name in field_names(type(tensors))
-        if name not in {"params", "buffers", "slots"}
-        and (new := getattr(tensors, name)) is not (before := getattr(began, name))
-    }
-    trace = trace_of(state)
-    return {
-        **(_counts(state, finite) if trace is None else trace.counts(state, finite)),
-        "tensors": tensors.replace(buffers=buffers, **others),
-    }
-
-
-def _counts(state: TrainState, finite: Tensor) -> dict[str, Any]:
-    ones = finite.long()
-    counts = {
-        "applied_steps": state.applied_steps + ones,
-        "nonfinite_steps": (state.nonfinite_steps + 1) * (1 - ones),
-    }
-    if isinstance(state.applied_steps, Tensor):
-        return counts
-    return {**counts, "known": (state.applied_steps, state.attempted_steps)}
-
-
-def _selected_tree(finite: Tensor, new: Any, old: Any, field: str) -> Any:
-    """``new`` where the step is finite and ``old`` where it is not, leaf for leaf."""
-    if isinstance(new, Tensor) and isinstance(old, Tensor) and new.shape == old.shape:
-        return new if new is old else torch.where(finite, new, old)
-    if isinstance(new, dict) and isinstance(old, dict) and new.keys() == old.keys():
-        return {key: _selected_tree(finite, new[key], old[key], field) for key in new}
-    if isinstance(new, (list, tuple)) and type(new) is type(old) and len(new) == len(old):
-        return type(new)(_selected_tree(finite, a, b, field) for a, b in zip(new, old, strict=True))
-    if type(new) is type(old) and new == old:
-        return new
-    raise ConfigError(
-        f"optimizer_step: the {field} of the state changed its shape in a step that the device decides about, so that a skip "
-        "could not bring the old one back. Keep its shape, set it after optimizer_step, or use an optimizer without fused=True."
-    )
-
-
-def _decided_by_fused_optimizer(state: TrainState, finite: Tensor) -> dict[str, Any]:
-    """A fused optimizer reads ``found_inf`` in its own kernel, and changes nothing where it is 1."""
-    optimizer: Any = state.machine.optimizer
-    changed = _counts_and_buffers(state, finite)
-    new = [name for name, slot in state.tensors.slots.items() if not slot]
-    optimizer.grad_scale, optimizer.found_inf = None, (~finite).float()
-    try:
-        slots = _run_optimizer(state)["tensors"].slots
-    finally:
-        del optimizer.grad_scale, optimizer.found_inf
-    for name in new:
-        for value in slots[name].values():
-            if isinstance(value, Tensor):
-                # a skipped kernel leaves a new momentum buffer as it was made: memory that no kernel wrote
-                value.copy_(torch.where(finite, value, torch.zeros_like(value)))
-    return {**changed, "tensors": changed["tensors"].replace(slots=slots)}
-
-
-def _selected(state: TrainState, finite: Tensor) -> dict[str, Any]:
-    """Step, then take the old values back where the step was not finite: for a step that is being traced."""
-    tensors = state.tensors
-    changed = _counts_and_buffers(state, finite)
-    old_params = {name: p.detach().clone() for name, p in tensors.params.items()}
-    old_slots = {name: map_tensors(Tensor.clone, slot) for name, slot in tensors.slots.items()}
-    old_beside = {p: t.clone() for p, t in paths(tensors.beside) if isinstance(t, Tensor)}
-    ran = _run_optimizer(state)
-    slots = ran["tensors"].slots
-    with torch.no_grad():
-        for name in state.machine.trainable:
-            leaf = tensors.params[name]
-            leaf.copy_(torch.where(finite, leaf, old_params[name]))
-            for key, value in slots[name].items():
-                if isinstance(value, Tensor) and key in old_slots[name]:  # a new one ends the trace
-                    value.copy_(torch.where(finite, value, old_slots[name][key]))
-    beside = ran["tensors"].beside
-    if beside:
-        leaves = {p: t for p, t in paths(beside) if isinstance(t, Tensor) and p in old_beside}
-        beside = with_leaves(beside, {p: torch.where(finite, t, old_beside[p]) for p, t in leaves.items()})
-    ran |= {**changed, "tensors": changed["tensors"].replace(slots=slots, beside=beside)}
-    return ran

@@ -5,7 +5,8 @@ from typing import Any
 from torch import Tensor
 
 from steploop.checkpoint.format.batch_files import decode, encode
-from steploop.core.ranks import Parts, Ranks
+from steploop.core.batch_parts import Parts
+from steploop.core.ranks import Ranks
 from steploop.errors import CheckpointUnsupportedError
 
 __all__ = ["whole_batch"]

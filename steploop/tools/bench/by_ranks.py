@@ -6,11 +6,12 @@ from typing import Any
 import attrs
 from torch.nn.parallel import DistributedDataParallel
 
-from steploop.core.ranks import Ranks, split_parts
+from steploop.core.batch_parts import split_parts
+from steploop.core.ranks import Ranks
 from steploop.core.state.several import members
 from steploop.core.state.train_state import TrainState
 from steploop.core.state.with_ranks import with_ranks
-from steploop.core.steps.forward_pass import Objective
+from steploop.core.steps.objectives import Objective
 from steploop.recipe.recipe import Recipe
 from steploop.tools.bench.handwritten import Step, handwritten_step
 

@@ -10,7 +10,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from steploop.core.precision import autocast
 from steploop.core.state.train_state import TrainState
-from steploop.core.steps.forward_pass import Objective, read_objective
+from steploop.core.steps.objectives import Objective, read_objective
 from steploop.errors import ConfigError
 
 __all__ = ["PEERS", "Step", "compiled_model_step", "handwritten_step", "installed_peers", "single"]

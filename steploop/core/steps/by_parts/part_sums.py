@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from steploop.core.ranks import Ranks
-from steploop.core.steps.part_exchange import Bucket, Exchange, bucketed
-from steploop.core.steps.part_tree import Node, join
+from steploop.core.steps.by_parts.part_exchange import Bucket, Exchange, bucketed
+from steploop.core.steps.by_parts.part_tree import Node, join
 from steploop.errors import ConfigError
 
 __all__ = ["PartSum"]

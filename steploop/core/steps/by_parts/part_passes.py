@@ -9,15 +9,18 @@ from typing import Any, Protocol, cast
 import attrs
 from torch import Tensor
 
-from steploop.core.ranks import Parts, Ranks
+from steploop.core.batch_parts import Parts
+from steploop.core.ranks import Ranks
+from steploop.core.state.copying import unchanged
 from steploop.core.state.parts import Began
 from steploop.core.state.train_state import TrainState
 from steploop.core.steps.backward_pass import gradients, recomputed, seed_of, take_gradients
-from steploop.core.steps.forward_pass import Objective, TrainingPasses, unchanged
-from steploop.core.steps.part_agreement import Agreed, Ran
-from steploop.core.steps.part_sums import PartSum
-from steploop.core.steps.part_weights import checked_weight, counts
-from steploop.core.steps.sharded_steps import stand_in
+from steploop.core.steps.by_parts.part_agreement import Agreed, Ran
+from steploop.core.steps.by_parts.part_sums import PartSum
+from steploop.core.steps.by_parts.part_weights import checked_weight, counts
+from steploop.core.steps.by_parts.sharded_steps import stand_in
+from steploop.core.steps.forward_pass import TrainingPasses
+from steploop.core.steps.objectives import Objective
 from steploop.core.trees import count_samples, first_difference
 from steploop.errors import ConfigError
 

@@ -7,7 +7,8 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from steploop.core.ranks import Parts, Ranks
+from steploop.core.batch_parts import Parts
+from steploop.core.ranks import Ranks
 from steploop.core.state.sharded import is_sharded
 from steploop.core.state.train_state import TrainState
 from steploop.core.steps.clipping import global_norm

@@ -9,8 +9,8 @@ from torch import Tensor
 
 from steploop.core.ranks import Ranks
 from steploop.core.state.train_state import TrainState
-from steploop.core.steps.part_sums import PartSum
-from steploop.core.steps.part_weights import counts, weighted_sum
+from steploop.core.steps.by_parts.part_sums import PartSum
+from steploop.core.steps.by_parts.part_weights import counts, weighted_sum
 from steploop.errors import ConfigError, EmptyDataError, ObjectiveError
 
 __all__ = ["Agreed", "Ran", "agree", "mean_buffers"]

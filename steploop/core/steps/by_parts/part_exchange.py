@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from steploop.core.ranks import Ranks
-from steploop.core.steps.part_tree import Node, join, nodes_of
+from steploop.core.steps.by_parts.part_tree import Node, join, nodes_of
 
 __all__ = ["Bucket", "Exchange", "bucketed"]
 

@@ -7,17 +7,19 @@ import attrs
 import torch
 from torch import Tensor
 
-from steploop.core.ranks import Parts, Ranks
+from steploop.core.batch_parts import Parts
+from steploop.core.ranks import Ranks
 from steploop.core.state.parts import Gradients
 from steploop.core.state.sharded import local_part
 from steploop.core.state.train_state import TrainState
 from steploop.core.steps.backward_pass import gradients, require_some, seed_of, take_gradients
-from steploop.core.steps.forward_pass import DrewElsewhere, Objective, TrainingPasses
-from steploop.core.steps.part_agreement import Ran, agree, mean_buffers
-from steploop.core.steps.part_passes import ended, is_empty, parts_of, run_part
-from steploop.core.steps.part_sums import PartSum
-from steploop.core.steps.part_weights import counts
-from steploop.core.steps.sharded_steps import require_weights, stand_in
+from steploop.core.steps.by_parts.part_agreement import Ran, agree, mean_buffers
+from steploop.core.steps.by_parts.part_passes import ended, is_empty, parts_of, run_part
+from steploop.core.steps.by_parts.part_sums import PartSum
+from steploop.core.steps.by_parts.part_weights import counts
+from steploop.core.steps.by_parts.sharded_steps import require_weights, stand_in
+from steploop.core.steps.forward_pass import DrewElsewhere, TrainingPasses
+from steploop.core.steps.objectives import Objective
 from steploop.core.trees import count_samples
 from steploop.errors import ObjectiveError
 
