@@ -23,6 +23,7 @@ from steploop import (
 from steploop.core.state.parts import Gradients, TensorValues, field_names
 from steploop.core.steps import clip as unscale
 from steploop.core.steps import clipping as clip
+from steploop.core.steps import selection
 from steploop.core.steps import update as updating
 from steploop.errors import NonFiniteError
 from steploop.testing import (
@@ -150,7 +151,7 @@ def test_a_step_that_selects_is_the_step_that_decides(task, data, finite):
     )
     decided, selected = state.clone(), state.clone()
     expected = updating._decided(decided, None, finite=finite)
-    found = updating._selected(selected, torch.tensor(finite))
+    found = selection.selected(selected, torch.tensor(finite))
     for name in field_names(TensorValues):
         require_same(
             getattr(found["tensors"], name), getattr(expected["tensors"], name), f"the {name} are the same"
