@@ -87,7 +87,7 @@ class TrainingPasses:
         if machine.not_trained:
             machine.check_frozen(tensors.params)
         drop_leftovers(tensors.leaves)
-        self._moved = MovedParams(state)
+        self._moved = MovedParams(state, traced=not self._drawing)
         self._before = module.point(state.lease, self._moved.params)
         if self._before is not None:
             self._buffers_before = module.buffers()
@@ -192,7 +192,9 @@ class TrainingPasses:
             if not self._drawing:
                 _require_traceable(tensors.extra, changes["extra"])
         self.tensors = tensors.replace(**changes) if changes else tensors
-        return state.flight.began or Began(tensors, self._moved.first_values(overwritten))
+        return state.flight.began or Began(
+            tensors, self._moved.first_values(overwritten) if overwritten else {}
+        )
 
 
 def _have_changed(leaves: Sequence[Tensor], grads: list[tuple[Tensor, int]]) -> bool:

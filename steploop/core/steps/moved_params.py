@@ -3,7 +3,6 @@
 from torch import Tensor
 
 from steploop.core.state.copying import lazy_clone, leaf_like, unchanged
-from steploop.core.state.trace import trace_of
 from steploop.core.state.train_state import TrainState
 from steploop.errors import CompileError
 
@@ -15,6 +14,10 @@ class MovedParams:
 
     Which ones a model moves is found out in its first pass, on lazy copies of all. From then on passes compute with
     copies of the frozen ones among them, and the first values of the trained ones are kept for a step that is skipped.
+
+    Args:
+        state: what the step began with.
+        traced: whether the step is being traced.
 
     Attributes:
         params: the parameters to compute with.
@@ -31,10 +34,10 @@ class MovedParams:
         "params",
     )
 
-    def __init__(self, state: TrainState) -> None:
+    def __init__(self, state: TrainState, *, traced: bool) -> None:
         self._machine = machine = state.machine
         self._values = state.tensors
-        self._traced = trace_of(state) is not None
+        self._traced = traced
         self._copies: dict[str, Tensor] = {}
         self._untouched: list[tuple[str, Tensor, int]] = []
         self.params = self._chosen()
