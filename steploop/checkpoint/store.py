@@ -16,7 +16,7 @@ from steploop.checkpoint.opening import Checkpoint, open_checkpoint
 from steploop.checkpoint.packing import named_members
 from steploop.checkpoint.rank_loading import open_on_ranks
 from steploop.checkpoint.saving import save_state
-from steploop.checkpoint.storage.commit import write_error
+from steploop.checkpoint.storage.commit import OLD, find, write_error
 from steploop.checkpoint.storage.litter import discard, make_directories, probe, sweep
 from steploop.checkpoint.storage.local import LOCAL, Fs
 from steploop.checkpoint.votes import Votes, votes_of
@@ -121,8 +121,8 @@ class CheckpointStore:
         return self.directory / f"step-{step:012d}"
 
     def steps(self) -> list[int]:
-        """List the steps that have a checkpoint, in order, without verifying them."""
-        names = (_STEP.fullmatch(name) for name in self._fs.names(self.directory))
+        """List the steps that have a checkpoint, in order, without verifying them; those that a crash left set aside too."""
+        names = (_STEP.fullmatch(name.removeprefix(OLD)) for name in self._fs.names(self.directory))
         return sorted(
             {int(match[1]) for match in names if match and self.path(int(match[1])).name == match[0]}
         )
@@ -243,7 +243,7 @@ class CheckpointStore:
         names = (f".corrupt-{path.name}" + (f"-{n}" if n else "") for n in itertools.count())
         aside = path.with_name(next(name for name in names if name not in taken))
         try:
-            self._fs.rename(path, aside)
+            self._fs.rename(find(self._fs, path), aside)
             self._fs.sync_directory(self.directory)
         except OSError as error:
             raise write_error(f"The damaged checkpoint {path} could not be renamed", error) from error

@@ -95,6 +95,30 @@ def test_a_damaged_step_that_was_asked_for_is_an_error_and_stays_where_it_is(tmp
     assert store.steps() == [1, 2]
 
 
+def set_aside(store, step):
+    """As a kill between the two renames of a replacement leaves it."""
+    return store.path(step).rename(store.directory / f".old-{store.path(step).name}")
+
+
+def test_one_that_a_crash_left_set_aside_is_found_deleted_and_replaced_as_any_other(tmp_path):
+    """Also where it is the only one, and nobody has swept: never from scratch in silence."""
+    store = filled(tmp_path, [1])
+    set_aside(store, 1)
+    assert (store.steps(), store.load(like=at(0)).step) == ([1], 1)
+    assert store.newest().digest == checkpoint.digest(at(1))
+    store.save(at(2))
+    set_aside(store, 2)
+    store.save(at(2, seed=1))
+    require_same(store.load(like=at(0)), at(2, seed=1), "the later one")
+    for step in (3, 4, 5):
+        store.save(at(step))
+    assert listed(tmp_path) == [f"step-{step:012d}" for step in (3, 4, 5)]
+    flip(set_aside(store, 5) / "state.json")
+    with pytest.warns(DamagedCheckpointWarning, match=r"It was renamed to \.corrupt-step-000000000005\."):
+        assert store.load(like=at(0)).step == 4
+    assert store.steps() == [3, 4]
+
+
 def test_damaged_checkpoints_alone_do_not_mean_beginning_anew(tmp_path):
     """Never silently from scratch."""
     store = filled(tmp_path, [1, 2])

@@ -7,7 +7,15 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Final
 
-from steploop.checkpoint.storage.commit import OLD, quietly, recover, remove_tree, write_bytes, write_error
+from steploop.checkpoint.storage.commit import (
+    OLD,
+    find,
+    quietly,
+    recover,
+    remove_tree,
+    write_bytes,
+    write_error,
+)
 from steploop.checkpoint.storage.local import Fs
 
 __all__ = ["discard", "make_directories", "probe", "sweep"]
@@ -20,7 +28,7 @@ def discard(fs: Fs, path: Path) -> None:
     """Delete a checkpoint; a kill on the way leaves no half of it under its name."""
     trash = path.with_name(f"{_TRASH}{path.name}-{os.getpid()}")
     remove_tree(fs, trash)
-    fs.rename(path, trash)
+    fs.rename(find(fs, path), trash)
     remove_tree(fs, trash)
 
 
