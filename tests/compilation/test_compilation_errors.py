@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from compiled_runs import batches, first_state, folded, mlp, objective, run_as_it_is, train_step
+from compiled_runs import assert_alike, batches, first_state, folded, mlp, objective, run_as_it_is, train_step
 from torch import nn
 
 from steploop import (
@@ -121,6 +121,26 @@ def test_an_optimizer_that_reads_is_named_with_those_that_can_be_captured():
     message = refusal(train_step, first_state(mlp(), Optimizer(torch.optim.Adafactor, lr=0.01)))
     assert "_adafactor.py" in message
     assert "SGD, Adam, AdamW" in message
+
+
+@pytest.mark.parametrize("draws", [False, True])
+def test_a_distribution_that_checks_its_numbers_is_refused_with_what_to_write_and_compiled_so(draws):
+    def step_with(**settings):
+        def loss(model, batch):
+            inputs, labels = batch
+            if draws:
+                noisy = torch.distributions.Normal(model(inputs), 0.1, **settings).rsample()
+                return F.cross_entropy(noisy, labels)
+            return -torch.distributions.Categorical(logits=model(inputs), **settings).log_prob(labels).mean()
+
+        return lambda state, batch: updated(forward_loss(state, batch, loss))
+
+    message = refusal(step_with())
+    assert "lets a distribution check its numbers in Python" in message
+    assert message.count("validate_args=False") == 1
+    unchecked = step_with(validate_args=False)
+    single, given = folded(unchecked, first_state(), batches(5)), batches(5)
+    assert_alike(folded(compile(unchecked), first_state(), given), single, 1e-5)
 
 
 def test_an_optimizer_that_evaluates_the_loss_again_is_refused():

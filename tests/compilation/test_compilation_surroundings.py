@@ -440,6 +440,17 @@ def test_other_weights_in_the_midst_of_a_step_are_refused_and_run_in_eager_by_au
     )
 
 
+def test_other_buffers_in_the_midst_of_a_step_are_compiled():
+    def step(state, batch):
+        state = updated(state, batch)
+        return state.with_params({"1.running_mean": state.buffers["1.running_mean"] * 0.5 + state.loss})
+
+    first = first_state(mlp(norm=True))
+    eager, compiled = folded(step, first.clone(), batches(4)), folded(compile(step), first, batches(4))
+    assert_alike(eager, compiled, 1e-5)
+    torch.testing.assert_close(compiled.loss, eager.loss)
+
+
 def test_an_evaluation_in_the_midst_of_a_step_is_refused_and_runs_in_eager_by_auto():
     def step(state, batch):
         better = evaluate(state, [batch], objective)["loss"] < 1.0

@@ -113,11 +113,12 @@ def test_a_copy_has_them_and_shares_no_memory(copied):
         assert twin.tensors.memory[name].data_ptr() != tensor.data_ptr()
 
 
-def test_what_is_in_flight_goes_into_a_clone_and_not_into_a_state_with_other_values():
-    state = with_flight(wider(), attention=torch.tensor(0.5))
+def test_what_is_in_flight_goes_into_a_clone_and_results_alone_into_a_state_with_other_values():
+    state = with_flight(wider(), attention=torch.tensor(0.5), scratch=3)
     assert state.clone().flight.attention is state.flight.attention
     assert type(state.with_params({}).flight) is MoreInFlight
-    assert state.with_params({}).flight.attention is None
+    assert state.with_params({}).flight.attention is state.flight.attention
+    assert (state.clone().flight.scratch, state.with_params({}).flight.scratch) == (3, None)
 
 
 def test_a_comparison_names_them():

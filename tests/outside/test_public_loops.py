@@ -1,4 +1,4 @@
-"""Ten loops that people publish: plain PyTorch on one side, our steps on the other, the same bits; resumed half-way too."""
+"""Ten loops that people publish: plain PyTorch on one side, our steps on the other, the same bits; resumed half-way, and compiled."""
 
 import importlib
 from functools import reduce
@@ -6,8 +6,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from compiled_runs import run_as_it_is
 
-from steploop import TrainState, checkpoint
+from steploop import TrainState, checkpoint, compile  # noqa: A004  (steploop.compile, as in torch.compile)
+from steploop.errors import CompileError
 
 LOOPS = sorted(path.stem for path in (Path(__file__).parent / "public_loops").glob("*.py"))
 
@@ -41,3 +43,28 @@ def test_twenty_steps_are_those_of_the_loop_by_hand_and_a_resumed_run_goes_on(na
     assert any(not torch.equal(begun[key], value) for key, value in by_hand.items() if key in begun)
     resumed = checkpoint.load(tmp_path / "half", like=loop.initial())
     assert_equal(values_of(loop, reduce(loop.train_step, batches[10:], resumed)), by_hand)
+
+
+REFUSED = {"sam": r"lets SAM evaluate the loss again"}
+
+
+@pytest.mark.parametrize("name", LOOPS)
+def test_compiled_they_give_the_losses_of_eager_or_are_refused_by_name(name, monkeypatch):
+    """Losses, and not weights: Adam amplifies the rounding of gradients that are 0, as those of a bias before BatchNorm."""
+    run_as_it_is(monkeypatch)
+    loop = importlib.import_module(f"public_loops.{name}")
+    step = compile(loop.train_step)
+    if name in REFUSED:
+        with pytest.raises(CompileError, match=REFUSED[name]):
+            reduce(step, loop.batches(), loop.initial())
+        return
+    eager, compiled = loop.initial(), loop.initial()
+    for batch in loop.batches()[:8]:
+        eager, compiled = loop.train_step(eager, batch), step(compiled, batch)
+        for one, other in zip(states_of(eager), states_of(compiled), strict=True):
+            torch.testing.assert_close(other.loss, one.loss, rtol=1e-3, atol=1e-5)  # gpt computes in bfloat16
+    assert step.figures.form == "compiled"
+
+
+def states_of(value):
+    return [value] if isinstance(value, TrainState) else list(value.values())

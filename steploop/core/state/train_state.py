@@ -280,8 +280,8 @@ class TrainState(PlainValues):
     def with_params(self, values: Mapping[str, Tensor]) -> Self:
         """Make a state with other parameters or buffers; this one stays whole.
 
-        The new state owns its tensors: everything is copied. Optimizer slots, averages and counters are kept; what was
-        in flight is dropped.
+        The new state owns its tensors: everything is copied. Optimizer slots, averages, counters and the results of the
+        last step are kept; a step that has begun ends.
 
         Args:
             values: parameter or buffer name -> tensor of its shape and dtype; names left out keep their values.
@@ -295,15 +295,16 @@ class TrainState(PlainValues):
             1.0
         """
         self.check_alive("with_params")
-        if trace_of(self) is not None:
-            raise CompileError(
-                "calls with_params, which makes a state of its own in the midst of a step. Call it between two steps."
-            )
         check_values(self.tensors, values)
-        new = self.clone()
+        traced = trace_of(self) is not None
+        if traced and any(name in self.tensors.params for name in values):
+            raise CompileError(
+                "calls with_params, which gives a state other parameters in the midst of a step. Call it between two steps."
+            )
+        new = self if traced else self.clone()  # a graph has its buffers for itself
         return new.replace(
             tensors=with_values(new.tensors, values, self.machine.trainable),
-            flight=type(self.flight)(known=self.flight.known),
+            flight=self.flight.ended(),
         )
 
     def with_carry(self, carry: Any) -> Self:

@@ -28,7 +28,7 @@ class ActorCritic(nn.Module):
 
     def forward(self, places):
         hidden = self.body(places)
-        return Categorical(logits=self.actor(hidden)), self.critic(hidden).squeeze(1)
+        return Categorical(logits=self.actor(hidden), validate_args=False), self.critic(hidden).squeeze(1)
 
 
 def moved(places, actions):
