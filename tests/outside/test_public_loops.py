@@ -46,6 +46,7 @@ def test_twenty_steps_are_those_of_the_loop_by_hand_and_a_resumed_run_goes_on(na
 
 
 REFUSED = {"sam": r"lets SAM evaluate the loss again"}
+TOLERANCES = {"gpt": 1e-2}  # in bfloat16
 
 
 @pytest.mark.parametrize("name", LOOPS)
@@ -58,11 +59,11 @@ def test_compiled_they_give_the_losses_of_eager_or_are_refused_by_name(name, mon
         with pytest.raises(CompileError, match=REFUSED[name]):
             reduce(step, loop.batches(), loop.initial())
         return
-    eager, compiled = loop.initial(), loop.initial()
+    eager, compiled, tolerance = loop.initial(), loop.initial(), TOLERANCES.get(name, 1e-4)
     for batch in loop.batches()[:8]:
         eager, compiled = loop.train_step(eager, batch), step(compiled, batch)
         for one, other in zip(states_of(eager), states_of(compiled), strict=True):
-            torch.testing.assert_close(other.loss, one.loss, rtol=1e-3, atol=1e-5)  # gpt computes in bfloat16
+            torch.testing.assert_close(other.loss, one.loss, rtol=tolerance, atol=1e-5)
     assert step.figures.form == "compiled"
 
 
