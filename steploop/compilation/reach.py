@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from steploop.compilation.mapping_watch import Attributes, Cells, MappingWatch, Snapshot
+from steploop.core.state.attribute_owners import hooks_of
 
 __all__ = ["Found", "in_reach"]
 
@@ -115,6 +116,8 @@ class _Walk:
         others = [k for k in public if k not in named]
         self.found.by_use.append(MappingWatch(values, others, lambda k: f"{path}.{k}", whole=False))
         self._class(kind, path)
+        for hook in hooks_of(module):
+            self.into(hook, f"{path}.hook", 1)
 
     def _class(self, kind: type, path: str) -> None:
         """The functions of a class that the code names, and the plain values that stand in it."""

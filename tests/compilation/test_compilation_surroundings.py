@@ -655,3 +655,32 @@ def test_what_the_code_does_not_name_costs_no_graph():
             return fast
 
     assert len(Trainer().fit(first_state(), batches(6)).figures.compile_s) == 1
+
+
+# -- hooks ------------------------------------------------------------------------------------------------------------
+
+
+def test_what_a_hook_counts_is_refused_and_what_it_reads_is_guarded():
+    counted, factor = [0], [1.0]
+
+    def count(*args):
+        counted[0] += 1
+        return args[-1] / counted[0]
+
+    def scale(*args):
+        return args[-1] * factor[0]
+
+    counting = Net()
+    counting.layer.weight.register_hook(count)
+    state, step = first_state(counting), compile(updated)
+    with pytest.raises(CompileError, match=r"changes counted\[0\] in Python, which a graph would do once"):
+        step(step(state, batches(1)[0]), batches(1)[0])
+    scaling = Net()
+    scaling.layer.register_forward_hook(scale)
+    eager = first_state(scaling)
+    graphs = eager.clone()
+    step = compile(updated)
+    for batch in batches(4):
+        factor[0] *= 0.5
+        eager, graphs = updated(eager, batch), step(graphs, batch)
+    assert_alike(eager, graphs, 1e-6)

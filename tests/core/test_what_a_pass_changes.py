@@ -4,9 +4,11 @@ import copy
 import itertools
 import random
 from collections import Counter, OrderedDict, defaultdict, deque
-from functools import reduce
+from functools import partial, reduce
 from types import SimpleNamespace
+from typing import NamedTuple
 
+import attrs
 import numpy as np
 import pytest
 import torch
@@ -23,7 +25,7 @@ from steploop import (
     optimizer_step,
     unscale_and_clip,
 )
-from steploop.core.state import plain_attributes
+from steploop.core.state import attribute_marks, plain_attributes
 from steploop.errors import ConfigError
 
 SGD = Optimizer(torch.optim.SGD, lr=0.05, momentum=0.9)
@@ -86,7 +88,60 @@ def tensor(net, x):
     return 1 + net.kept.mean
 
 
+class Called(Own):
+    """One that is called."""
+
+    def __call__(self, x):
+        self.calls += 1
+        return 0.9**self.calls
+
+
+class Slotted:
+    __slots__ = ("calls", "mean")
+
+    def __init__(self):
+        self.calls = 0
+
+
+class Pair(NamedTuple):
+    calls: int = 0
+    mean: float = 0.0
+
+
+@attrs.frozen
+class Fields:
+    calls: int = 0
+    mean: torch.Tensor = attrs.field(factory=lambda: torch.zeros(()))
+
+
+def fields(net, x):
+    net.kept = attrs.evolve(net.kept, calls=net.kept.calls + 1, mean=net.kept.mean + x.detach().mean())
+    return 0.9**net.kept.calls + net.kept.mean
+
+
+def pair(net, x):
+    net.kept = net.kept._replace(calls=net.kept.calls + 1, mean=net.kept.mean + float(x.mean()))
+    return 0.9**net.kept.calls + net.kept.mean
+
+
+def within(at):
+    """The same of an object that hangs deeper."""
+
+    def use(net, x):
+        return attribute(SimpleNamespace(kept=at(net.kept)), x)
+
+    return use
+
+
 HELD = {
+    "object in a list": (lambda: [Own()], within(lambda kept: kept[0])),
+    "object in a dictionary": (lambda: {"a": (Own(), 1)}, within(lambda kept: kept["a"][0])),
+    "object of an object": (lambda: SimpleNamespace(own=Own()), within(lambda kept: kept.own)),
+    "object that is called": (Called, lambda net, x: net.kept(x)),
+    "object of a partial function": (lambda: partial(Called().__call__), lambda net, x: net.kept(x)),
+    "object with slots": (Slotted, attribute),
+    "named tuple": (Pair, pair),
+    "frozen value": (Fields, fields),
     "deque": (lambda: deque(maxlen=3), queue),
     "OrderedDict": (OrderedDict, table),
     "defaultdict": (lambda: defaultdict(int), table),
@@ -129,7 +184,17 @@ REFUSED = {
         (lambda: random.Random(1), lambda net, x: net.kept.random()),
     ),
     "an array of NumPy": ((lambda: np.zeros(2), lambda net, x: np.add(net.kept, 1, out=net.kept)[0]),),
-    "a set": ((set, lambda net, x: net.kept.add(len(net.kept)) or len(net.kept)),),
+    "a set": (
+        (set, lambda net, x: net.kept.add(len(net.kept)) or len(net.kept)),
+        (lambda: [set()], lambda net, x: net.kept[0].add(len(net.kept[0])) or len(net.kept[0])),
+    ),
+    "a dict with a deque in it": (
+        (lambda: {"a": deque(maxlen=3)}, lambda net, x: net.kept["a"].append(1) or len(net.kept["a"])),
+    ),
+    "a dict with a tuple in it": ((lambda: {(0, 1): 1}, lambda net, x: net.kept.update({(0, 1): 2}) or 1.0),),
+    "a deque where there was none of its kind before": (
+        (lambda: None, lambda net, x: setattr(net, "kept", deque([1], maxlen=3)) or 1.0),
+    ),
     "an iterator": (
         (itertools.count, lambda net, x: next(net.kept)),
         (lambda: iter([1.0, 2.0]), lambda net, x: next(net.kept)),
@@ -152,6 +217,115 @@ def test_what_cannot_be_held_is_refused_by_name_in_the_first_pass(what, number):
     assert reduce(step, batches(), unused).step == 6
 
 
+def test_a_cache_by_shape_grows_and_is_none_of_the_state():
+    def mask(net, x):
+        return net.kept.setdefault(tuple(x.shape), 1.0)
+
+    state = reduce(step, batches(), TrainState.create(Net({}, mask), SGD))
+    assert state.step == 6
+    assert not state.tensors.extra
+
+
+def test_two_layers_go_on_with_one_dictionary_and_one_tensor():
+    shared, total = {"calls": 0}, torch.zeros(())
+
+    def first(net, x):
+        net.kept["calls"] += 1
+        net.total.add_(1)
+        return 1.0
+
+    net = nn.Sequential(Net(shared, first), Net(shared, lambda net, x: 0.9 ** net.kept["calls"] * net.total))
+    net[0].total = net[1].total = total
+    state = reduce(step, batches(), TrainState.create(net, SGD))
+    evaluate(state, batches(2), objective)
+    state = step(state, batches()[0])
+    assert shared["calls"] == 7
+    model = state.model
+    assert model[0].total is model[1].total
+    assert float(model[1].total) == 7
+
+
+# -- in the backward pass, and in hooks -------------------------------------------------------------------------------
+
+
+class InBackward(nn.Module):
+    """A number, moved by a hook in the backward pass, that decides what the next pass computes."""
+
+    def __init__(self, hook):
+        super().__init__()
+        torch.manual_seed(0)
+        self.layer, self.scale = nn.Linear(2, 2), 1.0
+        hook(self)
+
+    def forward(self, x):
+        return self.layer(x) * self.scale
+
+    def move(self, *_):
+        self.scale *= 0.9
+
+    def moved(self, grad):
+        self.move()
+        return grad
+
+
+class HalfOfThem:
+    """A hook that counts."""
+
+    def __init__(self):
+        self.calls = 0
+
+    def __call__(self, *args):
+        self.calls += 1
+        return args[-1] * (self.calls % 2)
+
+
+HOOKS = {
+    "backward hook": lambda net: net.layer.register_full_backward_pre_hook(net.move),
+    "hook on a parameter": lambda net: net.layer.weight.register_hook(net.moved),
+    "object on a parameter": lambda net: net.layer.weight.register_hook(HalfOfThem()),
+    "object on a layer": lambda net: net.layer.register_forward_hook(HalfOfThem()),
+    "partial function": lambda net: net.layer.register_forward_hook(partial(HalfOfThem(), 1)),
+}
+
+
+@pytest.mark.parametrize("kind", list(HOOKS))
+@pytest.mark.parametrize("how", [{}, {"donate": False}])
+def test_what_hooks_change_goes_on_in_copies_and_resumed_runs_as_in_the_loop_by_hand(kind, how, tmp_path):
+    net = InBackward(HOOKS[kind])
+    sgd = torch.optim.SGD(net.parameters(), lr=0.05, momentum=0.9)
+    for batch in batches():
+        sgd.zero_grad()
+        objective(net, batch).backward()
+        sgd.step()
+
+    def begin():
+        return TrainState.create(InBackward(HOOKS[kind]), SGD)
+
+    half = reduce(partial(step, **how), batches()[:3], begin())
+    copied = half.clone()
+    checkpoint.save(half, tmp_path / "half")
+    step(half, batches()[5], donate=False)  # is of no consequence
+    for state in (half, copied, checkpoint.load(tmp_path / "half", like=begin())):
+        assert torch.equal(reduce(step, batches()[3:], state).params["layer.weight"], net.layer.weight)
+
+
+def test_a_backward_pass_moves_the_attributes_of_its_own_state():
+    first = TrainState.create(InBackward(HOOKS["backward hook"]), SGD)
+    other = reduce(step, batches()[:3], first.clone())
+    begun = forward_loss(first, batches()[0], objective)
+    step(other, batches()[3])
+    ended = optimizer_step(unscale_and_clip(backward_scaled(begun), max_norm=1e9))
+    assert ended.model.scale == pytest.approx(0.9)
+
+
+def test_a_step_that_is_skipped_undoes_what_its_backward_pass_moved():
+    state = reduce(step, batches()[:2], TrainState.create(InBackward(HOOKS["backward hook"]), SGD))
+    before = state.model.scale
+    state = step(state, (torch.full((8, 2), float("nan")), batches()[0][1]))
+    assert not state.finite
+    assert state.model.scale == before
+
+
 def test_a_value_of_the_class_is_refused_and_one_that_stays_is_not():
     class Counting(Net):
         calls, scale, table = 0, 2.0, [1, 2]
@@ -170,7 +344,8 @@ def test_a_value_of_the_class_is_refused_and_one_that_stays_is_not():
 
 
 def test_a_list_that_outgrows_a_state_is_refused_and_not_begun_anew(monkeypatch):
-    monkeypatch.setattr(plain_attributes, "_MOST_ITEMS", 4)
+    monkeypatch.setattr(plain_attributes, "MOST_ITEMS", 4)
+    monkeypatch.setattr(attribute_marks, "MOST_ITEMS", 4)
     state = TrainState.create(Net([], lambda net, x: net.kept.append(1.0) or len(net.kept)), SGD)
     state = reduce(step, batches()[:4], state)
     with pytest.raises(ConfigError, match="put more than 4 items into kept, which belongs to the state"):

@@ -11,6 +11,7 @@ from steploop.core.state.module_places import places_in_lists, registered_places
 from steploop.core.state.ownership import Holder, Lease
 from steploop.core.state.plain_attributes import PlainAttributes
 from steploop.core.state.sharded_module import sharded_module
+from steploop.core.trees import first_difference
 
 __all__ = ["ModuleMachine", "module_machine"]
 
@@ -24,6 +25,7 @@ class ModuleMachine:
         placed: the parameters that were put into the places last.
         extras: name and module of each that overrides ``get_extra_state``.
         attributes: the plain attributes that passes change.
+        extra_in_backward: whether a backward pass has changed the extra state: a hook does, or a recomputed layer.
         training: the submodules that train in training mode.
         frozen: those that were put into eval mode on purpose, under a training root (frozen BatchNorm).
         sharded: the parts that ``fully_shard`` was applied to, or None.
@@ -59,6 +61,8 @@ class ModuleMachine:
         plain = nn.Module.get_extra_state
         self.extras = [(name, m) for name, m in modules.items() if type(m).get_extra_state is not plain]
         self.attributes = PlainAttributes(modules)
+        self.extra_in_backward = False
+        self._backwards = 0
         self.own_train = any(type(m).train is not nn.Module.train for m in modules.values())
         # A model left in eval mode is put back into training.
         self.training = [m for m in modules.values() if m.training or not model.training]
@@ -210,6 +214,18 @@ class ModuleMachine:
             if name in extra:
                 module.set_extra_state(copy.deepcopy(extra[name]))
         self.attributes.put(extra)
+
+    def looks_at_backward(self) -> bool:
+        """Whether the extra state is read after this backward pass: in those numbered 1, 2, 4, 8, ... one looks for changes."""
+        self._backwards += 1
+        return self.extra_in_backward or not self._backwards & (self._backwards - 1)
+
+    def learn_from_backward(self, seen: Any, before: Mapping[str, Any]) -> None:
+        """Note whether a backward pass has changed attributes, which looked so before it, or other extra state."""
+        changed = self.attributes.learn(seen, "in its backward pass")
+        if self.extras and not changed:
+            changed = any(first_difference(before.get(n), m.get_extra_state()) for n, m in self.extras)
+        self.extra_in_backward |= changed
 
     # -- modes ---------------------------------------------------------------------------------------------------
 

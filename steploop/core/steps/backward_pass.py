@@ -8,9 +8,10 @@ from torch import Tensor
 from steploop.core.state.parts import TensorValues
 from steploop.core.state.trace import trace_of
 from steploop.core.state.train_state import TrainState
-from steploop.core.steps.forward_pass import drop_leftovers
+from steploop.core.steps.forward_pass import drop_leftovers, require_traceable
 from steploop.core.steps.pass_failures import translated
-from steploop.errors import ObjectiveError, SpentStateError
+from steploop.core.trees import first_difference
+from steploop.errors import ConfigError, ObjectiveError, SpentStateError
 
 try:
     # What torch.autograd.backward calls when it has looked at its arguments. Of a scalar loss and a seed that are ours
@@ -116,12 +117,15 @@ def recomputed(
 
     Returns:
         The state's values afterwards, and what ``run`` gave. Recomputed BatchNorm layers count a batch twice, as in any
-        loop with activation checkpointing.
+        loop with activation checkpointing. Attributes that a hook or a recomputed layer has changed are among the values.
     """
     module, tensors = state.machine.module, state.tensors
     before = module.point(state.lease, tensors.params, checked=True)
     buffers = None if before is None else module.buffers()
+    looks = module.looks_at_backward() if trace_of(state) is None else module.extra_in_backward
     try:
+        if looks:
+            return _with_extra_state(state, run)
         if tensors.buffers:
             return _with_buffers(state, run)
         return tensors, run()
@@ -129,6 +133,30 @@ def recomputed(
         if before is not None:
             module.place_params(before)
             module.place_buffers(buffers or {})
+
+
+def _with_extra_state(
+    state: TrainState, run: Callable[[], list[Tensor | None]]
+) -> tuple[TensorValues, list[Tensor | None]]:
+    """What a backward pass changes besides buffers: attributes of layers, and what ``get_extra_state`` gives."""
+    module, before, traced = state.machine.module, state.tensors.extra, trace_of(state) is not None
+    if first_difference(before, module.extra_state()) is not None:  # a pass of another state came between
+        module.set_extra_state(before)
+    seen = None if traced else module.attributes.seen()
+    tensors, grads = _with_buffers(state, run) if state.tensors.buffers else (state.tensors, run())
+    if seen is not None:
+        module.learn_from_backward(seen, before)
+    if not module.extra_in_backward:
+        return tensors, grads
+    if state.machine.ranks is not None:
+        raise ConfigError(
+            "backward_scaled: the model changes an attribute of a layer in its backward pass, in a hook for instance, which the "
+            "parts of a batch would each do their own way. Keep it in a buffer (register_buffer), or train without ranks."
+        )
+    extra = module.extra_state()
+    if traced:
+        require_traceable(before, extra)
+    return tensors.replace(extra=extra), grads
 
 
 def _with_buffers(

@@ -21,7 +21,14 @@ from steploop.core.steps.pass_failures import translated
 from steploop.core.trees import map_tensors, named_leaves
 from steploop.errors import CompileError, ObjectiveError
 
-__all__ = ["DrewElsewhere", "TrainingPasses", "drop_leftovers", "seeded_generators", "surroundings"]
+__all__ = [
+    "DrewElsewhere",
+    "TrainingPasses",
+    "drop_leftovers",
+    "require_traceable",
+    "seeded_generators",
+    "surroundings",
+]
 
 
 def seeded_generators(machine: Machine, *coordinates: int, others: bool = True) -> SeededGenerators:
@@ -190,7 +197,7 @@ class TrainingPasses:
         if module.keeps_extra_state():
             changes["extra"] = module.extra_state()
             if not self._drawing:
-                _require_traceable(tensors.extra, changes["extra"])
+                require_traceable(tensors.extra, changes["extra"])
         self.tensors = tensors.replace(**changes) if changes else tensors
         return state.flight.began or Began(
             tensors, self._moved.first_values(overwritten) if overwritten else {}
@@ -206,7 +213,7 @@ def _have_changed(leaves: Sequence[Tensor], grads: list[tuple[Tensor, int]]) -> 
     return count > 0 and (count != len(grads) or any(g._version != version for g, version in grads))
 
 
-def _require_traceable(before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+def require_traceable(before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
     """Raise CompileError for an attribute that a traced pass has changed, unless in tensors of the same shapes."""
     for key in before.keys() | now.keys():
         if key not in before or key not in now or _plain_part(before[key]) != _plain_part(now[key]):
