@@ -86,8 +86,8 @@ def like(template: Any, items: Any) -> Any:
 
 def write(values: MutableMapping[str, Any], name: str, value: Any) -> None:
     """Put a value in the place of an attribute; a container in place, for others may refer to the same one."""
-    now = values.get(name)
-    if type(now) is not type(value) or now is value or not isinstance(now, list | dict | deque):
+    now: Any = values.get(name)
+    if now is value or not isinstance(now, list | dict | deque) or not isinstance(value, type(now)):
         values[name] = value
         return
     now.clear()
