@@ -7,7 +7,6 @@ settings, and on the modules of this folder; the key is made of these.
 import hashlib
 import json
 import operator
-import os
 from collections.abc import Sequence
 from contextlib import suppress
 from functools import cache
@@ -23,6 +22,7 @@ from steploop.compilation.decompositions import on_cpu, table_for
 from steploop.compilation.draws import is_random
 from steploop.compilation.pruning import Wiring
 from steploop.compilation.repeated_parts import Kernel, Part, Split
+from steploop.core.atomic_files import replace_file
 
 __all__ = ["Compiled", "Form", "KeptGraph", "Outline", "find", "keep", "key_of", "outline_of", "source_tag"]
 
@@ -133,11 +133,9 @@ def find(key: str | None) -> KeptGraph | None:
 def keep(key: str, graph: KeptGraph) -> None:
     """Keep a graph; nothing is said if the disk takes none."""
     path = _file(key)
-    temporary = path.with_name(f".{path.name}-{os.getpid()}")
     with suppress(OSError):
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_text(json.dumps(attrs.asdict(graph), default=_as_json))
-        temporary.replace(path)
+        replace_file(path, json.dumps(attrs.asdict(graph), default=_as_json).encode())
 
 
 def _as_json(value: Any) -> Any:

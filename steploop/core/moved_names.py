@@ -48,7 +48,7 @@ _MOVED = {
     "precision": "core.precision",
     "random_numbers": "core.seeds",
     "recipe_files": "recipe.recipe_files",
-    "replacing": "runs.atomic_files",
+    "replacing": "core.atomic_files",
     "replaying": "tools.replay.capsule_replay",
     "reporting": "tools.report",
     "reporting.comparing": "tools.report.run_labels",

@@ -16,6 +16,7 @@ import attrs
 
 from steploop.checkpoint.storage.litter import sweep
 from steploop.checkpoint.storage.local import LOCAL
+from steploop.core.atomic_files import replace_file
 from steploop.errors import (
     CheckpointDamagedError,
     CheckpointWriteError,
@@ -23,7 +24,6 @@ from steploop.errors import (
     DataError,
     RunExistsError,
 )
-from steploop.runs.atomic_files import replace_file
 from steploop.runs.directory_reader import phase_folders, read_record, refuse_irregular
 from steploop.runs.record_values import checked_status, unresumable
 from steploop.runs.text_names import readable

@@ -22,8 +22,8 @@ from typing import Final
 
 import attrs
 
+from steploop.core.atomic_files import replace_file
 from steploop.errors import CheckpointWriteError, DataError, RunLockedError
-from steploop.runs.atomic_files import replace_file
 from steploop.runs.directory_reader import read_record
 from steploop.runs.record_values import is_count
 from steploop.runs.safe_text import safe_text

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from steploop.runs.atomic_files import replace_file
+from steploop.core.atomic_files import replace_file
 
 __all__ = ["CsvTable"]
 

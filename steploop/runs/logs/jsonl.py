@@ -8,8 +8,8 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from steploop.core.atomic_files import replace_file
 from steploop.errors import CheckpointWriteError
-from steploop.runs.atomic_files import replace_file
 from steploop.runs.text_names import readable
 
 __all__ = ["JsonLines", "encode", "read_json_lines"]

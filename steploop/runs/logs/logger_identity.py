@@ -5,8 +5,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from steploop.core.atomic_files import replace_file
 from steploop.errors import DataError
-from steploop.runs.atomic_files import replace_file
 from steploop.runs.directory_reader import read_record
 
 __all__ = ["recall", "remember"]

@@ -3,8 +3,8 @@
 import stat
 from pathlib import Path
 
+from steploop.core.atomic_files import replace_file
 from steploop.errors import ConfigError
-from steploop.runs.atomic_files import replace_file
 
 __all__ = ["write_output"]
 

@@ -4,7 +4,7 @@ from contextlib import suppress
 
 import attrs
 
-from steploop.runs.atomic_files import replace_file
+from steploop.core.atomic_files import replace_file
 from steploop.runs.directory import json_bytes, write_durably
 from steploop.tools.sweep.member_ends import end_name
 from steploop.tools.sweep.search_space import Choices

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from steploop.runs.atomic_files import replace_file
+from steploop.core.atomic_files import replace_file
 
 
 def test_a_file_takes_the_place_of_another(tmp_path):
