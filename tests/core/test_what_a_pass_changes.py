@@ -397,3 +397,73 @@ def test_a_teacher_that_begins_as_a_copy_or_follows_later_belongs_to_the_state(b
     spoiled = (torch.full((8, 2), float("nan")), batches()[0][1])
     skipped = step(state, spoiled)
     assert all(torch.equal(value, before[name]) for name, value in skipped.params.items())
+
+
+# -- modules beside the model -----------------------------------------------------------------------------------------
+
+
+class Centred(nn.Module):
+    """A loss around a running mean."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(2))
+
+    def forward(self, outputs, targets):
+        with torch.no_grad():
+            self.mean.lerp_(outputs.mean(0), 0.1)
+        return F.mse_loss(outputs - self.mean, targets)
+
+
+class Judge:
+    """An objective that is an object."""
+
+    def __init__(self, criterion):
+        self.parts = {"loss": criterion}
+
+    def __call__(self, model, batch):
+        return self.parts["loss"](model(batch[0]), batch[1])
+
+
+def judged(model, batch, criterion):
+    return criterion(model(batch[0]), batch[1])
+
+
+@pytest.mark.parametrize(
+    "wrap", [Judge, lambda c: partial(judged, criterion=c), lambda c: lambda m, b: judged(m, b, c)]
+)
+def test_a_loss_that_keeps_a_buffer_outside_of_the_model_is_refused_and_in_the_model_it_is_held(
+    wrap, tmp_path
+):
+    state = TrainState.create(nn.Linear(2, 2), SGD)
+    with pytest.raises(
+        ConfigError, match="changes the buffer mean of a Centred that is no part of the model"
+    ):
+        forward_loss(state, batches()[0], wrap(Centred()))
+    forward_loss(state, batches()[0], wrap(nn.CrossEntropyLoss(torch.ones(2))))
+
+    def begin():
+        torch.manual_seed(0)
+        model = nn.ModuleDict({"net": nn.Linear(2, 2), "criterion": Centred()})
+        return TrainState.create(model, SGD)
+
+    def trained(state, batch):
+        inside = wrap(state.model["criterion"])
+        state = forward_loss(state, batch, lambda model, batch: inside(model["net"], batch))
+        return optimizer_step(unscale_and_clip(backward_scaled(state), max_norm=1e9))
+
+    whole = reduce(trained, batches(), begin())
+    checkpoint.save(reduce(trained, batches()[:3], begin()), tmp_path / "half")
+    ended = reduce(trained, batches()[3:], checkpoint.load(tmp_path / "half", like=begin()))
+    assert torch.equal(whole.buffers["criterion.mean"], ended.buffers["criterion.mean"])
+
+
+def test_the_module_of_another_state_and_one_that_somebody_trains_may_change_in_an_objective():
+    critic = TrainState.create(nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2)), SGD)
+    trained = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2))
+    state = TrainState.create(nn.Linear(2, 2), SGD)
+    for other in (critic.model, trained):
+        forward_loss(
+            state, batches()[0], partial(judged, criterion=lambda o, _, other=other: other(o).square().mean())
+        )
+        assert other[1].num_batches_tracked == 1

@@ -17,6 +17,7 @@ from steploop.core.state.trace import trace_of
 from steploop.core.state.train_state import TrainState
 from steploop.core.steps.moved_params import MovedParams
 from steploop.core.steps.objectives import Objective, read_objective
+from steploop.core.steps.other_modules import buffers_beside, refuse_changed
 from steploop.core.steps.pass_failures import translated
 from steploop.core.trees import map_tensors, named_leaves
 from steploop.errors import CompileError, ObjectiveError
@@ -137,6 +138,7 @@ class TrainingPasses:
         self._generators.seed(state.seed, state.attempted_steps, state.flight.passes + draw)
         leaves = state.tensors.leaves
         grads = [(leaf.grad, leaf.grad._version) for leaf in leaves if leaf.grad is not None] if draw else []
+        beside = None if self._attributes is None else buffers_beside(objective, machine.model)
         try:
             with surroundings(machine, state.precision):
                 loss, outputs, weight = read_objective(objective(machine.model, batch))
@@ -144,6 +146,8 @@ class TrainingPasses:
             if (ours := translated(error, machine, batch)) is None:
                 raise
             raise ours from error
+        if beside:
+            refuse_changed(beside)
         if self._drawing:
             self._look_at_draws()
         if _have_changed(leaves, grads):
