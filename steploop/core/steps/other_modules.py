@@ -27,13 +27,13 @@ def buffers_beside(objective: Callable[..., Any], model: nn.Module) -> _Marks:
     found: _Marks = {}
     for root in _modules_of(objective, 0, set()):
         others = [module for module in root.modules() if module not in own]
-        trained = any(p is not None and p.requires_grad for m in others for p in m._parameters.values())
+        trained = any(p.requires_grad for m in others for p in m.parameters(recurse=False))
         if not trained:
             found |= {
                 (module, name): (id(buffer), buffer._version)
                 for module in others
-                for name, buffer in module._buffers.items()
-                if buffer is not None and not buffer.is_inference()
+                for name, buffer in module.named_buffers(recurse=False)
+                if not buffer.is_inference()
             }
     return found
 
@@ -41,7 +41,7 @@ def buffers_beside(objective: Callable[..., Any], model: nn.Module) -> _Marks:
 def refuse_changed(before: _Marks) -> None:
     """Raise ConfigError for a buffer that has changed."""
     for (module, name), mark in before.items():
-        now = module._buffers.get(name)
+        now = getattr(module, name, None)
         if now is None or (id(now), now._version) != mark:
             raise ConfigError(
                 f"The objective changes the buffer {name} of a {type(module).__name__} that is no part of the model. No state holds it, "
