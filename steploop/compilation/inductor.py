@@ -26,6 +26,7 @@ from steploop.compilation.decompositions import (
 from steploop.compilation.kept_graphs import Compiled, Form, KeptGraph
 from steploop.compilation.kernel_files import remove_truncated
 from steploop.compilation.repeated_parts import Kernel, Run, Split, in_parts, split_repeated
+from steploop.core.interruption import sparing_children
 from steploop.core.state.surroundings import sums_in_order
 from steploop.errors import CompileError
 
@@ -62,6 +63,11 @@ def compile_graph(graph: CapturedGraph, mode: Any) -> Run:
     Raises:
         CompileError: there is no C++ compiler, or Inductor refuses the graph.
     """
+    with sparing_children():
+        return _compile_graph(graph, mode)
+
+
+def _compile_graph(graph: CapturedGraph, mode: Any) -> Run:
     from torch.fx.passes.fake_tensor_prop import FakeTensorProp
 
     check_compiler(graph.inputs[0].device)

@@ -4,10 +4,21 @@ A signal handler only sets a flag. The flag is looked at between two steps, betw
 while waiting for data; the last two ask here, because they know no run.
 """
 
+import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-__all__ = ["Interrupted", "check_interruption", "interruption_behind", "watched_by"]
+__all__ = [
+    "STOPPING",
+    "Interrupted",
+    "check_interruption",
+    "interruption_behind",
+    "sparing_children",
+    "watched_by",
+]
+
+# SIGHUP: the terminal was closed, or the connection to it was lost
+STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
 
 
 class Interrupted(BaseException):  # no Exception: like KeyboardInterrupt, it must pass `except Exception`
@@ -70,3 +81,20 @@ def watched_by(watcher: Callable[[], None], agreed: Callable[[], None] | None = 
         yield
     finally:
         _watchers.remove(entry)
+
+
+@contextmanager
+def sparing_children() -> Iterator[None]:
+    """Let processes that are started inside outlive a signal to the whole group, as Ctrl-C in a terminal is.
+
+    A run finishes its step, and a compiler that dies in it would be an error of the step. Started processes inherit what
+    this thread blocks; the run's own handlers are reached by its other threads, or afterwards. Does nothing outside of a run.
+    """
+    if not _watchers:
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, STOPPING)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)

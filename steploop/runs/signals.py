@@ -13,7 +13,7 @@ from contextlib import contextmanager, nullcontext, suppress
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
-from steploop.core.interruption import Interrupted, interruption_behind, watched_by
+from steploop.core.interruption import STOPPING, Interrupted, interruption_behind, watched_by
 
 if TYPE_CHECKING:
     import socket
@@ -33,8 +33,6 @@ __all__ = [
 
 INTERRUPTED = 130  # what a shell reports for Ctrl-C
 PREEMPTED = 75  # EX_TEMPFAIL: come again
-# SIGHUP: the terminal was closed, or the connection to it was lost
-_WATCHED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
 _SHOW_CURSOR = "\x1b[?25h"
 
 
@@ -140,7 +138,7 @@ def _stop_at_second(reader: "socket.socket", ends_at: int) -> None:
 
 def _listened_to() -> list[signal.Signals]:
     """The signals that stop a run: SIGHUP is none where it was ignored at the start, as under nohup."""
-    return [s for s in _WATCHED if s != signal.SIGHUP or signal.getsignal(s) != signal.SIG_IGN]
+    return [s for s in STOPPING if s != signal.SIGHUP or signal.getsignal(s) != signal.SIG_IGN]
 
 
 _of_the_process: list[StopFlag] = []

@@ -3,8 +3,10 @@
 import functools
 import os
 import shutil
+import signal
 import subprocess
 import sys
+from contextlib import nullcontext, suppress
 from pathlib import Path
 
 import attrs
@@ -45,13 +47,14 @@ from steploop import (
     update_ema,
     vmap,
 )
-from steploop.compilation import kept_graphs
+from steploop.compilation import inductor, kept_graphs
 from steploop.compilation.inductor import check_compiler
 from steploop.compilation.kept_graphs import Compiled, Form, KeptGraph, Outline
 from steploop.compilation.kernel_files import remove_truncated
 from steploop.compilation.population import vmapped_step
 from steploop.compilation.pruning import Wiring
 from steploop.compilation.repeated_parts import Kernel, Part, Split
+from steploop.core.interruption import watched_by
 from steploop.core.trees import named_leaves
 from steploop.testing.state_comparison import require_same
 
@@ -396,3 +399,25 @@ def test_a_step_is_right_after_a_population_was_traced_and_after_a_library_was_s
     finally:
         torch._C._set_mkldnn_enabled(was)
     assert len(step.figures.compile_s) == 2
+
+
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1])
+@pytest.mark.parametrize("watched", [True, False], ids=["in a run", "outside"])
+def test_a_compiler_outlives_a_signal_that_lets_a_run_stop(watched, signum, monkeypatch):
+    """Ctrl-C in a terminal reaches the compiler too, and the run finishes its step; without a run it is as ever."""
+    ended = []
+
+    def compiling(graph, mode):
+        with subprocess.Popen(["sleep", "30"]) as compiler:
+            compiler.send_signal(signum)
+            with suppress(subprocess.TimeoutExpired):
+                compiler.wait(0.3)
+            ended.append(compiler.returncode)
+            compiler.kill()
+
+    monkeypatch.setattr(inductor, "_compile_graph", compiling)
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, [])
+    with watched_by(lambda: None) if watched else nullcontext():
+        inductor.compile_graph(None, None)
+    assert ended == [None if watched else -signum]
+    assert signal.pthread_sigmask(signal.SIG_BLOCK, []) == before
