@@ -67,9 +67,26 @@ def decompositions_on_cpu() -> dict[Any, Callable[..., Any]]:
     return table
 
 
+def _view_or_copy(x: Tensor, size: Sequence[int]) -> Any:
+    """Copy where there is no view: a decomposed call may lie otherwise than the call, as GroupNorm of channels_last images."""
+    from torch.fx.experimental.proxy_tensor import disable_proxy_modes_tracing
+
+    if x.is_contiguous():
+        return NotImplemented
+    with disable_proxy_modes_tracing():
+        try:
+            torch.ops.aten.view.default(x, size)
+        except (RuntimeError, ValueError):
+            pass
+        else:
+            return NotImplemented
+    return x.reshape(size)
+
+
 def table_for(inputs: Sequence[Tensor]) -> dict[Any, Callable[..., Any]]:
     """Return the decompositions that a trace of these inputs applies."""
-    return decompositions_on_cpu() | batch_norms() if on_cpu(inputs) else decompositions()
+    table = decompositions_on_cpu() | batch_norms() if on_cpu(inputs) else decompositions()
+    return {**table, torch.ops.aten.view.default: _view_or_copy}
 
 
 def kept_calls() -> list[Any]:

@@ -314,6 +314,16 @@ def test_a_batch_that_becomes_channels_last_is_another_graph():
     assert_alike(folded(train_step, eager, turned), folded(step, state, turned), 1e-5)
 
 
+def test_a_view_of_what_lies_otherwise_once_it_is_decomposed():
+    """torch's fake GroupNorm says that its result is contiguous; its kernel and its decomposition keep channels_last."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(1, 4, 1), nn.GroupNorm(2, 4), nn.Flatten(), nn.Linear(24, 4))
+    given = [(x.reshape(-1, 1, 2, 3).to(memory_format=torch.channels_last), y) for x, y in batches(4, 16)]
+    state = first_state(model, memory_format=torch.channels_last)
+    eager = state.clone()
+    assert_alike(folded(train_step, eager, given), folded(compile(train_step), state, given), 1e-5)
+
+
 # -- mode="auto" ------------------------------------------------------------------------------------------------
 
 

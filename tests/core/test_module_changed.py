@@ -132,6 +132,15 @@ BEHIND_THE_STATE = [
 ]
 
 
+def test_a_parameter_that_is_replaced_in_a_plain_list_is_refused_by_name():
+    model = chain()
+    model.also = [model[2].weight]
+    state = step(create(lambda: model), batches()[0])
+    model.also[0] = nn.Parameter(torch.ones(2, 3))
+    with pytest.raises(ConfigError, match=re.escape("its parameter 2.weight was replaced by another tensor")):
+        step(state, batches()[0])
+
+
 @pytest.mark.parametrize("started", [False, True], ids=["before the first step", "after a step"])
 @pytest.mark.parametrize(("change", "says"), BEHIND_THE_STATE, ids=lambda v: getattr(v, "__name__", ""))
 def test_a_module_that_is_changed_behind_the_state_is_refused_by_name_at_the_next_step(change, says, started):
