@@ -19,6 +19,7 @@ from compiled_runs import (
     run_as_it_is,
     train_step,
 )
+from torch import nn
 
 from steploop import (
     LossScale,
