@@ -119,6 +119,7 @@ def _collect_one(
     state: TrainState, prefix: str, tensors: dict[str, dict[str, Tensor]], left_out: Mapping[str, str]
 ) -> dict[str, Any]:
     state.check_alive("checkpoint.save")
+    state.machine.check_groups()
     if state.flight.grads is not None:
         raise StepOrderError(
             "checkpoint.save: this state holds gradients that no optimizer step has used, and a checkpoint holds none. "

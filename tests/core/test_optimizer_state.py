@@ -617,3 +617,38 @@ def test_an_optimizer_with_two_modes_steps_in_the_one_and_is_judged_in_the_other
             torch.testing.assert_close(state.ema[name], a, msg=f"{form}: the average of {name}")
         assert list(looked.values()) == pytest.approx(judged, rel=1e-5)
     assert any(not torch.allclose(evaluated[name], trained[name]) for name in trained)
+
+
+@pytest.mark.filterwarnings("ignore:Detected call of .lr_scheduler")
+@pytest.mark.parametrize(
+    "optimizer",
+    [
+        Optimizer(torch.optim.AdamW, lr=0.1),
+        Optimizer(torch.optim.SGD, lr=0.1, groups=[("*", Optimizer(torch.optim.Adam, lr=0.2))]),
+    ],
+)
+def test_a_group_that_is_set_behind_the_state_and_a_scheduler_of_torch_are_refused(optimizer, tmp_path):
+    early = TrainState.create(seeded(0), optimizer)
+    early.machine.optimizer.param_groups[0]["lr"] = 0.5
+    with pytest.raises(ConfigError, match=r"'lr' of parameter group 0 was set to 0\.5 behind the state"):
+        early.clone()
+    state = step(TrainState.create(seeded(0), optimizer), batches()[0])
+    live = state.machine.optimizer
+    looks = [
+        state.clone,
+        lambda: checkpoint.save(state, tmp_path / "saved"),
+        lambda: evaluate(state, batches(1), objective),
+        lambda: step(state, batches()[0], donate=False),
+    ]
+    for look in looks:
+        look()
+    torch.optim.lr_scheduler.StepLR(live, 1, gamma=0.5).step()
+    says = r"'lr' of parameter group 0 was set to .* behind the state, which has .*Set a learning rate with schedule"
+    for look in looks:
+        with pytest.raises(ConfigError, match=says):
+            look()
+    state = step(schedule(state, lambda step: 0.3), batches()[0])
+    assert state.clone().learning_rate == 0.3
+    live.param_groups[0]["weight_decay"] = 0.25
+    with pytest.raises(ConfigError, match=r"'weight_decay' of parameter group 0 was set to 0\.25 behind"):
+        state.clone()

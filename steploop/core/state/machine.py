@@ -96,7 +96,10 @@ class Machine:
         self.seeds: dict[Any, Tensor] = {}  # kept by the backward pass: what the loss is differentiated with
         self.buckets: dict[Any, Any] = {}  # kept by the sums over ranks: how tensors are sent
         self.rate_table: object = None  # kept by ``schedule``: a schedule's values on the device
-        self._hyper: tuple[Mapping[str, Any], ...] | None = None
+        self._hyper: tuple[Mapping[str, Any], ...] | None = (
+            None  # what the groups hold, where they hold a state's
+        )
+        self._written: tuple[Mapping[str, Any], ...] | None = None  # what was written to the groups last
         self._pointed: Mapping[str, Tensor] | None = None  # the parameters that the optimizer holds
         settle_implementation(optimizer, device)
         # torch's own optimizers keep all state with their parameters, in the dictionaries that they are given
@@ -111,6 +114,7 @@ class Machine:
         self.set_mode("train")
         self.initial_hyper = self.read_hyper()
         check_hyper(optimizer, self.initial_hyper)
+        self._written = self.initial_hyper
         if self.third_party:
             for member in members:
                 check_keepable(member, self.initial_hyper)
@@ -198,13 +202,15 @@ class Machine:
         """A function that puts module and optimizer back as they are now, groups and implementation included."""
         put_module_back, put_back = self.module.keep(), self._putting_back()
         groups = [{k: v for k, v in group.items() if k != "params"} for group in self.optimizer.param_groups]
-        owner = self.holder.owner()
+        owner, written = self.holder.owner(), self._written
 
         def restore() -> None:
             put_module_back()
             put_back()
+            self._written = None  # an exception half-way leaves values that are not known
             for group, before in zip(self.optimizer.param_groups, groups, strict=True):
                 group.update(before)
+            self._written = written
             self.holder.restore(owner)
 
         return restore
@@ -233,14 +239,27 @@ class Machine:
 
     def _set_hyper(self, hyper: tuple[Mapping[str, Any], ...]) -> None:
         if hyper is not self._hyper:
-            self._hyper = None
+            self._hyper = self._written = None
             for group, values in zip(self.optimizer.param_groups, hyper, strict=True):
                 if self.third_party:  # what another state's optimizer added to its groups is not this one's
                     for key, value in list(group.items()):
                         if key not in values and key not in _NOT_VALUES and not isinstance(value, STATIC):
                             del group[key]
                 group.update(values)
-            self._hyper = hyper
+            self._hyper = self._written = hyper
+
+    def check_groups(self) -> None:
+        """Raise ConfigError if somebody set a value of a group behind the state; those of others' optimizers are read back."""
+        if self._written is None or self.third_party:
+            return
+        for index, (group, values) in enumerate(zip(self.optimizer.param_groups, self._written, strict=True)):
+            for key, value in values.items():
+                if group.get(key) is not value:
+                    raise ConfigError(
+                        f"{key!r} of parameter group {index} was set to {group.get(key)!r} behind the state, which has {value!r}: a copied or "
+                        "resumed run would go on with that. Set a learning rate with schedule(state, ...), in the place of a scheduler of "
+                        "torch; another hyperparameter with attrs.evolve(state, hyper=...)."
+                    )
 
     def forget_hyper(self) -> None:
         """Note that the optimizer may have changed its groups."""

@@ -333,6 +333,7 @@ class TrainState(PlainValues):
         """Make a copy that shares no tensor with this state: what is done to one is never seen by the other."""
         self.check_alive("clone()")
         machine, flight = self.machine, self.flight
+        machine.check_groups()
         grads = flight.grads
         if grads is not None:
             grads = Gradients([None if g is None else g.clone() for g in grads.values], grads.taken_by)

@@ -74,6 +74,7 @@ def evaluate(
         {'loss': 0.0}
     """
     state.check_alive("evaluate")
+    state.machine.check_groups()
     if trace_of(state) is not None:
         raise CompileError(
             "calls evaluate, which gives numbers of Python, in the midst of a step. Evaluate between two steps, or compute the loss "
