@@ -371,21 +371,30 @@ def test_only_kernel_files_that_are_truncated_and_that_nobody_writes_are_deleted
 # -- libraries that are switched ---------------------------------------------------------------------------------------
 
 
-def convolved(seed=0):
+class Recurrent(nn.Module):
+    """An LSTM over one step of what it is given."""
+
+    def __init__(self):
+        super().__init__()
+        self.lstm = nn.LSTM(64, 4, batch_first=True)
+
+    def forward(self, x):
+        return self.lstm(x[:, None])[0][:, 0]
+
+
+def convolved(seed=0, last=lambda: nn.Linear(64, 4)):
     """A state over a convolution of 16 images, whose result lies as the library that computes it chooses."""
     torch.manual_seed(seed)
-    model = nn.Sequential(
-        nn.Conv2d(3, 4, 3, bias=False), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(64, 4)
-    )
+    model = nn.Sequential(nn.Conv2d(3, 4, 3, bias=False), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), last())
     return TrainState.create(model, Optimizer(torch.optim.SGD, lr=0.1), seed=0)
 
 
 def test_a_step_is_right_after_a_population_was_traced_and_after_a_library_was_switched(monkeypatch):
-    """A population is traced without oneDNN; what torch remembers of that is no single step's."""
+    """A population of recurrent layers is traced without oneDNN; what torch remembers of that is no single step's."""
     images = torch.randn(16, 3, 6, 6).to(memory_format=torch.channels_last)
     given = [(images, torch.randint(0, 4, (16,)))] * 2
     monkeypatch.setattr(vmapped_step, "compile_graph", lambda graph, _: lambda inputs: graph.module(*inputs))
-    functools.reduce(vmap(train_step), given, stack([convolved(), convolved(1)]))
+    functools.reduce(vmap(train_step), given, stack([convolved(seed, Recurrent) for seed in range(2)]))
 
     step = compile(train_step)
     eager = folded(train_step, convolved(), given)

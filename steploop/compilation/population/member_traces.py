@@ -1,9 +1,11 @@
 """Trace the steps of members: one trace for those that are alike, and what differs between the others' graphs."""
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import attrs
+from torch import nn
 
 from steploop.compilation.baked import Baked
 from steploop.compilation.capture import trace_step
@@ -102,10 +104,12 @@ class MemberTraces:
     def _trace(self, step: TrainStep, state: TrainState, batch: Any, flat: Flat, like: Any) -> MemberTrace:
         from torch.nn.attention import SDPBackend, sdpa_kernel
 
-        baked = Baked(step, [state.machine.model])
+        model = state.machine.model
+        baked = Baked(step, [model])
+        recurrent = any(isinstance(layer, nn.RNNBase) for layer in model.modules())
         try:
             # the fused kernels have no batching rule: of attention, and of a recurrent layer on a CPU
-            with sdpa_kernel([SDPBackend.MATH]), without_mkldnn():
+            with sdpa_kernel([SDPBackend.MATH]), without_mkldnn() if recurrent else nullcontext():
                 plan = trace_step(step, {"": state}, batch, flat, baked, drawn_outside=True)
         except (SlotsGrew, ConfigError, ObjectiveError, StepOrderError):
             raise
