@@ -28,6 +28,9 @@ from steploop import (
 from steploop.core.state import attribute_marks, plain_attributes
 from steploop.errors import ConfigError
 
+# of torch 2.9, about a backward hook on a layer whose input needs no gradient
+pytestmark = pytest.mark.filterwarnings("ignore:Full backward hook is firing")
+
 SGD = Optimizer(torch.optim.SGD, lr=0.05, momentum=0.9)
 
 
