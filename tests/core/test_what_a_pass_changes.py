@@ -155,15 +155,20 @@ HELD = {
 }
 
 
-@pytest.mark.parametrize("kind", list(HELD))
-def test_what_can_be_held_goes_on_in_copies_and_resumed_runs_as_in_the_loop_by_hand(kind, tmp_path):
-    make, use = HELD[kind]
-    net = Net(make(), use)
+def train_by_hand(net):
+    """All batches, in plain PyTorch."""
     sgd = torch.optim.SGD(net.parameters(), lr=0.05, momentum=0.9)
     for batch in batches():
         sgd.zero_grad()
         objective(net, batch).backward()
         sgd.step()
+
+
+@pytest.mark.parametrize("kind", list(HELD))
+def test_what_can_be_held_goes_on_in_copies_and_resumed_runs_as_in_the_loop_by_hand(kind, tmp_path):
+    make, use = HELD[kind]
+    net = Net(make(), use)
+    train_by_hand(net)
 
     def begin():
         return TrainState.create(Net(make(), use), SGD)
@@ -295,11 +300,7 @@ HOOKS = {
 @pytest.mark.parametrize("how", [{}, {"donate": False}])
 def test_what_hooks_change_goes_on_in_copies_and_resumed_runs_as_in_the_loop_by_hand(kind, how, tmp_path):
     net = InBackward(HOOKS[kind])
-    sgd = torch.optim.SGD(net.parameters(), lr=0.05, momentum=0.9)
-    for batch in batches():
-        sgd.zero_grad()
-        objective(net, batch).backward()
-        sgd.step()
+    train_by_hand(net)
 
     def begin():
         return TrainState.create(InBackward(HOOKS[kind]), SGD)

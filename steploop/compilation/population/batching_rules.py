@@ -125,7 +125,4 @@ _OWN: dict[str, Callable[..., Any]] = {
     "prims.fma.default": _fma,
     "prims.rev.default": torch.flip,
     "aten.copy.default": _copy,
-    # a tensor of all members may lie otherwise than that of one, so that there is no view of it
-    "aten.view.default": torch.Tensor.reshape,
-    "aten._unsafe_view.default": torch.Tensor.reshape,
 }

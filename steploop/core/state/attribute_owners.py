@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-__all__ = ["MOST_ITEMS", "OF_TORCH", "hooks_of", "is_a_librarys", "objects_on", "values_of"]
+__all__ = ["MOST_ITEMS", "OF_TORCH", "hooks_of", "is_a_librarys", "items_of", "objects_on", "values_of"]
 
 MOST_ITEMS = 1000  # a container that is larger is a table, not a value of the next step
 _MOST_DEEP = 4
@@ -58,14 +58,24 @@ def objects_on(modules: Mapping[str, nn.Module]) -> dict[str, Any]:
 
 def _children(value: Any) -> dict[Any, Any]:
     """What a value leads to, by name or number."""
-    if isinstance(value, functools.partial):
-        return {"func": value.func, **dict(enumerate(value.args)), **value.keywords}
+    if (items := items_of(value, MOST_ITEMS)) is not None:
+        return items
+    return dict(values_of(value)) if _is_users(value) else {}
+
+
+def items_of(value: Any, most: int) -> dict[Any, Any] | None:
+    """What a partial function, a bound method or a container holds, by name or number; None for any other value.
+
+    A container of more than ``most`` items is a table, and holds nothing to look at.
+    """
+    if isinstance(value, functools.partial):  # of whose keywords none is named func()
+        return {**dict(enumerate(value.args)), **value.keywords, "func()": value.func}
     if isinstance(value, types.MethodType):
         return {"self": value.__self__}
     if isinstance(value, list | tuple | deque | dict):
-        few = len(value) <= MOST_ITEMS
+        few = len(value) <= most
         return dict(value if isinstance(value, dict) else enumerate(value)) if few else {}
-    return dict(values_of(value)) if _is_users(value) else {}
+    return None
 
 
 def _is_users(value: Any) -> bool:

@@ -96,10 +96,9 @@ class Machine:
         self.seeds: dict[Any, Tensor] = {}  # kept by the backward pass: what the loss is differentiated with
         self.buckets: dict[Any, Any] = {}  # kept by the sums over ranks: how tensors are sent
         self.rate_table: object = None  # kept by ``schedule``: a schedule's values on the device
-        self._hyper: tuple[Mapping[str, Any], ...] | None = (
-            None  # what the groups hold, where they hold a state's
-        )
-        self._written: tuple[Mapping[str, Any], ...] | None = None  # what was written to the groups last
+        # what the groups hold, where they hold a state's; what was written to them last
+        self._hyper: tuple[Mapping[str, Any], ...] | None = None
+        self._written: tuple[Mapping[str, Any], ...] | None = None
         self._pointed: Mapping[str, Tensor] | None = None  # the parameters that the optimizer holds
         settle_implementation(optimizer, device)
         # torch's own optimizers keep all state with their parameters, in the dictionaries that they are given

@@ -50,9 +50,10 @@ class ModuleCheck:
 
     def note_kind(self) -> None:
         """Remember the dtype and device of its first parameter, which ``model.to()`` changes in all of them, in place."""
-        where, key = (self._first or (None, None))[:2]
-        first = None if where is None else where[key]
-        self._kind: tuple[Any, Any] = (None, None) if first is None else (first.dtype, first.device)
+        self._kind: tuple[Any, Any] = (None, None)
+        if self._first is not None:
+            where, key, _ = self._first
+            self._kind = where[key].dtype, where[key].device
 
     def check(self, placed: Mapping[str, Tensor], placing: Mapping[str, Tensor]) -> None:
         """Raise ConfigError if other tensors or layers stand in the module than those that were noted.

@@ -1,12 +1,12 @@
 """Modules that an objective computes with besides its state's: what their buffers become, no state holds."""
 
-import functools
 import types
 from collections.abc import Callable, Iterator
 from typing import Any
 
 from torch import nn
 
+from steploop.core.state.attribute_owners import items_of
 from steploop.errors import ConfigError
 
 __all__ = ["buffers_beside", "refuse_changed"]
@@ -63,17 +63,12 @@ def _modules_of(value: Any, depth: int, seen: set[int]) -> Iterator[nn.Module]:
 
 
 def _referred_to(value: Any) -> list[Any]:
-    if isinstance(value, functools.partial):
-        return [value.func, *value.args, *value.keywords.values()]
-    if isinstance(value, types.MethodType):
-        return [value.__func__, value.__self__]
+    if (items := items_of(value, _MOST_ITEMS)) is not None:
+        return [*([value.__func__] if isinstance(value, types.MethodType) else []), *items.values()]
     if isinstance(value, types.FunctionType):
         cells = [_content(cell) for cell in value.__closure__ or ()]
         named = [value.__globals__[n] for n in value.__code__.co_names if n in value.__globals__]
         return [*cells, *named, *(value.__defaults__ or ()), *(value.__kwdefaults__ or {}).values()]
-    if isinstance(value, list | tuple | dict):
-        few = len(value) <= _MOST_ITEMS
-        return list(value.values() if isinstance(value, dict) else value) if few else []
     attributes = getattr(value, "__dict__", None)
     return list(attributes.values()) if callable(value) and isinstance(attributes, dict) else []
 
